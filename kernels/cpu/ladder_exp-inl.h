@@ -1,0 +1,77 @@
+// exp for the ladder's kernels, per SIMD level. 2^x is split into 2^n, put together from exponent
+// bits, and a polynomial in the rest, minimax in relative error on [-0.5, 0.5].
+#if defined(KVSEEK_KERNELS_CPU_LADDER_EXP_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef KVSEEK_KERNELS_CPU_LADDER_EXP_INL_H_
+#undef KVSEEK_KERNELS_CPU_LADDER_EXP_INL_H_
+#else
+#define KVSEEK_KERNELS_CPU_LADDER_EXP_INL_H_
+#endif
+
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace kvseek::kernels {
+namespace HWY_NAMESPACE {
+
+namespace ladder_exp {
+namespace hn = hwy::HWY_NAMESPACE;
+
+inline constexpr float kLog2E = 1.44269504F;
+/// mantissa * 2^n for a whole n from -125 to 127; where the instruction is there, below that too.
+template <class D>
+HWY_INLINE hn::Vec<D> Scale(D d, hn::Vec<D> mantissa, hn::Vec<D> n) {
+#if HWY_TARGET <= HWY_AVX3
+  (void)d;
+  return hn::Vec<D>{_mm512_scalef_ps(mantissa.raw, n.raw)};
+#else
+  const hn::RebindToSigned<D> di;
+  const auto exponent = hn::ShiftLeft<23>(hn::ConvertTo(di, n));
+  return hn::BitCast(d, hn::Add(hn::BitCast(di, mantissa), exponent));
+#endif
+}
+
+/// y, raised to what Scale takes.
+template <class D>
+HWY_INLINE hn::Vec<D> Bounded(D d, hn::Vec<D> y) {
+#if HWY_TARGET <= HWY_AVX3
+  (void)d;
+  return y;
+#else
+  return hn::Max(y, hn::Set(d, -125.0F));
+#endif
+}
+
+}  // namespace ladder_exp
+
+/// 2^y for y <= 126, relative error at most 1e-4; y below -125 gives 2^-125 or less.
+template <class D>
+HWY_INLINE ladder_exp::hn::Vec<D> Exp2Coarse(D d, ladder_exp::hn::Vec<D> any_y) {
+  namespace hn = ladder_exp::hn;
+  const auto y = ladder_exp::Bounded(d, any_y);
+  const auto n = hn::Round(y);
+  const auto r = hn::Sub(y, n);
+  auto p = hn::MulAdd(hn::Set(d, 0.0551716691F), r, hn::Set(d, 0.242611122F));
+  p = hn::MulAdd(p, r, hn::Set(d, 0.693260985F));
+  p = hn::MulAdd(p, r, hn::Set(d, 0.999928074F));
+  return ladder_exp::Scale(d, p, n);
+}
+
+/// exp(x) for x <= 88, relative error at most 1e-5 for x > -86; x <= -86, -infinity too, gives 0.
+template <class D>
+HWY_INLINE ladder_exp::hn::Vec<D> ExpFine(D d, ladder_exp::hn::Vec<D> x) {
+  namespace hn = ladder_exp::hn;
+  const auto y = hn::Max(hn::Mul(x, hn::Set(d, ladder_exp::kLog2E)), hn::Set(d, -125.0F));
+  const auto n = hn::Round(y);
+  const auto r = hn::Sub(y, n);
+  auto p = hn::MulAdd(hn::Set(d, 0.00957010201F), r, hn::Set(d, 0.0559178603F));
+  p = hn::MulAdd(p, r, hn::Set(d, 0.240247448F));
+  p = hn::MulAdd(p, r, hn::Set(d, 0.693121815F));
+  p = hn::MulAdd(p, r, hn::Set(d, 0.999999261F));
+  return hn::IfThenElseZero(hn::Gt(x, hn::Set(d, -86.0F)), ladder_exp::Scale(d, p, n));
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace kvseek::kernels
+HWY_AFTER_NAMESPACE();
+
+#endif  // per-target guard

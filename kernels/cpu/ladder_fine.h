@@ -1,0 +1,47 @@
+// The ladder's 4-bit rung: scores and values of candidates from their fine records. Layout:
+// ladder_codes.h.
+//
+// Records and factors are those of one segment; `chosen` are indices into them. Both functions
+// prefetch ahead. Pure, noexcept, allocate nothing.
+#ifndef KVSEEK_KERNELS_CPU_LADDER_FINE_H_
+#define KVSEEK_KERNELS_CPU_LADDER_FINE_H_
+
+#include <cstdint>
+
+#include "kernels/attention_state.h"
+#include "kernels/cpu/ladder_codes.h"
+
+namespace kvseek::kernels {
+
+/// Rounds rotated queries (heads, padded_dim) to int16 for the 4-bit dot products: quantised
+/// (heads, padded_dim), units (heads, 0 for a zero query), query ~ unit * quantised. |quantised| <=
+/// 2047, so that 512 products with a nibble's +-15 add up in an int32 and still convert to float
+/// within 1e-6. Only 2-byte alignment is needed, but scoring is faster with queries on 64 bytes.
+void QuantiseQueries(const float* rotated_queries, int heads, int padded_dim, int16_t* quantised,
+                     float* units) noexcept;
+
+/// What turns integer products into scores, for one head and one segment.
+struct FineHead {
+  float centre;  ///< scale * <c, q>
+  float slope;   ///< scale * unit * 0.3352 / 2:
+                 ///< score = centre + slope * gain * sum_i (2 * nibble_i - 15) q_i
+};
+
+/// scores[h * score_stride + i] of key chosen[i].
+void ScoreFine(const uint8_t* records, int record_bytes, const FineFactors* factors,
+               const uint32_t* chosen, int count, const int16_t* quantised, int padded_dim,
+               const FineHead* fine_heads, int heads, float* scores, int score_stride) noexcept;
+
+/// Adds the keys to `state` with their scores and their 4-bit values. value_offset =
+/// FineValueOffset(padded_dim). A score of -infinity leaves the key out for that head.
+void AccumulateFine(const uint8_t* records, int record_bytes, int value_offset,
+                    const FineFactors* factors, const uint32_t* chosen, int count,
+                    const float* scores, int score_stride, const GroupState& state) noexcept;
+
+/// Decodes one record's values: value (value_dim). For corrections and tests.
+void DecodeFineValue(const uint8_t* record, int value_offset, const FineFactors& factors,
+                     int value_dim, float* value) noexcept;
+
+}  // namespace kvseek::kernels
+
+#endif  // KVSEEK_KERNELS_CPU_LADDER_FINE_H_

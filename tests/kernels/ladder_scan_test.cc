@@ -1,0 +1,285 @@
+#include "kernels/cpu/ladder_scan.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "kernels/cpu/ladder_codes.h"
+#include "kernels/cpu/simd_level.h"
+#include "tests/kernels/ladder_reference.h"
+#include "tests/kernels/reference.h"
+
+namespace kvseek::kernels {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+class LadderScanTest : public testing::TestWithParam<std::string> {
+ protected:
+  void SetUp() override { ASSERT_TRUE(ForceSimdLevel(GetParam())); }
+  void TearDown() override { ForceSimdLevel(""); }
+};
+
+std::string LevelName(const testing::TestParamInfo<std::string>& level) {
+  std::string name = level.param;
+  std::replace(name.begin(), name.end(), '-', '_');
+  return name;
+}
+
+INSTANTIATE_TEST_SUITE_P(Levels, LadderScanTest, testing::ValuesIn(SupportedSimdLevels()),
+                         LevelName);
+
+/// 64-byte aligned storage.
+template <class T>
+class Aligned {
+ public:
+  explicit Aligned(size_t count, T value = T()) : storage_(count + 64 / sizeof(T), value) {
+    const auto address = reinterpret_cast<uintptr_t>(storage_.data());
+    first_ = (64 - address % 64) % 64 / sizeof(T);
+  }
+  T* data() { return storage_.data() + first_; }
+  Aligned(Aligned&&) = default;  // a copy would be aligned otherwise
+  T& operator[](size_t i) { return data()[i]; }
+
+ private:
+  std::vector<T> storage_;
+  size_t first_;
+};
+
+/// Codes of random residuals.
+Aligned<uint8_t> RandomCodes(int blocks, int dim, int planes) {
+  const auto residuals = reference::RandomFloats(5, static_cast<size_t>(blocks * 64 * dim), 0.7F);
+  Aligned<uint8_t> codes(static_cast<size_t>(blocks * ScanBlockBytes(Symbols(dim), planes)));
+  EncodeScanBlocks(residuals.data(), blocks, dim, planes, codes.data());
+  return codes;
+}
+
+TEST_P(LadderScanTest, TablesHoldPartialSums) {
+  for (const int dim : {64, 128, 512}) {
+    const int heads = 3;
+    const int symbols = Symbols(dim);
+    auto queries = reference::RandomFloats(6, static_cast<size_t>(heads * dim), 4.0F);
+    std::fill_n(queries.begin() + dim, dim, 0.0F);
+    std::vector<int8_t> tables(static_cast<size_t>(heads * symbols * 64));
+    std::vector<float> units(static_cast<size_t>(heads));
+    BuildTables(queries.data(), heads, dim, tables.data(), units.data());
+    EXPECT_EQ(units[1], 0.0F);
+    int largest = 0;
+    for (int h = 0; h < heads; ++h) {
+      for (int g = 0; g < symbols; ++g) {
+        for (int s = 0; s < 64; ++s) {
+          double sum = 0.0;
+          for (int b = 0; b < 6 && 6 * g + b < dim; ++b) {
+            const auto q = static_cast<double>(queries[static_cast<size_t>(h * dim + 6 * g + b)]);
+            sum += (s >> b & 1) != 0 ? q : -q;
+          }
+          const int entry = tables[static_cast<size_t>((h * symbols + g) * 64 + s)];
+          const auto unit = static_cast<double>(units[static_cast<size_t>(h)]);
+          ASSERT_NEAR(entry, unit == 0.0 ? 0.0 : sum / unit, 0.501);
+          largest = std::max(largest, std::abs(entry));
+        }
+      }
+    }
+    EXPECT_EQ(largest, kTableMax) << "the tables use all of their range";
+  }
+}
+
+// Any bytes and any table entries: every level gives the reference's bits.
+TEST_P(LadderScanTest, SumsAreExact) {
+  std::mt19937 random(11);
+  for (const int dim : {64, 128, 256, 512}) {
+    for (const int planes : {1, 2}) {
+      for (const int heads : {1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 64}) {
+        const int blocks = heads > 8 ? 1 : 3;
+        SCOPED_TRACE(std::to_string(dim) + " dimensions, planes " + std::to_string(planes) +
+                     ", heads " + std::to_string(heads));
+        const int symbols = Symbols(dim);
+        const auto codes_size = static_cast<size_t>(blocks * ScanBlockBytes(symbols, planes));
+        Aligned<uint8_t> codes(codes_size);
+        for (size_t i = 0; i < codes_size; ++i) codes[i] = static_cast<uint8_t>(random());
+        std::vector<int8_t> tables(static_cast<size_t>(heads * symbols * 64));
+        for (int8_t& entry : tables)
+          entry = static_cast<int8_t>(static_cast<int>(random() % 63) - 31);
+        // The first head's sums are the largest there are.
+        std::fill_n(tables.begin(), symbols * 64, static_cast<int8_t>(kTableMax));
+        const int stride = blocks * 64 + 64;
+        Aligned<int16_t> sums(static_cast<size_t>(heads * stride), -7);
+        ScanCodes(codes.data(), blocks, symbols, planes, tables.data(), heads, sums.data(), stride);
+        const auto expected =
+            reference::ScanSums(codes.data(), blocks, symbols, planes, tables.data(), heads);
+        for (int h = 0; h < heads; ++h) {
+          for (int key = 0; key < blocks * 64; ++key) {
+            ASSERT_EQ(sums[static_cast<size_t>(h * stride + key)],
+                      expected[static_cast<size_t>(h * blocks * 64 + key)])
+                << h << ' ' << key;
+          }
+          for (int key = blocks * 64; key < stride; ++key) {
+            ASSERT_EQ(sums[static_cast<size_t>(h * stride + key)], -7) << "past the end";
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_P(LadderScanTest, NoBlocks) {
+  Aligned<uint8_t> codes(64);
+  Aligned<int16_t> sums(64, 3);
+  const std::vector<int8_t> tables(22 * 64);
+  const ScanHead head = {0.0F, 1.0F, 0.0F, 0.0F, 0.0F};
+  uint32_t chosen = 0;
+  float weight = 5.0F;
+  ScanCodes(codes.data(), 0, 22, 1, tables.data(), 1, sums.data(), 64);
+  EXPECT_EQ(sums[0], 3);
+  EXPECT_EQ(
+      SelectAndWeigh(sums.data(), 64, codes.data(), 0, 22, 1, &head, 1, 0, &chosen, &weight, 1), 0);
+  EXPECT_EQ(weight, 5.0F);
+}
+
+/// Sums of `heads` random queries over random codes, and plausible heads for them.
+struct Scan {
+  Scan(int head_count, int dim, int plane_count, int block_count)
+      : heads(head_count),
+        planes(plane_count),
+        blocks(block_count),
+        symbols(Symbols(dim)),
+        stride(block_count * 64 + 64),
+        codes(RandomCodes(block_count, dim, plane_count)),
+        sums(static_cast<size_t>(head_count * stride)) {
+    const auto queries = reference::RandomFloats(17, static_cast<size_t>(heads * dim), 1.0F);
+    std::vector<int8_t> tables(static_cast<size_t>(heads * symbols * 64));
+    std::vector<float> units(static_cast<size_t>(heads));
+    BuildTables(queries.data(), heads, dim, tables.data(), units.data());
+    ScanCodes(codes.data(), blocks, symbols, planes, tables.data(), heads, sums.data(), stride);
+    for (int h = 0; h < heads; ++h) {
+      const float unit = units[static_cast<size_t>(h)] * (planes == 2 ? 0.9957F / 2.0F : 1.0F);
+      const float scale = 2.0F / std::sqrt(static_cast<float>(dim));
+      scan_heads.push_back({0.3F * static_cast<float>(h), scale * unit, 0.6F,
+                            0.3F * static_cast<float>(h) + 2.5F, 1.0F});
+    }
+  }
+
+  double Gain(int key) {
+    return reference::StoredGain(codes.data() + key / 64 * ScanBlockBytes(symbols, planes), symbols,
+                                 planes, key % 64);
+  }
+  int Sum(int h, int key) { return sums[static_cast<size_t>(h * stride + key)]; }
+
+  int heads;
+  int planes;
+  int blocks;
+  int symbols;
+  int stride;
+  Aligned<uint8_t> codes;
+  Aligned<int16_t> sums;
+  std::vector<ScanHead> scan_heads;
+};
+
+TEST_P(LadderScanTest, EstimatesAndWeightsMatchTheReference) {
+  for (const int heads : {1, 3, 6}) {
+    for (const int planes : {1, 2}) {
+      Scan scan(heads, 128, planes, 3);
+      scan.scan_heads[0].centre = 300.0F;  // the exponent is clamped
+      const int stride = 200;
+      std::vector<float> estimates(static_cast<size_t>(heads * stride));
+      std::vector<float> weights(static_cast<size_t>(heads * stride));
+      std::vector<float> alone(static_cast<size_t>(heads * stride));
+      EstimateScores(scan.sums.data(), scan.stride, scan.codes.data(), 3, scan.symbols, planes,
+                     scan.scan_heads.data(), heads, estimates.data(), stride, weights.data());
+      EstimateScores(scan.sums.data(), scan.stride, scan.codes.data(), 3, scan.symbols, planes,
+                     scan.scan_heads.data(), heads, alone.data(), stride, nullptr);
+      EXPECT_EQ(estimates, alone);
+      for (int h = 0; h < heads; ++h) {
+        const ScanHead& head = scan.scan_heads[static_cast<size_t>(h)];
+        for (int key = 0; key < 192; ++key) {
+          const auto at = static_cast<size_t>(h * stride + key);
+          const double estimate = reference::Estimate(head, scan.Gain(key), scan.Sum(h, key));
+          const double weight = reference::Weight(head, scan.Gain(key), estimate);
+          ASSERT_NEAR(static_cast<double>(estimates[at]), estimate,
+                      1e-5 * std::max(1.0, std::abs(estimate)));
+          ASSERT_NEAR(static_cast<double>(weights[at]), weight, 1e-3 * weight) << h << ' ' << key;
+        }
+      }
+    }
+  }
+}
+
+TEST_P(LadderScanTest, SelectionAgreesWithEstimates) {
+  for (const int heads : {1, 3, 4, 6, 7, 16, 64}) {
+    for (const int planes : {1, 2}) {
+      const int blocks = 5;
+      Scan scan(heads, 64, planes, blocks);
+      for (ScanHead& head : scan.scan_heads) {
+        if (heads > 8) head.threshold += 0.8F;
+      }
+      const int stride = blocks * 64;
+      std::vector<float> estimates(static_cast<size_t>(heads * stride));
+      std::vector<float> weights(static_cast<size_t>(heads * stride));
+      EstimateScores(scan.sums.data(), scan.stride, scan.codes.data(), blocks, scan.symbols, planes,
+                     scan.scan_heads.data(), heads, estimates.data(), stride, weights.data());
+      std::vector<uint32_t> chosen(static_cast<size_t>(blocks * 64), 999999);
+      std::vector<float> block_weights(static_cast<size_t>(heads * 8), -1.0F);
+      const int count = SelectAndWeigh(scan.sums.data(), scan.stride, scan.codes.data(), blocks,
+                                       scan.symbols, planes, scan.scan_heads.data(), heads,
+                                       3000000000U, chosen.data(), block_weights.data(), 8);
+      std::vector<uint32_t> expected;
+      std::vector<double> expected_weights(static_cast<size_t>(heads * 8), -1.0);
+      for (int h = 0; h < heads; ++h) std::fill_n(expected_weights.begin() + h * 8, blocks, 0.0);
+      for (int key = 0; key < blocks * 64; ++key) {
+        bool is_chosen = false;
+        for (int h = 0; h < heads; ++h) {
+          is_chosen = is_chosen || estimates[static_cast<size_t>(h * stride + key)] >
+                                       scan.scan_heads[static_cast<size_t>(h)].threshold;
+        }
+        if (is_chosen) expected.push_back(3000000000U + static_cast<uint32_t>(key));
+        for (int h = 0; h < heads && !is_chosen; ++h) {
+          expected_weights[static_cast<size_t>(h * 8 + key / 64)] +=
+              static_cast<double>(weights[static_cast<size_t>(h * stride + key)]);
+        }
+      }
+      chosen.resize(static_cast<size_t>(count));
+      EXPECT_THAT(chosen, testing::ElementsAreArray(expected));
+      EXPECT_GT(count, 0);
+      EXPECT_LT(count, blocks * 64);
+      for (size_t i = 0; i < expected_weights.size(); ++i) {
+        EXPECT_NEAR(static_cast<double>(block_weights[i]), expected_weights[i],
+                    1e-5 * std::abs(expected_weights[i]))
+            << i;
+      }
+    }
+  }
+}
+
+TEST_P(LadderScanTest, AllNoneAndAbsentKeys) {
+  Scan scan(2, 128, 1, 2);
+  std::vector<uint32_t> chosen(128);
+  std::vector<float> weights(4, -1.0F);
+  const auto select = [&] {
+    return SelectAndWeigh(scan.sums.data(), scan.stride, scan.codes.data(), 2, scan.symbols, 1,
+                          scan.scan_heads.data(), 2, 10, chosen.data(), weights.data(), 2);
+  };
+  scan.scan_heads[0].threshold = scan.scan_heads[1].threshold = kInfinity;
+  EXPECT_EQ(select(), 0);
+  EXPECT_THAT(weights, testing::Each(testing::Gt(0.0F)));
+  scan.scan_heads[1].threshold = -kInfinity;
+  EXPECT_EQ(select(), 128);
+  for (uint32_t i = 0; i < 128; ++i) EXPECT_EQ(chosen[i], 10 + i);
+  EXPECT_THAT(weights, testing::Each(0.0F));
+  // A key with gain 0 estimates as its centre, without correction.
+  const int offset = ScanGainOffset(scan.symbols, 1);
+  std::fill_n(scan.codes.data() + offset, 128, uint8_t{0});
+  scan.scan_heads[1].threshold = kInfinity;
+  EXPECT_EQ(select(), 0);
+  for (size_t h = 0; h < 2; ++h) {
+    const double centre = static_cast<double>(scan.scan_heads[h].centre);
+    EXPECT_NEAR(static_cast<double>(weights[2 * h]), 64.0 * std::exp(centre - 1.0), 0.1);
+  }
+}
+
+}  // namespace
+}  // namespace kvseek::kernels
