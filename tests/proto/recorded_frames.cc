@@ -1,0 +1,395 @@
+#include "tests/proto/recorded_frames.h"
+
+#include <algorithm>
+#include <bit>
+#include <fstream>
+#include <iterator>
+#include <limits>
+#include <utility>
+
+#include "proto/kvseek.pb.h"
+#include "proto/status_code.h"
+#include "tests/proto/messages.h"
+
+namespace kvseek::proto {
+namespace {
+
+static_assert(std::endian::native == std::endian::little, "tensors are written as they lie");
+
+constexpr uint64_t kBootId = 0x0123456789abcdefU;
+
+// Model of all recorded frames: 2 KV heads of 2 query heads, key_dim 8, value_dim 16.
+constexpr uint32_t kKvHeads = 2;
+constexpr uint32_t kQueryHeads = 4;
+constexpr uint32_t kKeyDim = 8;
+constexpr uint32_t kValueDim = 16;
+
+class PayloadWriter {
+ public:
+  template <typename T>
+  PayloadWriter& Part(const std::vector<T>& tensor) {
+    const size_t bytes = tensor.size() * sizeof(T);
+    const size_t offset = layout_.Add(bytes);
+    payload_.resize(layout_.bytes());
+    const auto* begin = reinterpret_cast<const uint8_t*>(tensor.data());
+    std::copy(begin, begin + bytes, payload_.begin() + static_cast<ptrdiff_t>(offset));
+    return *this;
+  }
+  // Elements first, first + 1, ... as bf16: exact for these small numbers.
+  PayloadWriter& Bf16(size_t count, int first) {
+    std::vector<uint16_t> tensor;
+    for (const float value : Ramp(count, first)) {
+      tensor.push_back(static_cast<uint16_t>(std::bit_cast<uint32_t>(value) >> 16));
+    }
+    return Part(tensor);
+  }
+  PayloadWriter& Fp32(size_t count, int first) { return Part(Ramp(count, first)); }
+  std::vector<uint8_t> Take() { return std::move(payload_); }
+
+ private:
+  static std::vector<float> Ramp(size_t count, int first) {
+    std::vector<float> tensor(count);
+    for (size_t i = 0; i < count; ++i) tensor[i] = static_cast<float>(first + static_cast<int>(i));
+    return tensor;
+  }
+  PayloadLayout layout_;
+  std::vector<uint8_t> payload_;
+};
+
+class Recorder {
+ public:
+  template <typename M>
+  RecordedFrame& Request(const char* name, Op op, M message, std::vector<uint8_t> payload = {}) {
+    RecordedFrame& frame = Add(name, op, std::make_unique<M>(std::move(message)));
+    frame.header.time_left_us = 250000;
+    frame.payload = std::move(payload);
+    return frame;
+  }
+  template <typename M>
+  RecordedFrame& Response(const char* name, Op op, M message, std::vector<uint8_t> payload = {}) {
+    RecordedFrame& frame = Add(name, op, std::make_unique<M>(std::move(message)));
+    frame.header.flags = kFlagResponse;
+    frame.payload = std::move(payload);
+    return frame;
+  }
+  RecordedFrame& Add(const char* name, Op op, std::unique_ptr<google::protobuf::Message> message) {
+    RecordedFrame& frame = frames_.emplace_back();
+    frame.name = name;
+    frame.header.op = op;
+    frame.header.request_id = 0x0a00 + static_cast<uint64_t>(op);
+    frame.message = std::move(message);
+    return frame;
+  }
+  std::vector<RecordedFrame> Take() { return std::move(frames_); }
+
+ private:
+  std::vector<RecordedFrame> frames_;
+};
+
+void SetSession(uint64_t id, SessionRef* session) {
+  session->set_boot_id(kBootId);
+  session->set_session_id(id);
+}
+
+void SetShape(ModelShape* shape) {
+  shape->set_layers(3);
+  shape->set_kv_heads(kKvHeads);
+  shape->set_query_heads(kQueryHeads);
+  shape->set_key_dim(kKeyDim);
+  shape->set_value_dim(kValueDim);
+  shape->set_dtype(DTYPE_BF16);
+  shape->set_softmax_scale(0.25F);
+}
+
+void SetOptions(SearchOptions* options) {
+  options->set_index(INDEX_LADDER);
+  options->set_candidates(2048);
+  options->set_exact_rows(0);
+  options->set_audit_samples(64);
+  options->set_seed(0xfedcba9876543210U);
+}
+
+// Two sessions; the first asks with two tokens of different ends.
+template <typename M>
+void AddItems(M& request) {
+  QueryItem* item = request.add_items();
+  SetSession(7, item->mutable_session());
+  item->set_layer(2);
+  item->set_tokens(2);
+  item->set_range_begin(16);
+  item->add_range_end(70000);
+  item->add_range_end(70001);
+  item = request.add_items();
+  SetSession(8, item->mutable_session());
+  item->set_layer(2);
+  item->set_tokens(1);
+}
+
+template <typename M>
+void AddReport(uint64_t scanned, M& response) {
+  Report* report = response.add_reports();
+  report->set_keys_scanned(scanned);
+  report->set_keys_fine(4096);
+  report->set_keys_exact(640);
+  report->set_bytes_touched(scanned * 34 + 1);
+  for (const float missed : {0.125F, 0.0625F}) {
+    report->add_missed_mass(missed);
+    report->add_missed_low(missed / 2);
+    report->add_missed_high(missed * 2);
+  }
+  report->set_index(INDEX_LADDER);
+}
+
+void SetError(const absl::Status& status, Error* error) { *error = ToError(status); }
+
+void RecordHello(Recorder& recorder) {
+  HelloRequest request;
+  request.set_version_min(1);
+  request.set_version_max(3);
+  request.add_features("rows");
+  request.set_token("s3cret");
+  request.set_client("kvseek/0.1.0");
+  recorder.Request("hello_request", Op::kHello, request);
+
+  HelloResponse response;
+  response.set_version(1);
+  response.set_boot_id(kBootId);
+  response.set_server("kvseekd/0.1.0");
+  response.set_simd_level("avx3_dl");
+  Limits* limits = response.mutable_limits();
+  limits->set_metadata_bytes_max(1U << 20);
+  limits->set_payload_bytes_max(256U << 20);
+  limits->set_batch_items_max(256);
+  limits->set_inflight_requests_max(256);
+  limits->set_lease_ms_max(86400000);
+  recorder.Response("hello_response", Op::kHello, response);
+}
+
+void RecordSessions(Recorder& recorder) {
+  OpenSessionRequest open;
+  SetShape(open.mutable_shape());
+  open.set_lease_ms(60000);
+  open.set_scan_bits(2);
+  open.set_tokens_expected(131072);
+  open.set_name("caf\xc3\xa9");
+  recorder.Request("open_session_request", Op::kOpenSession, open);
+  OpenSessionResponse opened;
+  SetSession(7, opened.mutable_session());
+  opened.set_lease_ms(60000);
+  recorder.Response("open_session_response", Op::kOpenSession, opened);
+
+  ForkRequest fork;
+  SetSession(7, fork.mutable_session());
+  fork.set_tokens(0);
+  fork.set_lease_ms(1000);
+  fork.set_name("branch");
+  recorder.Request("fork_request", Op::kFork, fork);
+  ForkResponse forked;
+  SetSession(9, forked.mutable_session());
+  forked.set_lease_ms(1000);
+  recorder.Response("fork_response", Op::kFork, forked);
+
+  TruncateRequest truncate;
+  SetSession(7, truncate.mutable_session());
+  truncate.set_tokens(1024);
+  recorder.Request("truncate_request", Op::kTruncate, truncate);
+  recorder.Response("truncate_response", Op::kTruncate, TruncateResponse());
+
+  CloseSessionRequest close;
+  SetSession(7, close.mutable_session());
+  recorder.Request("close_session_request", Op::kCloseSession, close);
+  recorder.Response("close_session_response", Op::kCloseSession, CloseSessionResponse());
+}
+
+void RecordAppend(Recorder& recorder) {
+  AppendRequest request;
+  SetSession(7, request.mutable_session());
+  request.set_layer(1);
+  request.set_start(4096);
+  request.set_tokens(3);
+  recorder.Request("append_request", Op::kAppend, request,
+                   PayloadWriter()
+                       .Bf16(size_t{3} * kKvHeads * kKeyDim, 1)
+                       .Bf16(size_t{3} * kKvHeads * kValueDim, -96)
+                       .Take());
+  AppendResponse response;
+  response.set_tokens_held(4099);
+  recorder.Response("append_response", Op::kAppend, response);
+}
+
+void RecordAttend(Recorder& recorder) {
+  AttendRequest request;
+  AddItems(request);
+  SetOptions(request.mutable_options());
+  request.mutable_options()->set_list_read(true);
+  request.set_query_dtype(DTYPE_FP32);
+  recorder.Request("attend_request", Op::kAttend, request,
+                   PayloadWriter()
+                       .Fp32(size_t{2} * kQueryHeads * kKeyDim, 1)
+                       .Fp32(size_t{1} * kQueryHeads * kKeyDim, 1000)
+                       .Take());
+
+  // (item 0, token 0), (item 0, token 1), (item 1, token 0), each with two KV heads.
+  AttendResponse response;
+  for (const uint32_t count : {2, 0, 1, 3, 0, 0}) {
+    AddReport(70000 + count, response);
+    response.add_position_counts(count);
+  }
+  recorder.Response("attend_response", Op::kAttend, response,
+                    PayloadWriter()
+                        .Fp32(size_t{2} * kQueryHeads * kValueDim, -64)
+                        .Part(std::vector<float>{0.5F, 1.5F, -2.0F, 3.0F, 4.0F, 5.0F, 6.0F, 7.0F})
+                        .Fp32(size_t{1} * kQueryHeads * kValueDim, 500)
+                        .Part(std::vector<float>(4, -std::numeric_limits<float>::infinity()))
+                        .Part(std::vector<int64_t>{16, 99, 17, 18, 20, 70000})
+                        .Take());
+}
+
+void RecordTopK(Recorder& recorder) {
+  TopKRequest request;
+  AddItems(request);
+  SetOptions(request.mutable_options());
+  request.set_query_dtype(DTYPE_BF16);
+  request.set_k(2);
+  request.set_with_rows(true);
+  request.set_with_state(true);
+  recorder.Request("top_k_request", Op::kTopK, request,
+                   PayloadWriter()
+                       .Bf16(size_t{2} * kQueryHeads * kKeyDim, 1)
+                       .Bf16(size_t{1} * kQueryHeads * kKeyDim, 64)
+                       .Take());
+
+  TopKResponse response;
+  for (const uint32_t count : {2, 2, 2, 2, 1, 1}) {
+    AddReport(70000, response);
+    response.add_position_counts(count);
+  }
+  recorder.Response("top_k_response", Op::kTopK, response,
+                    PayloadWriter()
+                        .Part(std::vector<int64_t>{16, 17, 40, 69999, 20, 21, 22, 70000, 0, 0})
+                        .Bf16(size_t{8} * kKeyDim, 1)
+                        .Bf16(size_t{2} * kKeyDim, 100)
+                        .Bf16(size_t{8} * kValueDim, -128)
+                        .Bf16(size_t{2} * kValueDim, 200)
+                        .Fp32(size_t{2} * kQueryHeads * kValueDim, -64)
+                        .Fp32(size_t{2} * kQueryHeads, 0)
+                        .Fp32(size_t{1} * kQueryHeads * kValueDim, 300)
+                        .Fp32(size_t{1} * kQueryHeads, 10)
+                        .Take());
+}
+
+void RecordFetchRows(Recorder& recorder) {
+  FetchRowsRequest request;
+  SetSession(7, request.mutable_session());
+  request.set_layer(2);
+  request.set_kv_head(1);
+  request.set_count(2);
+  recorder.Request("fetch_rows_request", Op::kFetchRows, request,
+                   PayloadWriter().Part(std::vector<int64_t>{5, 70000}).Take());
+  recorder.Response(
+      "fetch_rows_response", Op::kFetchRows, FetchRowsResponse(),
+      PayloadWriter().Bf16(size_t{2} * kKeyDim, 1).Bf16(size_t{2} * kValueDim, 32).Take());
+}
+
+void RecordObservation(Recorder& recorder) {
+  StatsRequest stats;
+  stats.set_with_sessions(true);
+  recorder.Request("stats_request", Op::kStats, stats);
+  StatsResponse found;
+  found.set_uptime_ms(123456789);
+  found.set_memory_used_bytes(uint64_t{5} << 30);
+  found.set_memory_limit_bytes(uint64_t{64} << 30);
+  found.set_sessions_open(1);
+  found.set_connections_open(2);
+  found.set_queue_depth(3);
+  found.set_queue_limit(1024);
+  found.set_workers(16);
+  (*found.mutable_counters())["requests"] = 1000;
+  (*found.mutable_counters())["errors"] = 4;
+  SessionInfo* session = found.add_sessions();
+  SetSession(7, session->mutable_session());
+  session->set_name("caf\xc3\xa9");
+  SetShape(session->mutable_shape());
+  for (const uint64_t tokens : {4099, 4099, 4096}) session->add_tokens(tokens);
+  session->set_bytes(9000000);
+  session->set_idle_ms(12);
+  session->set_lease_ms(60000);
+  session->set_scan_bits(2);
+  found.set_simd_level("avx3_dl");
+  recorder.Response("stats_response", Op::kStats, found);
+
+  recorder.Request("health_request", Op::kHealth, HealthRequest());
+  HealthResponse health;
+  health.set_serving(true);
+  recorder.Response("health_response", Op::kHealth, health);
+
+  CancelRequest cancel;
+  cancel.set_request_id(0x0a04);
+  recorder.Request("cancel_request", Op::kCancel, cancel);
+  recorder.Response("cancel_response", Op::kCancel, CancelResponse());
+}
+
+void RecordErrors(Recorder& recorder) {
+  Error error;
+  SetError(FieldError(absl::StatusCode::kInvalidArgument, "items[1].layer", "3, of 3"), &error);
+  recorder.Response("error_invalid_argument", Op::kTopK, error).header.flags |= kFlagError;
+  SetError(Exhausted("queue", "1024 requests are waiting", 50), &error);
+  recorder.Response("error_resource_exhausted", Op::kAttend, error).header.flags |= kFlagError;
+}
+
+// What a later version may send: more fields of every wire type, more flags, more operations.
+void RecordLaterVersions(Recorder& recorder) {
+  const std::string unknown =
+      std::string("\xc0\x3e\x96\x01") +                              // field 1000: varint 150
+      std::string("\xc9\x3e\x01\x02\x03\x04\x05\x06\x07\x08", 10) +  // field 1001: 8 bytes
+      std::string("\xd2\x3e\x05later") +                             // field 1002: a string
+      std::string("\xdd\x3e\x00\x00\x80\x3f", 6);                    // field 1003: 4 bytes
+  FetchRowsRequest request;
+  SetSession(7, request.mutable_session());
+  request.set_count(1);
+  RecordedFrame& fetch = recorder.Request("later_fetch_rows_request", Op::kFetchRows, request,
+                                          PayloadWriter().Part(std::vector<int64_t>{3}).Take());
+  fetch.unknown = unknown;
+  fetch.header.flags |= 0xfffc;
+
+  AppendResponse response;
+  response.set_tokens_held(12);
+  RecordedFrame& append = recorder.Response("later_append_response", Op::kAppend, response,
+                                            PayloadWriter().Fp32(3, 1).Take());
+  append.unknown = unknown;
+  append.header.flags |= 0x8000;
+
+  RecordedFrame& op = recorder.Add("later_op_request", static_cast<Op>(200), nullptr);
+  op.unknown = unknown;
+  op.payload = PayloadWriter().Fp32(20, 1).Take();
+}
+
+}  // namespace
+
+std::vector<RecordedFrame> RecordedFrames() {
+  Recorder recorder;
+  RecordHello(recorder);
+  RecordSessions(recorder);
+  RecordAppend(recorder);
+  RecordAttend(recorder);
+  RecordTopK(recorder);
+  RecordFetchRows(recorder);
+  RecordObservation(recorder);
+  RecordErrors(recorder);
+  RecordLaterVersions(recorder);
+  return recorder.Take();
+}
+
+std::string EncodeRecorded(const RecordedFrame& frame) {
+  const std::string known = frame.message == nullptr ? std::string() : Serialize(*frame.message);
+  return EncodeFrame(frame.header, known + frame.unknown, frame.payload);
+}
+
+std::string FixtureFolder() { return KVSEEK_SOURCE_DIR "/tests/proto/fixtures"; }
+
+std::string ReadFile(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+}
+
+}  // namespace kvseek::proto
