@@ -1,0 +1,135 @@
+// What every index does: answer one group of query heads over one head cache.
+//
+// Who calls it: the service's request handler, `kvseek eval` and the tests. An index owns no keys;
+// it reads them through a KvView. One search is one query token of one KV head. It is planned once,
+// cut into pieces that any threads may run in any order, and finished once:
+//
+//   std::unique_ptr<SearchPlan> plan = index.Plan(view, query, options, scratch);
+//   for (int i = 0; i < plan->pieces(); ++i) plan->Run(i, scratch);   // in parallel, each with its
+//   worker's scratch SearchResult result = plan->Finish(scratch);
+//
+// The cut depends on the range and the options only, and results of pieces are merged in their
+// order: the same search gives the same bits at the same SIMD level, however many threads run it.
+#ifndef KVSEEK_INDEX_KEY_INDEX_H_
+#define KVSEEK_INDEX_KEY_INDEX_H_
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "absl/strings/string_view.h"
+#include "absl/types/span.h"
+#include "index/scratch.h"
+#include "index/segment.h"
+
+namespace kvseek::index {
+
+inline constexpr int kMaxGroup = 64;            ///< query heads that share a KV head
+inline constexpr int kMaxK = 1 << 16;           ///< keys that one TopK may ask for
+inline constexpr int kMaxCandidates = 1 << 20;  ///< candidates that one search may ask for
+inline constexpr int kMaxExactRows = 1 << 16;   ///< exact rows a head that one search may ask for
+inline constexpr int kMaxAuditSamples = 4096;   ///< audit samples a head
+inline constexpr int64_t kExactBelowTokens = 8192;  ///< `auto` answers shorter ranges exactly
+
+/// Rows after the last segment; a chunk holds up to kTailChunkTokens, and all but the last are
+/// full.
+struct TailChunkView {
+  const uint16_t* keys = nullptr;
+  const uint16_t* values = nullptr;
+  int tokens = 0;
+};
+
+/// A consistent look at one head cache: positions 0 .. tokens()-1. Owns nothing; what it points at
+/// must outlive the search.
+struct KvView {
+  KvShape shape;
+  absl::Span<const std::shared_ptr<const Segment>> segments;
+  absl::Span<const TailChunkView> tail;
+
+  int64_t SealedTokens() const { return static_cast<int64_t>(segments.size()) * kSegmentTokens; }
+  int64_t Tokens() const {
+    int64_t tokens = SealedTokens();
+    for (const TailChunkView& chunk : tail) tokens += chunk.tokens;
+    return tokens;
+  }
+};
+
+/// One query token of one group.
+struct SearchQuery {
+  const float* queries = nullptr;  ///< (group, key_dim) fp32, not scaled
+  int group = 0;                   ///< 1..kMaxGroup
+  int64_t begin = 0;  ///< range of positions that the token may see: 0 <= begin <= end <= Tokens()
+  int64_t end = 0;
+};
+
+struct SearchOptions {
+  /// Attend (k < 0): the attention state over the whole range. TopK (k >= 0): the k keys of the
+  /// group with the largest softmax weight in any of its heads, and the state of all others; fewer
+  /// if the range has fewer.
+  int k = -1;
+  int candidates = 4096;  ///< ladder: keys of the group read at 4 bits, about; 1..kMaxCandidates
+  int exact_rows = 64;    ///< ladder: keys of each head read exactly; 0..kMaxExactRows
+  int audit_samples =
+      0;  ///< ladder: unread keys of each head sampled for the report's interval; 0: no audit
+  uint64_t seed = 0;       ///< of sampling
+  bool list_read = false;  ///< Attend: list the keys read at 4 bits or better in `positions`
+};
+
+/// What an answer says of itself.
+struct SearchReport {
+  int64_t keys_scanned = 0;  ///< keys of which at least a scan code or an exact row was read
+  int64_t keys_fine = 0;     ///< keys of the group read at 4 bits
+  int64_t keys_exact = 0;    ///< exact rows read for the answer, tail and range edges included
+  int64_t bytes_touched =
+      0;  ///< of codes, factors and rows read for the answer (an audit's own reads are not counted)
+  /// (group) estimated missed mass: the softmax mass within the range of keys not read at 4 bits or
+  /// better (Attend) or not returned (TopK). With an audit it is corrected and low/high are the
+  /// ends of a 95 % interval; without, they equal it.
+  std::vector<float> missed_mass;
+  std::vector<float> missed_low;
+  std::vector<float> missed_high;
+};
+
+struct SearchResult {
+  std::vector<float>
+      out;  ///< (group, value_dim): state of the range, for TopK of what is not in `positions`
+  std::vector<float> lse;          ///< (group)
+  std::vector<int64_t> positions;  ///< ascending; TopK: the keys chosen; Attend: see list_read
+  SearchReport report;
+};
+
+/// One search under way. Thread-safe as described at the top of the file.
+class SearchPlan {
+ public:
+  virtual ~SearchPlan() = default;
+  virtual int pieces() const = 0;
+  /// Runs piece `piece`, each exactly once.
+  virtual void Run(int piece, Scratch& scratch) = 0;
+  /// After all pieces, exactly once.
+  virtual SearchResult Finish(Scratch& scratch) = 0;
+};
+
+/// Immutable; any number of threads may use one at once.
+class KeyIndex {
+ public:
+  virtual ~KeyIndex() = default;
+  virtual absl::string_view name() const = 0;
+  /// REQUIRES: view, query and options within the limits above; the service checks what comes from
+  /// outside. view's targets and query.queries must outlive the plan.
+  virtual std::unique_ptr<SearchPlan> Plan(const KvView& view, const SearchQuery& query,
+                                           const SearchOptions& options,
+                                           Scratch& scratch) const = 0;
+  /// Plans, runs and finishes in the calling thread.
+  SearchResult Search(const KvView& view, const SearchQuery& query, const SearchOptions& options,
+                      Scratch& scratch) const;
+};
+
+/// Every key of the range exactly: reference, short ranges, audits.
+const KeyIndex& ExactIndex();
+/// The precision ladder (docs/architecture.md): scan codes for all, 4 bits for candidates, exact
+/// rows for the best, an estimate for the rest.
+const KeyIndex& LadderIndex();
+
+}  // namespace kvseek::index
+
+#endif  // KVSEEK_INDEX_KEY_INDEX_H_

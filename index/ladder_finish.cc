@@ -1,0 +1,197 @@
+// Putting a ladder search together: merge, exact rows or the returned keys, report.
+#include <algorithm>
+#include <cmath>
+
+#include "index/ladder_audit.h"
+#include "index/ladder_plan.h"
+#include "kernels/cpu/attention.h"
+
+namespace kvseek::index {
+namespace {
+
+using kernels::kScanBlock;
+
+/// Scores of head `head` of all keys.
+std::vector<float> HeadScores(const ScoredKeys& keys, int head, int group) {
+  std::vector<float> scores(keys.positions.size());
+  for (size_t i = 0; i < scores.size(); ++i) scores[i] = keys.Scores(i, group)[head];
+  return scores;
+}
+
+}  // namespace
+
+SearchResult LadderPlan::Finish(Scratch& scratch) {
+  OwnedState state(group_, view_.shape.value_dim);
+  ScoredKeys candidates;
+  kernels::MergeState(state.view(), exact_state_.view());
+  for (const Piece& piece : pieces_) {
+    kernels::MergeState(state.view(), piece.state.view());
+    candidates.Append(piece.candidates);
+  }
+  SearchResult result;
+  if (options_.k >= 0) {
+    TakeTopK(candidates, state, result, scratch);
+  } else {
+    RefineBest(candidates, state, scratch);
+    ReportMissed(state.Lse(), candidates, result.report, scratch);
+    if (options_.list_read) {
+      for (int64_t p = query_.begin; p < first_block_ * kScanBlock && p < query_.end; ++p) {
+        result.positions.push_back(p);
+      }
+      result.positions.insert(result.positions.end(), candidates.positions.begin(),
+                              candidates.positions.end());
+      const int64_t ladder_end = std::max(query_.begin, last_block_ * kScanBlock);
+      for (int64_t p = ladder_end; p < query_.end; ++p) result.positions.push_back(p);
+    }
+  }
+  ReportReads(candidates, result.report);
+  result.out.resize(static_cast<size_t>(group_) * static_cast<size_t>(view_.shape.value_dim));
+  result.lse.resize(static_cast<size_t>(group_));
+  kernels::FinishState(state.view(), result.out.data(), result.lse.data());
+  return result;
+}
+
+void LadderPlan::RefineBest(const ScoredKeys& candidates, OwnedState& state, Scratch& scratch) {
+  std::vector<bool> read(candidates.positions.size());
+  for (int h = 0; h < group_; ++h) {
+    const std::vector<uint32_t> picks =
+        BestIndices(HeadScores(candidates, h, group_), options_.exact_rows);
+    if (picks.empty()) continue;
+    scratch.Reset();
+    const auto count = static_cast<int>(picks.size());
+    auto* keys = scratch.Take<const uint16_t*>(picks.size());
+    auto* values = scratch.Take<const uint16_t*>(picks.size());
+    auto* scores = scratch.Take<float>(picks.size());
+    for (size_t i = 0; i < picks.size(); ++i) {
+      const RowPointers row = FindRow(view_, candidates.positions[picks[i]]);
+      keys[i] = row.key;
+      values[i] = row.value;
+      read[picks[i]] = true;
+    }
+    const float* query = scaled_.get() + static_cast<ptrdiff_t>(h) * view_.shape.key_dim;
+    kernels::ScoreGathered(query, 1, keys, view_.shape.dtype, count, view_.shape.key_dim, scores,
+                           count);
+    OwnedState exact(1, view_.shape.value_dim);
+    kernels::AccumulateScoredGathered(scores, count, values, view_.shape.dtype, count,
+                                      exact.view());
+    OwnedState fine(1, view_.shape.value_dim);
+    AddFine(candidates, picks, h, fine.view(), scratch);
+    const kernels::GroupState head = HeadState(state.view(), h);
+    kernels::MergeState(head, exact.view());
+    SubtractState(head, fine.view());
+  }
+  exact_rows_read_ = std::count(read.begin(), read.end(), true);
+}
+
+void LadderPlan::TakeTopK(const ScoredKeys& candidates, OwnedState& state, SearchResult& result,
+                          Scratch& scratch) {
+  const std::vector<float> lse = state.Lse();
+  ScoredKeys keys = candidates;
+  keys.Append(exact_keys_);
+  const std::vector<uint32_t> best = BestIndices(GroupScores(keys, lse), options_.k);
+  std::vector<uint32_t> fine;   // indices into candidates
+  std::vector<uint32_t> exact;  // indices into exact_keys_
+  const auto split = static_cast<uint32_t>(candidates.positions.size());
+  for (const uint32_t i : best) {
+    result.positions.push_back(keys.positions[i]);
+    if (i < split) {
+      fine.push_back(i);
+    } else {
+      exact.push_back(i - split);
+    }
+  }
+  std::sort(result.positions.begin(), result.positions.end());
+
+  OwnedState returned(group_, view_.shape.value_dim);
+  AddFine(candidates, fine, 0, returned.view(), scratch);
+  scratch.Reset();
+  const auto count = static_cast<int>(exact.size());
+  auto* scores = scratch.Take<float>(static_cast<size_t>(group_) * exact.size());
+  auto* values = scratch.Take<const uint16_t*>(exact.size());
+  for (size_t i = 0; i < exact.size(); ++i) {
+    values[i] = FindRow(view_, exact_keys_.positions[exact[i]]).value;
+    for (int h = 0; h < group_; ++h) {
+      scores[static_cast<size_t>(h) * exact.size() + i] = exact_keys_.Scores(exact[i], group_)[h];
+    }
+  }
+  kernels::AccumulateScoredGathered(scores, count, values, view_.shape.dtype, count,
+                                    returned.view());
+  if (static_cast<int64_t>(best.size()) == query_.end - query_.begin) {
+    kernels::ResetState(state.view());
+  } else {
+    SubtractState(state.view(), returned.view());
+  }
+  const std::vector<float> rest = state.Lse();
+  for (size_t h = 0; h < rest.size(); ++h) {
+    const float missed = std::isfinite(lse[h]) ? std::exp(rest[h] - lse[h]) : 0.0F;
+    result.report.missed_mass.push_back(missed);
+  }
+  result.report.missed_low = result.report.missed_mass;
+  result.report.missed_high = result.report.missed_mass;
+}
+
+void LadderPlan::AddFine(const ScoredKeys& candidates, absl::Span<const uint32_t> picks, int head,
+                         const kernels::GroupState& state, Scratch& scratch) const {
+  const int record_bytes = kernels::FineRecordBytes(padded_dim_, view_.shape.value_dim);
+  const auto group = static_cast<size_t>(state.group);
+  auto* chosen = scratch.Take<uint32_t>(kSegmentTokens);
+  auto* scores = scratch.Take<float>(group * kSegmentTokens);
+  for (size_t i = 0; i < picks.size();) {
+    const int64_t segment = candidates.positions[picks[i]] / kSegmentTokens;
+    int count = 0;
+    for (; i < picks.size() && candidates.positions[picks[i]] / kSegmentTokens == segment; ++i) {
+      chosen[count] = static_cast<uint32_t>(candidates.positions[picks[i]] % kSegmentTokens);
+      for (size_t h = 0; h < group; ++h) {
+        scores[h * kSegmentTokens + static_cast<size_t>(count)] =
+            candidates.Scores(picks[i], group_)[static_cast<size_t>(head) + h];
+      }
+      ++count;
+    }
+    const Segment& codes = *view_.segments[static_cast<size_t>(segment)];
+    kernels::AccumulateFine(codes.fine_records(), record_bytes,
+                            kernels::FineValueOffset(padded_dim_), codes.fine_factors(), chosen,
+                            count, scores, kSegmentTokens, state);
+  }
+}
+
+void LadderPlan::ReportMissed(absl::Span<const float> lse, const ScoredKeys& candidates,
+                              SearchReport& report, Scratch& scratch) const {
+  for (int h = 0; h < group_; ++h) {
+    const auto i = static_cast<size_t>(h);
+    float rest = 0.0F;
+    for (const Piece& piece : pieces_) rest += piece.rest[i];
+    // Masses relative to exp(reference).
+    const float all = std::isfinite(lse[i]) ? std::exp(lse[i] - reference_[i]) : 0.0F;
+    const float read = std::max(all - rest, 0.0F);
+    const auto share = [read](float missed) {
+      return missed > 0.0F ? missed / (read + missed) : 0.0F;
+    };
+    RestRatio ratio;
+    if (options_.audit_samples > 0 && rest > 0.0F) {
+      ratio = LadderAudit::Sample(*this, candidates, h, scratch);
+    }
+    report.missed_mass.push_back(share(rest * ratio.mean));
+    report.missed_low.push_back(share(rest * ratio.low));
+    report.missed_high.push_back(share(rest * ratio.high));
+  }
+}
+
+void LadderPlan::ReportReads(const ScoredKeys& candidates, SearchReport& report) const {
+  const KvShape& shape = view_.shape;
+  const int64_t blocks = last_block_ - first_block_;
+  const auto fine = static_cast<int64_t>(candidates.positions.size());
+  const auto row_bytes = static_cast<int64_t>(shape.KeyRowBytes() + shape.ValueRowBytes());
+  report.keys_scanned = query_.end - query_.begin;
+  report.keys_fine = fine;
+  report.keys_exact = exact_tokens_ + exact_rows_read_;
+  report.bytes_touched =
+      (blocks + sampled_blocks_) * kernels::ScanBlockBytes(symbols_, shape.scan_bits) +
+      blocks * static_cast<int64_t>(shape.ValueRowBytes()) +
+      static_cast<int64_t>(centre_scores_.size()) / group_ * shape.key_dim *
+          static_cast<int64_t>(sizeof(float)) +
+      fine * static_cast<int64_t>(kernels::FineRecordBytes(padded_dim_, shape.value_dim) +
+                                  sizeof(kernels::FineFactors)) +
+      report.keys_exact * row_bytes;
+}
+
+}  // namespace kvseek::index

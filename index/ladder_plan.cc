@@ -1,0 +1,229 @@
+#include "index/ladder_plan.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "kernels/cpu/attention.h"
+#include "kernels/cpu/prefetch.h"
+#include "kernels/cpu/reduce.h"
+#include "kernels/cpu/rotation.h"
+#include "kernels/cpu/threshold.h"
+
+namespace kvseek::index {
+namespace {
+
+using kernels::kScanBlock;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+// The sample that sets the threshold: one block in kSampleStride, but at least kSampleBlocksMin.
+constexpr int64_t kSampleStride = 16;
+constexpr int64_t kSampleBlocksMin = 64;
+// One part in so many of the candidates is each head's own. Without it, heads with much noise or
+// little mass left in the range find few of their best keys; a larger share changes little.
+constexpr int64_t kHeadShare = 8;
+
+/// Block numbers of the sample: evenly spread, the first and the last always among them.
+std::vector<int64_t> SampleBlocks(int64_t first, int64_t last) {
+  const int64_t blocks = last - first;
+  const int64_t wanted = std::min(blocks, std::max(kSampleBlocksMin, blocks / kSampleStride));
+  std::vector<int64_t> sample;
+  for (int64_t i = 0; i < wanted; ++i) {
+    sample.push_back(wanted == 1 ? first : first + i * (blocks - 1) / (wanted - 1));
+  }
+  return sample;
+}
+
+}  // namespace
+
+LadderPlan::LadderPlan(const KvView& view, const SearchQuery& query, const SearchOptions& options,
+                       Scratch& scratch)
+    : view_(view),
+      query_(query),
+      options_(options),
+      group_(query.group),
+      padded_dim_(kernels::PaddedDim(view.shape.key_dim)),
+      symbols_(kernels::Symbols(padded_dim_)),
+      scaled_(ScaleQueries(query, view.shape)),
+      exact_state_(query.group, view.shape.value_dim) {
+  first_block_ = (query.begin + kScanBlock - 1) / kScanBlock;
+  last_block_ = std::min(query.end, view.SealedTokens()) / kScanBlock;
+  last_block_ = std::max(last_block_, first_block_);
+  AttendExactPart(scratch);
+  reference_ = exact_state_.Lse();
+  if (first_block_ == last_block_) return;
+  PrepareQueries();
+  ChooseThreshold(scratch);
+  constexpr int64_t kPieceBlocks = int64_t{kPieceSegments} * kSegmentBlocks;
+  for (int64_t block = first_block_; block < last_block_;) {
+    const int64_t end = std::min(last_block_, (block / kPieceBlocks + 1) * kPieceBlocks);
+    pieces_.emplace_back(block, end, group_, view.shape.value_dim);
+    block = end;
+  }
+}
+
+void LadderPlan::PrepareQueries() {
+  const auto group = static_cast<size_t>(group_);
+  rotated_ = MakeAligned<float>(group * padded_dim_);
+  kernels::Rotate(query_.queries, group_, view_.shape.key_dim, rotated_.get());
+  tables_ = MakeAligned<int8_t>(group * symbols_ * kernels::kTableSize);
+  table_units_.resize(group);
+  kernels::BuildTables(rotated_.get(), group_, padded_dim_, tables_.get(), table_units_.data());
+  quantised_ = MakeAligned<int16_t>(group * padded_dim_);
+  query_units_.resize(group);
+  kernels::QuantiseQueries(rotated_.get(), group_, padded_dim_, quantised_.get(),
+                           query_units_.data());
+  for (int h = 0; h < group_; ++h) {
+    const float* row = rotated_.get() + static_cast<ptrdiff_t>(h) * padded_dim_;
+    float squares = 0.0F;
+    for (int d = 0; d < padded_dim_; ++d) squares += row[d] * row[d];
+    query_norms_.push_back(std::sqrt(squares));
+  }
+  const int64_t first = first_block_ / kSegmentBlocks;
+  const int64_t last = (last_block_ - 1) / kSegmentBlocks;
+  centre_scores_.resize(static_cast<size_t>(last - first + 1) * group);
+  for (int64_t s = first; s <= last; ++s) {
+    kernels::ScoreFloatRows(scaled_.get(), group_, view_.segments[static_cast<size_t>(s)]->centre(),
+                            1, view_.shape.key_dim, centre_scores_.data() + (s - first) * group_,
+                            1);
+  }
+}
+
+void LadderPlan::AttendExactPart(Scratch& scratch) {
+  const auto add = [&](int64_t begin, int64_t end) {
+    VisitRows(view_, begin, end,
+              [&](const uint16_t* keys, const uint16_t* values, int64_t first, int tokens) {
+                exact_tokens_ += tokens;
+                if (options_.k < 0) {
+                  kernels::AttendRows(scaled_.get(), keys, values, view_.shape.dtype, tokens,
+                                      view_.shape.key_dim, exact_state_.view());
+                  return;
+                }
+                scratch.Reset();
+                auto* scores = scratch.Take<float>(static_cast<size_t>(group_) * tokens);
+                kernels::ScoreRows(scaled_.get(), group_, keys, view_.shape.dtype, tokens,
+                                   view_.shape.key_dim, scores, tokens);
+                kernels::AccumulateScored(scores, tokens, values, view_.shape.dtype, tokens,
+                                          exact_state_.view());
+                for (int t = 0; t < tokens; ++t) {
+                  exact_keys_.Add(first + t, scores + t, tokens, group_);
+                }
+              });
+  };
+  if (first_block_ == last_block_) {
+    add(query_.begin, query_.end);
+  } else {
+    add(query_.begin, first_block_ * kScanBlock);
+    add(last_block_ * kScanBlock, query_.end);
+  }
+}
+
+void LadderPlan::ChooseThreshold(Scratch& scratch) {
+  scratch.Reset();
+  const std::vector<int64_t> sample = SampleBlocks(first_block_, last_block_);
+  sampled_blocks_ = static_cast<int64_t>(sample.size());
+  const auto keys = static_cast<int>(sampled_blocks_ * kScanBlock);
+  auto* estimates = scratch.Take<float>(static_cast<size_t>(group_) * keys);
+  EstimateReference(sample, estimates, scratch);
+
+  const int64_t all = (last_block_ - first_block_) * kScanBlock;
+  const int64_t wanted = std::max(options_.candidates, options_.k);
+  thresholds_.assign(static_cast<size_t>(group_), -kInfinity);
+  if (wanted >= all) return;
+  const auto sample_rank = [&](int64_t of_all) {
+    return std::max<int64_t>((of_all * keys + all / 2) / all, 1) + 1;
+  };
+  auto* work = scratch.Take<uint32_t>(static_cast<size_t>(keys));
+  // Each head's own best: whatever exceeds this is chosen.
+
+  const int64_t share = wanted / kHeadShare;
+  for (int h = 0; h < group_; ++h) {
+    thresholds_[static_cast<size_t>(h)] = kernels::RankThreshold(
+        estimates + static_cast<ptrdiff_t>(h) * keys, keys, sample_rank(share), work);
+  }
+  // The others by their share of softmax mass, with one threshold for all heads that fills the
+  // budget.
+  auto* best = scratch.Take<float>(static_cast<size_t>(keys));
+  auto* over = scratch.Take<float>(static_cast<size_t>(keys));
+  kernels::MaxOfShifted(estimates, keys, group_, reference_.data(), keys, best);
+  kernels::MaxOfShifted(estimates, keys, group_, thresholds_.data(), keys, over);
+  for (int i = 0; i < keys; ++i) best[i] = over[i] > 0.0F ? kInfinity : best[i];
+  const float mass = kernels::RankThreshold(best, keys, sample_rank(wanted), work);
+  for (size_t h = 0; h < thresholds_.size(); ++h) {
+    thresholds_[h] = std::min(thresholds_[h], mass + reference_[h]);
+  }
+}
+
+void LadderPlan::EstimateReference(const std::vector<int64_t>& sample, float* estimates,
+                                   Scratch& scratch) {
+  const auto group = static_cast<size_t>(group_);
+  const auto keys = static_cast<int>(sample.size() * kScanBlock);
+  auto* sums = scratch.Take<int16_t>(group * kScanBlock);
+  auto* heads = scratch.Take<kernels::ScanHead>(group);
+  auto* weights = scratch.Take<float>(group);
+  auto* unused = scratch.Take<uint32_t>(kScanBlock);
+  const int planes = view_.shape.scan_bits;
+  std::vector<float> largest(group, -kInfinity);  // estimate so far, of each head
+  std::vector<float> mass(group, 0.0F);           // sum of weights relative to it
+  for (size_t i = 0; i < sample.size(); ++i) {
+    const uint8_t* block = Block(sample[i]);
+    if (i + 1 < sample.size()) {
+      kernels::PrefetchRange(Block(sample[i + 1]),
+                             static_cast<size_t>(kernels::ScanBlockBytes(symbols_, planes)));
+    }
+    float* block_estimates = estimates + i * kScanBlock;
+    FillScanHeads(sample[i] / kSegmentBlocks, false, heads);
+    kernels::ScanCodes(block, 1, symbols_, planes, tables_.get(), group_, sums, kScanBlock);
+    kernels::EstimateScores(sums, kScanBlock, block, 1, symbols_, planes, heads, group_,
+                            block_estimates, keys, nullptr);
+    for (size_t h = 0; h < group; ++h) {
+      const float best = kernels::MaxElement(block_estimates + h * keys, kScanBlock);
+      if (best > largest[h]) {
+        mass[h] *= std::exp(largest[h] - best);
+        largest[h] = best;
+      }
+      heads[h].reference = largest[h];
+    }
+    kernels::SelectAndWeigh(sums, kScanBlock, block, 1, symbols_, planes, heads, group_, 0, unused,
+                            weights, 1);
+    for (size_t h = 0; h < group; ++h) mass[h] += weights[h];
+  }
+  // The sample's share, scaled up, beside the exact part's.
+  const float scale_up =
+      static_cast<float>(last_block_ - first_block_) / static_cast<float>(sample.size());
+  for (size_t h = 0; h < group; ++h) {
+    const float sampled = largest[h] + std::log(std::max(mass[h] * scale_up, 1e-30F));
+    const float high = std::max(reference_[h], sampled);
+    const float low = std::min(reference_[h], sampled);
+    reference_[h] = high + std::log1p(std::exp(low - high));
+  }
+}
+
+void LadderPlan::FillScanHeads(int64_t segment, bool choose, kernels::ScanHead* heads) const {
+  const Segment& codes = *view_.segments[static_cast<size_t>(segment)];
+  const float* centres = centre_scores_.data() + (segment - first_block_ / kSegmentBlocks) * group_;
+  const float scale = view_.shape.softmax_scale;
+  const float sum_unit = view_.shape.scan_bits == 1 ? 1.0F : kernels::kTwoBitStep / 2.0F;
+  for (int h = 0; h < group_; ++h) {
+    const auto i = static_cast<size_t>(h);
+    heads[h] = {centres[h], scale * sum_unit * table_units_[i],
+                scale * query_norms_[i] * codes.scan_noise(), choose ? thresholds_[i] : kInfinity,
+                reference_[i]};
+  }
+}
+
+void LadderPlan::FillFineHeads(int64_t segment, kernels::FineHead* heads) const {
+  const float* centres = centre_scores_.data() + (segment - first_block_ / kSegmentBlocks) * group_;
+  const float scale = view_.shape.softmax_scale * kernels::kFourBitStep / 2.0F;
+  for (int h = 0; h < group_; ++h) {
+    heads[h] = {centres[h], scale * query_units_[static_cast<size_t>(h)]};
+  }
+}
+
+const uint8_t* LadderPlan::Block(int64_t block) const {
+  const Segment& segment = *view_.segments[static_cast<size_t>(block / kSegmentBlocks)];
+  return segment.scan_blocks() +
+         (block % kSegmentBlocks) * kernels::ScanBlockBytes(symbols_, view_.shape.scan_bits);
+}
+
+}  // namespace kvseek::index

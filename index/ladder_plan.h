@@ -1,0 +1,136 @@
+// One search of the ladder, split over three files by step: preparation and threshold
+// (ladder_plan.cc), the pieces that scan (ladder_scan_piece.cc), putting together
+// (ladder_finish.cc); the audit stands beside them (ladder_audit.h).
+//
+// The range is cut in two. Whole 64-key blocks of sealed segments are the ladder's; what is left at
+// either end, and the tail, is read exactly while the search is prepared. Steps, for a group of
+// heads:
+//
+//   prepare  rotate the queries and make their tables; attend to the exact part; estimate a fixed
+//   sample of blocks; from it
+//            each head's lse and the one threshold on score - lse that about `candidates` keys of
+//            the group exceed in any head
+//   pieces   scan all codes; keys over the threshold are candidates, read at 4 bits; all others add
+//   exp(estimate - variance/2)
+//            of weight to their block's mean value
+//   finish   merge in order; replace the best candidates' 4-bit parts by exact ones (Attend) or
+//   take the returned keys' parts
+//            out (TopK); report
+#ifndef KVSEEK_INDEX_LADDER_PLAN_H_
+#define KVSEEK_INDEX_LADDER_PLAN_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "index/key_index.h"
+#include "index/selection.h"
+#include "kernels/cpu/ladder_fine.h"
+#include "kernels/cpu/ladder_scan.h"
+
+namespace kvseek::index {
+
+class LadderPlan final : public SearchPlan {
+ public:
+  LadderPlan(const KvView& view, const SearchQuery& query, const SearchOptions& options,
+             Scratch& scratch);
+
+  int pieces() const override { return static_cast<int>(pieces_.size()); }
+  void Run(int index, Scratch& scratch) override;
+  SearchResult Finish(Scratch& scratch) override;
+
+ private:
+  friend struct LadderAudit;
+
+  static constexpr int kSegmentBlocks = kSegmentTokens / kernels::kScanBlock;
+  static constexpr int kPieceSegments = 8;
+
+  /// Blocks [first_block, last_block) of the session, all of segments [first_block / 16, ...).
+  struct Piece {
+    Piece(int64_t first, int64_t last, int group, int value_dim)
+        : first_block(first), last_block(last), state(group, value_dim) {}
+    int64_t first_block;
+    int64_t last_block;
+    OwnedState state;         ///< candidates at 4 bits and the rest's estimate
+    ScoredKeys candidates;    ///< with their 4-bit scores
+    std::vector<float> rest;  ///< (group): the unchosen keys' summed weight, relative to reference_
+    std::vector<float> block_weights;  ///< audits only, (group, blocks): the same for each block
+  };
+
+  // ---- preparation (ladder_plan.cc)
+  void PrepareQueries();
+  void AttendExactPart(Scratch& scratch);
+  void ChooseThreshold(Scratch& scratch);
+  /// Scans the blocks of the sample: estimates (group, sample keys), and from them reference_.
+  void EstimateReference(const std::vector<int64_t>& sample, float* estimates, Scratch& scratch);
+  /// What turns the sums of segment `segment` into scores; without `choose` no key passes the
+  /// threshold.
+  void FillScanHeads(int64_t segment, bool choose, kernels::ScanHead* heads) const;
+  void FillFineHeads(int64_t segment, kernels::FineHead* heads) const;
+  const uint8_t* Block(int64_t block) const;
+
+  // ---- pieces (ladder_scan_piece.cc)
+  /// A worker's buffers for one segment after the other.
+  struct ScanBuffers {
+    int16_t* sums;                  ///< (group, 1024)
+    kernels::ScanHead* scan_heads;  ///< (group)
+    float* block_weights;           ///< (group, 16)
+    kernels::FineHead* fine_heads;  ///< (group)
+    float* fine_scores;             ///< (group, 1024)
+  };
+  /// Candidates of one segment, as indices into it.
+  struct Chosen {
+    int64_t segment;
+    int count;
+    uint32_t* keys;
+  };
+  void ScanSegmentPart(Piece& piece, int64_t begin_block, int64_t end_block,
+                       const kernels::GroupState& rest, const ScanBuffers& buffers, Chosen& chosen);
+  void PrefetchRecords(const Chosen& chosen) const;
+  void ReadCandidates(Piece& piece, const Chosen& chosen, const ScanBuffers& buffers);
+
+  // ---- finish (ladder_finish.cc)
+  /// Replaces the 4-bit parts of each head's best candidates by exact ones.
+  void RefineBest(const ScoredKeys& candidates, OwnedState& state, Scratch& scratch);
+  /// Chooses the keys to return and takes their parts out of `state`.
+  void TakeTopK(const ScoredKeys& candidates, OwnedState& state, SearchResult& result,
+                Scratch& scratch);
+  /// Adds candidates `picks`, ascending, at 4 bits to a state of the heads [head, head +
+  /// state.group).
+  void AddFine(const ScoredKeys& candidates, absl::Span<const uint32_t> picks, int head,
+               const kernels::GroupState& state, Scratch& scratch) const;
+  void ReportMissed(absl::Span<const float> lse, const ScoredKeys& candidates, SearchReport& report,
+                    Scratch& scratch) const;
+  void ReportReads(const ScoredKeys& candidates, SearchReport& report) const;
+
+  KvView view_;
+  SearchQuery query_;
+  SearchOptions options_;
+  int group_;
+  int padded_dim_;
+  int symbols_;
+  int64_t first_block_ = 0;  ///< the ladder's blocks, of the session
+  int64_t last_block_ = 0;
+
+  AlignedArray<float> scaled_;        ///< (group, key_dim), times softmax_scale
+  AlignedArray<float> rotated_;       ///< (group, padded_dim), not scaled
+  AlignedArray<int8_t> tables_;       ///< (group, symbols, 64)
+  AlignedArray<int16_t> quantised_;   ///< (group, padded_dim)
+  std::vector<float> table_units_;    ///< (group)
+  std::vector<float> query_units_;    ///< (group)
+  std::vector<float> query_norms_;    ///< (group)
+  std::vector<float> centre_scores_;  ///< (segments of the range, group)
+
+  OwnedState exact_state_;  ///< of the exact part
+  ScoredKeys exact_keys_;   ///< TopK: the exact part's keys
+  int64_t exact_tokens_ = 0;
+  std::vector<float> reference_;   ///< (group): estimated lse of the whole range
+  std::vector<float> thresholds_;  ///< (group), on estimates
+  int64_t sampled_blocks_ = 0;
+
+  std::vector<Piece> pieces_;
+  int64_t exact_rows_read_ = 0;
+};
+
+}  // namespace kvseek::index
+
+#endif  // KVSEEK_INDEX_LADDER_PLAN_H_

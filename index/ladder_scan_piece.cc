@@ -1,0 +1,115 @@
+// The scan of one piece: estimates for all keys, 4 bits for the candidates.
+#include <algorithm>
+#include <utility>
+
+#include "index/ladder_plan.h"
+#include "kernels/cpu/attention.h"
+#include "kernels/cpu/prefetch.h"
+
+namespace kvseek::index {
+namespace {
+
+using kernels::kScanBlock;
+
+// A piece that has this many times the whole budget in candidates chooses no more: the sample had
+// missed a crowd, and the cost of a search must stay bounded. The estimate and the report still
+// cover what is left out.
+constexpr int64_t kCandidateBoundFactor = 2;
+
+}  // namespace
+
+void LadderPlan::Run(int index, Scratch& scratch) {
+  Piece& piece = pieces_[static_cast<size_t>(index)];
+  const auto group = static_cast<size_t>(group_);
+  const auto piece_blocks = static_cast<size_t>(piece.last_block - piece.first_block);
+  piece.rest.assign(group, 0.0F);
+  if (options_.audit_samples > 0) piece.block_weights.resize(piece_blocks * group);
+  scratch.Reset();
+  ScanBuffers buffers = {
+      scratch.Take<int16_t>(group * kSegmentTokens), scratch.Take<kernels::ScanHead>(group),
+      scratch.Take<float>(group * kSegmentBlocks), scratch.Take<kernels::FineHead>(group),
+      scratch.Take<float>(group * kSegmentTokens)};
+  Chosen chosen = {0, 0, scratch.Take<uint32_t>(kSegmentTokens)};
+  Chosen before = {0, 0, scratch.Take<uint32_t>(kSegmentTokens)};
+  // The estimated rest is summed relative to reference_.
+  OwnedState rest(group_, view_.shape.value_dim);
+  for (size_t h = 0; h < group; ++h) rest.view().max[h] = reference_[h];
+  for (int64_t block = piece.first_block; block < piece.last_block;) {
+    const int64_t end = std::min(piece.last_block, (block / kSegmentBlocks + 1) * kSegmentBlocks);
+    ScanSegmentPart(piece, block, end, rest.view(), buffers, chosen);
+    // Records arrive from memory while the next segment is scanned.
+    PrefetchRecords(chosen);
+    ReadCandidates(piece, before, buffers);
+    std::swap(chosen, before);
+    block = end;
+  }
+  ReadCandidates(piece, before, buffers);
+  for (size_t h = 0; h < group; ++h) piece.rest[h] = rest.view().sum[h];
+  kernels::MergeState(piece.state.view(), rest.view());
+}
+
+void LadderPlan::ScanSegmentPart(Piece& piece, int64_t begin_block, int64_t end_block,
+                                 const kernels::GroupState& rest, const ScanBuffers& buffers,
+                                 Chosen& chosen) {
+  const auto blocks = static_cast<int>(end_block - begin_block);
+  const int keys = blocks * kScanBlock;
+  const int planes = view_.shape.scan_bits;
+  const auto first_in_segment = static_cast<uint32_t>((begin_block % kSegmentBlocks) * kScanBlock);
+  const auto bound = kCandidateBoundFactor * std::max(options_.candidates, options_.k);
+  const bool full = static_cast<int64_t>(piece.candidates.positions.size()) >= bound;
+
+  chosen.segment = begin_block / kSegmentBlocks;
+  FillScanHeads(chosen.segment, !full, buffers.scan_heads);
+  kernels::ScanCodes(Block(begin_block), blocks, symbols_, planes, tables_.get(), group_,
+                     buffers.sums, keys);
+  chosen.count = kernels::SelectAndWeigh(buffers.sums, keys, Block(begin_block), blocks, symbols_,
+                                         planes, buffers.scan_heads, group_, first_in_segment,
+                                         chosen.keys, buffers.block_weights, blocks);
+
+  const int value_dim = view_.shape.value_dim;
+  const uint16_t* means = view_.segments[static_cast<size_t>(chosen.segment)]->block_means() +
+                          (begin_block % kSegmentBlocks) * value_dim;
+  kernels::AddWeightedRows(buffers.block_weights, blocks, group_, means, blocks, value_dim,
+                           rest.acc);
+  const auto piece_blocks = piece.last_block - piece.first_block;
+  for (int h = 0; h < group_; ++h) {
+    const float* weights = buffers.block_weights + static_cast<ptrdiff_t>(h) * blocks;
+    float sum = 0.0F;
+    for (int b = 0; b < blocks; ++b) sum += weights[b];
+    rest.sum[h] += sum;
+    if (options_.audit_samples > 0) {
+      std::copy_n(weights, blocks,
+                  piece.block_weights.begin() + h * piece_blocks + begin_block - piece.first_block);
+    }
+  }
+}
+
+void LadderPlan::PrefetchRecords(const Chosen& chosen) const {
+  const Segment& codes = *view_.segments[static_cast<size_t>(chosen.segment)];
+  const auto record_bytes =
+      static_cast<size_t>(kernels::FineRecordBytes(padded_dim_, view_.shape.value_dim));
+  for (int i = 0; i < chosen.count; ++i) {
+    kernels::PrefetchRange(codes.fine_records() + chosen.keys[i] * record_bytes, record_bytes);
+    kernels::PrefetchRange(codes.fine_factors() + chosen.keys[i], 1);
+  }
+}
+
+void LadderPlan::ReadCandidates(Piece& piece, const Chosen& chosen, const ScanBuffers& buffers) {
+  if (chosen.count == 0) return;
+  const Segment& codes = *view_.segments[static_cast<size_t>(chosen.segment)];
+  const int record_bytes = kernels::FineRecordBytes(padded_dim_, view_.shape.value_dim);
+  const int count = chosen.count;
+  float* scores = buffers.fine_scores;
+  FillFineHeads(chosen.segment, buffers.fine_heads);
+  kernels::ScoreFine(codes.fine_records(), record_bytes, codes.fine_factors(), chosen.keys, count,
+                     quantised_.get(), padded_dim_, buffers.fine_heads, group_, scores, count);
+  kernels::AccumulateFine(codes.fine_records(), record_bytes, kernels::FineValueOffset(padded_dim_),
+                          codes.fine_factors(), chosen.keys, count, scores, count,
+                          piece.state.view());
+  for (int i = 0; i < count; ++i) {
+    piece.candidates.Add(chosen.segment * kSegmentTokens + chosen.keys[i], scores + i, count,
+                         group_);
+  }
+}
+
+}  // namespace kvseek::index

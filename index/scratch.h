@@ -1,0 +1,86 @@
+// Aligned memory: arrays that live as long as their owner, and a worker's scratch for one piece of
+// work.
+#ifndef KVSEEK_INDEX_SCRATCH_H_
+#define KVSEEK_INDEX_SCRATCH_H_
+
+#include <cstddef>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace kvseek::index {
+
+inline constexpr size_t kCacheLine = 64;
+
+struct AlignedFree {
+  void operator()(void* pointer) const { std::free(pointer); }
+};
+
+/// An uninitialised array of trivial elements, aligned to a cache line.
+template <typename T>
+using AlignedArray = std::unique_ptr<T[], AlignedFree>;
+
+template <typename T>
+AlignedArray<T> MakeAligned(size_t count) {
+  static_assert(std::is_trivially_copyable_v<T>);
+  const size_t bytes = (count * sizeof(T) + kCacheLine - 1) / kCacheLine * kCacheLine;
+  void* pointer = std::aligned_alloc(kCacheLine, bytes == 0 ? kCacheLine : bytes);
+  if (pointer == nullptr) throw std::bad_alloc();
+  return AlignedArray<T>(static_cast<T*>(pointer));
+}
+
+/// Memory for one piece of work, handed out in order and taken back all at once. Blocks are kept,
+/// so that a warm scratch allocates nothing. Not thread-safe: each worker has its own.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  /// `count` uninitialised elements, aligned to a cache line, valid until Reset.
+  template <typename T>
+  T* Take(size_t count) {
+    static_assert(std::is_trivially_copyable_v<T>);
+    return static_cast<T*>(TakeBytes(count * sizeof(T)));
+  }
+
+  /// Takes everything back.
+  void Reset() {
+    block_ = 0;
+    used_ = 0;
+  }
+
+ private:
+  static constexpr size_t kBlockBytes = size_t{1} << 20;
+
+  struct Block {
+    AlignedArray<std::byte> data;
+    size_t bytes = 0;
+  };
+
+  void* TakeBytes(size_t bytes) {
+    bytes = (bytes + kCacheLine - 1) / kCacheLine * kCacheLine;
+    while (block_ < blocks_.size() && used_ + bytes > blocks_[block_].bytes) {
+      ++block_;
+      used_ = 0;
+    }
+    if (block_ == blocks_.size()) {
+      const size_t block_bytes = bytes > kBlockBytes ? bytes : kBlockBytes;
+      blocks_.push_back({MakeAligned<std::byte>(block_bytes), block_bytes});
+    }
+    void* pointer = blocks_[block_].data.get() + used_;
+    used_ += bytes;
+    return pointer;
+  }
+
+  std::vector<Block> blocks_;
+  size_t block_ = 0;
+  size_t used_ = 0;
+};
+
+}  // namespace kvseek::index
+
+#endif  // KVSEEK_INDEX_SCRATCH_H_

@@ -1,0 +1,66 @@
+// A segment: 1024 consecutive tokens of a head cache, immutable, with its codes.
+#ifndef KVSEEK_INDEX_SEGMENT_H_
+#define KVSEEK_INDEX_SEGMENT_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "index/scratch.h"
+#include "kernels/cpu/ladder_codes.h"
+#include "kernels/dtype.h"
+
+namespace kvseek::index {
+
+inline constexpr int kSegmentTokens = 1024;
+inline constexpr int kTailChunkTokens = 64;
+
+/// What the keys and values of one head cache look like.
+struct KvShape {
+  int key_dim = 0;    ///< elements of a key row: a multiple of 8, 8..512
+  int value_dim = 0;  ///< elements of a value row: a multiple of 8, 8..512
+  kernels::DType dtype = kernels::DType::kBf16;  ///< of stored keys and values: bf16 or fp16
+  float softmax_scale = 0.0F;                    ///< scores are softmax_scale * <q, k>
+  int scan_bits = 2;  ///< bits a dimension of the ladder's scan code: 1 or 2
+
+  size_t KeyRowBytes() const { return static_cast<size_t>(key_dim) * 2; }
+  size_t ValueRowBytes() const { return static_cast<size_t>(value_dim) * 2; }
+};
+
+/// Thread-safe because immutable. Rows are contiguous: keys (1024, key_dim), values (1024,
+/// value_dim).
+class Segment {
+ public:
+  /// Copies 1024 rows of each and encodes them. `keys` and `values` are free to go afterwards.
+  static std::shared_ptr<const Segment> Build(const KvShape& shape, const uint16_t* keys,
+                                              const uint16_t* values);
+  /// Bytes that a segment of this shape takes, all included.
+  static size_t Bytes(const KvShape& shape);
+
+  const uint16_t* keys() const { return keys_.get(); }
+  const uint16_t* values() const { return values_.get(); }
+
+  /// Codes of the ladder; layouts in kernels/cpu/ladder_codes.h.
+  const float* centre() const { return centre_.get(); }              ///< (key_dim), mean key
+  const uint8_t* scan_blocks() const { return scan_blocks_.get(); }  ///< 16 blocks
+  float scan_noise() const { return scan_noise_; }
+  const uint8_t* fine_records() const { return fine_records_.get(); }  ///< 1024 records
+  const kernels::FineFactors* fine_factors() const { return fine_factors_.get(); }  ///< (1024)
+  const uint16_t* block_means() const { return block_means_.get(); }  ///< (16, value_dim) bf16
+
+ private:
+  explicit Segment(const KvShape& shape);
+
+  AlignedArray<uint16_t> keys_;
+  AlignedArray<uint16_t> values_;
+  AlignedArray<float> centre_;
+  AlignedArray<uint8_t> scan_blocks_;
+  AlignedArray<uint8_t> fine_records_;
+  AlignedArray<kernels::FineFactors> fine_factors_;
+  AlignedArray<uint16_t> block_means_;
+  float scan_noise_ = 0.0F;
+};
+
+}  // namespace kvseek::index
+
+#endif  // KVSEEK_INDEX_SEGMENT_H_

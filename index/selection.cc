@@ -1,0 +1,119 @@
+#include "index/selection.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "kernels/cpu/threshold.h"
+
+namespace kvseek::index {
+namespace {
+
+// Subtraction in fp32 leaves about this share of what was there before as noise.
+constexpr float kSubtractionNoise = 2e-6F;
+
+}  // namespace
+
+void ScoredKeys::Add(int64_t position, const float* head_scores, int stride, int group) {
+  positions.push_back(position);
+  for (int h = 0; h < group; ++h) scores.push_back(head_scores[static_cast<ptrdiff_t>(h) * stride]);
+}
+
+void ScoredKeys::Append(const ScoredKeys& other) {
+  positions.insert(positions.end(), other.positions.begin(), other.positions.end());
+  scores.insert(scores.end(), other.scores.begin(), other.scores.end());
+}
+
+std::vector<uint32_t> BestIndices(absl::Span<const float> values, int64_t count) {
+  const auto size = static_cast<int64_t>(values.size());
+  count = std::clamp<int64_t>(count, 0, size);
+  std::vector<uint32_t> work(values.size());
+  const float threshold = kernels::RankThreshold(values.data(), size, count, work.data());
+  int64_t above = 0;
+  for (const float value : values) above += value > threshold ? 1 : 0;
+  int64_t ties = count - above;
+  std::vector<uint32_t> best;
+  best.reserve(static_cast<size_t>(count));
+  for (size_t i = 0; i < values.size() && count > 0; ++i) {
+    if (values[i] > threshold || (values[i] == threshold && ties-- > 0)) {
+      best.push_back(static_cast<uint32_t>(i));
+    }
+  }
+  return best;
+}
+
+std::vector<float> GroupScores(const ScoredKeys& keys, absl::Span<const float> lse) {
+  const int group = static_cast<int>(lse.size());
+  std::vector<float> best(keys.positions.size());
+  for (size_t i = 0; i < best.size(); ++i) {
+    const float* scores = keys.Scores(i, group);
+    float largest = -std::numeric_limits<float>::infinity();
+    for (int h = 0; h < group; ++h) {
+      largest = std::max(largest, scores[h] - lse[static_cast<size_t>(h)]);
+    }
+    best[i] = largest;
+  }
+  return best;
+}
+
+OwnedState::OwnedState(int group, int value_dim)
+    : storage_(
+          MakeAligned<float>(static_cast<size_t>(kernels::GroupStateFloats(group, value_dim)))),
+      view_(kernels::BindState(storage_.get(), group, value_dim)) {
+  kernels::ResetState(view_);
+}
+
+std::vector<float> OwnedState::Lse() const {
+  std::vector<float> lse(static_cast<size_t>(view_.group));
+  for (int h = 0; h < view_.group; ++h) {
+    lse[static_cast<size_t>(h)] = view_.sum[h] > 0.0F ? view_.max[h] + std::log(view_.sum[h])
+                                                      : -std::numeric_limits<float>::infinity();
+  }
+  return lse;
+}
+
+void SubtractState(const kernels::GroupState& state, const kernels::GroupState& part) {
+  for (int h = 0; h < state.group; ++h) {
+    if (!(part.sum[h] > 0.0F) || !(state.sum[h] > 0.0F)) continue;
+    // The part is in the state, so its reference is no larger, but for the rounding of an equal
+    // one.
+    const float factor = std::exp(std::min(part.max[h] - state.max[h], 80.0F));
+    const float left = state.sum[h] - factor * part.sum[h];
+    const bool empty = left <= kSubtractionNoise * state.sum[h];
+    state.sum[h] = empty ? 0.0F : left;
+    if (empty) state.max[h] = -std::numeric_limits<float>::infinity();
+    float* acc = state.acc + static_cast<ptrdiff_t>(h) * state.value_dim;
+    const float* taken = part.acc + static_cast<ptrdiff_t>(h) * state.value_dim;
+    for (int d = 0; d < state.value_dim; ++d) acc[d] = empty ? 0.0F : acc[d] - factor * taken[d];
+  }
+}
+
+RowPointers FindRow(const KvView& view, int64_t position) {
+  const int64_t sealed = view.SealedTokens();
+  const uint16_t* keys = nullptr;
+  const uint16_t* values = nullptr;
+  int64_t row = 0;
+  if (position < sealed) {
+    const Segment& segment = *view.segments[static_cast<size_t>(position / kSegmentTokens)];
+    keys = segment.keys();
+    values = segment.values();
+    row = position % kSegmentTokens;
+  } else {
+    // All chunks but the last are full.
+    const TailChunkView& chunk =
+        view.tail[static_cast<size_t>((position - sealed) / kTailChunkTokens)];
+    keys = chunk.keys;
+    values = chunk.values;
+    row = (position - sealed) % kTailChunkTokens;
+  }
+  return {keys + row * view.shape.key_dim, values + row * view.shape.value_dim};
+}
+
+AlignedArray<float> ScaleQueries(const SearchQuery& query, const KvShape& shape) {
+  const size_t count = static_cast<size_t>(query.group) * shape.key_dim;
+  auto scaled = MakeAligned<float>(count);
+  for (size_t i = 0; i < count; ++i) scaled[i] = query.queries[i] * shape.softmax_scale;
+  return scaled;
+}
+
+}  // namespace kvseek::index

@@ -1,0 +1,299 @@
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "cli/evaluation.h"
+#include "index/key_index.h"
+#include "index/ladder_audit.h"
+#include "index/selection.h"
+#include "kernels/attention_state.h"
+#include "kernels/cpu/attention.h"
+#include "kernels/cpu/simd_level.h"
+#include "tests/index/random_trace.h"
+
+namespace kvseek::index {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+SearchQuery WholeRange(const cli::HeadTrace& trace, int step) {
+  return {trace.StepQueries(step), trace.group, 0, trace.tokens};
+}
+
+double MeanError(const cli::HeadTrace& trace, const SearchResult& result,
+                 const SearchResult& exact) {
+  double sum = 0.0;
+  for (int h = 0; h < trace.group; ++h) {
+    const auto at = static_cast<size_t>(h) * static_cast<size_t>(trace.value_dim);
+    const std::vector<double> truth(
+        exact.out.begin() + static_cast<ptrdiff_t>(at),
+        exact.out.begin() + static_cast<ptrdiff_t>(at) + trace.value_dim);
+    sum += cli::OutputError(result.out.data() + at, truth.data(), trace.value_dim);
+  }
+  return sum / trace.group;
+}
+
+cli::HeadTrace RealTrace(const std::string& head) {
+  const std::string data = std::string(KVSEEK_SOURCE_DIR) + "/tests/data/";
+  auto trace = cli::LoadHeadTrace(data + "code8." + head + ".safetensors",
+                                  data + "code8.queries.safetensors", head);
+  EXPECT_TRUE(trace.ok()) << trace.status();
+  return *std::move(trace);
+}
+
+TEST(LadderIndexTest, AllCandidatesIsNearlyExact) {
+  // Nothing is estimated, so what is left is the error of 4 bits, mended for the heaviest keys.
+  for (const TraceShape& shape :
+       {TraceShape{.tokens = 2500, .key_dim = 128, .value_dim = 128, .group = 6},
+        TraceShape{.tokens = 2048, .key_dim = 80, .value_dim = 96, .group = 1},
+        TraceShape{.tokens = 3000, .key_dim = 256, .value_dim = 64, .group = 7},
+        TraceShape{.tokens = 2100,
+        .key_dim = 64,
+        .value_dim = 80,
+        .group = 3,
+        .dtype = kernels::DType::kFp16}}) {
+    for (const int bits : {1, 2}) {
+      const cli::HeadTrace trace = RandomTrace(shape);
+      const cli::StoredHead head(trace, bits);
+      Scratch scratch;
+      const SearchOptions options{.candidates = 100000, .exact_rows = 256};
+      for (int step = 0; step < trace.steps; ++step) {
+        const SearchQuery query = WholeRange(trace, step);
+        const SearchResult exact = ExactIndex().Search(head.view(), query, {}, scratch);
+        const SearchResult ladder = LadderIndex().Search(head.view(), query, options, scratch);
+        EXPECT_LE(MeanError(trace, ladder, exact), 0.12) << shape.key_dim << " " << bits;
+        for (size_t h = 0; h < exact.lse.size(); ++h) {
+          EXPECT_NEAR(ladder.lse[h], exact.lse[h], 0.05);
+        }
+        EXPECT_EQ(ladder.report.keys_fine, head.view().SealedTokens());
+        EXPECT_THAT(ladder.report.missed_mass, testing::Each(0.0F));
+      }
+    }
+  }
+}
+
+TEST(LadderIndexTest, AllRowsExactIsExact) {
+  const cli::HeadTrace trace = RandomTrace({.tokens = 2300, .key_dim = 128, .group = 4});
+  const cli::StoredHead head(trace, 2);
+  Scratch scratch;
+  const SearchOptions options{.candidates = 100000, .exact_rows = 4096};
+  const SearchQuery query = WholeRange(trace, 0);
+  const SearchResult exact = ExactIndex().Search(head.view(), query, {}, scratch);
+  const SearchResult ladder = LadderIndex().Search(head.view(), query, options, scratch);
+  EXPECT_LE(MeanError(trace, ladder, exact), 2e-5);
+  EXPECT_EQ(ladder.report.keys_exact, 2300);
+}
+
+TEST(LadderIndexTest, RangesWithoutAWholeBlockAreExact) {
+  const cli::HeadTrace trace = RandomTrace({.tokens = 2200});
+  const cli::StoredHead head(trace, 2);
+  Scratch scratch;
+  for (const auto& [begin, end] : std::vector<std::pair<int64_t, int64_t>>{
+           {0, 0}, {0, 1}, {1, 64}, {70, 127}, {1000, 1030}, {2049, 2200}, {2199, 2200}}) {
+    const SearchQuery query{trace.StepQueries(0), trace.group, begin, end};
+    const SearchResult exact = ExactIndex().Search(head.view(), query, {}, scratch);
+    const SearchResult ladder = LadderIndex().Search(head.view(), query, {}, scratch);
+    EXPECT_EQ(ladder.out, exact.out);
+    EXPECT_EQ(ladder.lse, exact.lse);
+    EXPECT_EQ(ladder.report.keys_exact, end - begin);
+  }
+}
+
+TEST(LadderIndexTest, SeesItsRangeOnly) {
+  // What lies outside would change every answer if it leaked in.
+  cli::HeadTrace trace = RandomTrace({.tokens = 4096, .key_dim = 128, .group = 2});
+  const SearchOptions options{.candidates = 256, .exact_rows = 16};
+  Scratch scratch;
+  const SearchQuery query{trace.StepQueries(0), trace.group, 1024, 3072};
+  const SearchResult before =
+      LadderIndex().Search(cli::StoredHead(trace, 2).view(), query, options, scratch);
+  for (int64_t t = 0; t < 4096; ++t) {
+    if (t >= 1024 && t < 3072) continue;
+    for (int d = 0; d < trace.value_dim; ++d) {
+      trace.values[static_cast<size_t>(t * trace.value_dim + d)] = kernels::FloatToBf16(1000.0F);
+    }
+    for (int d = 0; d < trace.key_dim; ++d) {
+      trace.keys[static_cast<size_t>(t * trace.key_dim + d)] =
+          kernels::FloatToBf16(30.0F * trace.StepQueries(0)[d]);
+    }
+  }
+  const SearchResult after =
+      LadderIndex().Search(cli::StoredHead(trace, 2).view(), query, options, scratch);
+  EXPECT_EQ(before.out, after.out);
+  EXPECT_EQ(before.lse, after.lse);
+}
+
+TEST(LadderIndexTest, OrderOfPiecesDoesNotMatter) {
+  const cli::HeadTrace trace = RandomTrace({.tokens = 40000, .group = 3, .steps = 1});
+  const cli::StoredHead head(trace, 1);
+  const SearchOptions options{.candidates = 1000, .exact_rows = 32, .audit_samples = 64, .seed = 5};
+  Scratch scratch;
+  const KvView view = head.view();
+  const SearchResult forward = LadderIndex().Search(view, WholeRange(trace, 0), options, scratch);
+  Scratch other;
+  const auto plan = LadderIndex().Plan(view, WholeRange(trace, 0), options, other);
+  ASSERT_GE(plan->pieces(), 4);
+  for (int i = plan->pieces() - 1; i >= 0; --i) plan->Run(i, i % 2 == 0 ? scratch : other);
+  const SearchResult backward = plan->Finish(other);
+  EXPECT_EQ(forward.out, backward.out);
+  EXPECT_EQ(forward.lse, backward.lse);
+  EXPECT_EQ(forward.report.missed_low, backward.report.missed_low);
+  EXPECT_EQ(forward.report.bytes_touched, backward.report.bytes_touched);
+}
+
+TEST(LadderIndexTest, TopKRowsAndRestMakeTheWhole) {
+  for (const std::string name : {"layer15.kv1", "layer20.kv0"}) {
+    const cli::HeadTrace trace = RealTrace(name);
+    const cli::StoredHead head(trace, 2);
+    Scratch scratch;
+    double error = 0.0;
+    const std::vector<int> steps = cli::SpreadSteps(trace.steps, 16);
+    for (const int step : steps) {
+      const SearchQuery query = WholeRange(trace, step);
+      const SearchResult exact = ExactIndex().Search(head.view(), query, {}, scratch);
+      SearchResult rest =
+          LadderIndex().Search(head.view(), query, {.k = 256, .candidates = 1024}, scratch);
+      ASSERT_EQ(rest.positions.size(), 256U);
+      ASSERT_TRUE(std::is_sorted(rest.positions.begin(), rest.positions.end()));
+      // The decoder's part: exact attention to the rows returned, merged with the rest.
+      OwnedState rows(trace.group, trace.value_dim);
+      const auto scaled = ScaleQueries(query, head.view().shape);
+      for (const int64_t p : rest.positions) {
+        const RowPointers row = FindRow(head.view(), p);
+        kernels::AttendRows(scaled.get(), row.key, row.value, trace.dtype, 1, trace.key_dim,
+                            rows.view());
+      }
+      std::vector<float> out(rest.out.size());
+      std::vector<float> lse(rest.lse.size());
+      kernels::FinishState(rows.view(), out.data(), lse.data());
+      kernels::MergeFinished(rest.out.data(), rest.lse.data(), out.data(), lse.data(), trace.group,
+                             trace.value_dim);
+      error += MeanError(trace, rest, exact) / static_cast<double>(steps.size());
+    }
+    EXPECT_LE(error, 0.06) << name;
+  }
+}
+
+TEST(LadderIndexTest, KOfTheWholeRangeLeavesNothing) {
+  const cli::HeadTrace trace = RandomTrace({.tokens = 2100});
+  const cli::StoredHead head(trace, 2);
+  Scratch scratch;
+  const SearchResult all = LadderIndex().Search(head.view(), WholeRange(trace, 0),
+                                                {.k = 5000, .candidates = 64}, scratch);
+  ASSERT_EQ(all.positions.size(), 2100U);
+  EXPECT_THAT(all.lse, testing::Each(-kInfinity));
+  const SearchResult none =
+      LadderIndex().Search(head.view(), WholeRange(trace, 0), {.k = 0, .candidates = 64}, scratch);
+  EXPECT_THAT(none.positions, testing::IsEmpty());
+  EXPECT_THAT(none.report.missed_mass, testing::Each(testing::FloatNear(1.0F, 1e-5F)));
+}
+
+TEST(LadderIndexTest, BudgetIsKeptRoughly) {
+  const cli::HeadTrace trace = RealTrace("layer20.kv0");
+  const cli::StoredHead head(trace, 2);
+  Scratch scratch;
+  for (const int candidates : {64, 512, 2048}) {
+    double fine = 0.0;
+    const std::vector<int> steps = cli::SpreadSteps(trace.steps, 24);
+    for (const int step : steps) {
+      const SearchResult result = LadderIndex().Search(head.view(), WholeRange(trace, step),
+                                                       {.candidates = candidates}, scratch);
+      fine += static_cast<double>(result.report.keys_fine) / static_cast<double>(steps.size());
+    }
+    EXPECT_GE(fine, 0.8 * candidates);
+    EXPECT_LE(fine, 1.2 * candidates);
+  }
+}
+
+TEST(LadderIndexTest, SinkAndHugeLogitsWin) {
+  cli::HeadTrace trace = RandomTrace({.tokens = 20000, .key_dim = 128, .group = 2, .steps = 1});
+  // One key far above all others, off the sampled blocks, in the middle of nowhere.
+  const int64_t needle = 9999;
+  for (int d = 0; d < trace.key_dim; ++d) {
+    trace.keys[static_cast<size_t>(needle * trace.key_dim + d)] =
+        kernels::FloatToBf16(20.0F * trace.queries[static_cast<size_t>(d)]);
+  }
+  const cli::StoredHead head(trace, 1);
+  Scratch scratch;
+  const SearchQuery query = WholeRange(trace, 0);
+  const SearchResult exact = ExactIndex().Search(head.view(), query, {}, scratch);
+  const SearchResult ladder = LadderIndex().Search(head.view(), query, {.candidates = 64}, scratch);
+  for (int d = 0; d < trace.value_dim; ++d) {
+    EXPECT_NEAR(ladder.out[static_cast<size_t>(d)], exact.out[static_cast<size_t>(d)], 1e-3);
+  }
+  EXPECT_NEAR(ladder.lse[0], exact.lse[0], 0.01);
+  const SearchResult top =
+      LadderIndex().Search(head.view(), query, {.k = 1, .candidates = 64}, scratch);
+  EXPECT_THAT(top.positions, testing::ElementsAre(needle));
+}
+
+TEST(LadderIndexTest, EqualKeysAndZeroQueriesAreFine) {
+  cli::HeadTrace trace = RandomTrace({.tokens = 3000, .group = 2, .steps = 1});
+  for (int64_t t = 1; t < trace.tokens; ++t) {
+    std::copy_n(trace.keys.begin(), trace.key_dim, trace.keys.begin() + t * trace.key_dim);
+  }
+  std::fill_n(trace.queries.begin(), trace.key_dim, 0.0F);
+  const cli::StoredHead head(trace, 2);
+  Scratch scratch;
+  const SearchQuery query = WholeRange(trace, 0);
+  const SearchResult exact = ExactIndex().Search(head.view(), query, {}, scratch);
+  const SearchResult ladder =
+      LadderIndex().Search(head.view(), query, {.candidates = 128, .audit_samples = 64}, scratch);
+  for (size_t i = 0; i < exact.out.size(); ++i) {
+    EXPECT_NEAR(ladder.out[i], exact.out[i], 0.02);
+    EXPECT_TRUE(std::isfinite(ladder.out[i]));
+  }
+  for (size_t h = 0; h < exact.lse.size(); ++h) EXPECT_NEAR(ladder.lse[h], exact.lse[h], 0.02);
+}
+
+TEST(LadderIndexTest, EverySimdLevelAgrees) {
+  const cli::HeadTrace trace = RealTrace("layer15.kv1");
+  const cli::StoredHead head(trace, 2);
+  Scratch scratch;
+  const SearchOptions options{.candidates = 1024};
+  const SearchQuery query = WholeRange(trace, 100);
+  ASSERT_TRUE(kernels::ForceSimdLevel("scalar"));
+  const SearchResult scalar = LadderIndex().Search(head.view(), query, options, scratch);
+  for (const std::string& level : kernels::SupportedSimdLevels()) {
+    ASSERT_TRUE(kernels::ForceSimdLevel(level));
+    const SearchResult result = LadderIndex().Search(head.view(), query, options, scratch);
+    EXPECT_LE(MeanError(trace, result, scalar), 5e-3) << level;
+  }
+  ASSERT_TRUE(kernels::ForceSimdLevel(""));
+}
+
+TEST(LadderAuditTest, IntervalShrinksWithSamplesAndHoldsTheMean) {
+  std::vector<float> ratios;
+  for (int i = 0; i < 64; ++i) ratios.push_back(i % 2 == 0 ? 0.5F : 2.0F);
+  const RestRatio few = EstimateRatio(absl::MakeConstSpan(ratios).subspan(0, 16), 0.5);
+  const RestRatio many = EstimateRatio(ratios, 0.5);
+  EXPECT_FLOAT_EQ(many.mean, 1.25F);
+  EXPECT_LT(many.low, 1.25F);
+  EXPECT_GT(many.high, 1.25F);
+  EXPECT_LT(many.high - many.low, few.high - few.low);
+  // What 64 draws cannot have seen is admitted.
+  EXPECT_GT(EstimateRatio(ratios, 4.0).high, 5.0F * many.high);
+  EXPECT_EQ(EstimateRatio(ratios, 4.0).low, many.low);
+}
+
+TEST(LadderAuditTest, SameSeedSameAnswer) {
+  const cli::HeadTrace trace = RealTrace("layer15.kv1");
+  const cli::StoredHead head(trace, 2);
+  Scratch scratch;
+  SearchOptions options{.candidates = 512, .audit_samples = 64, .seed = 1};
+  const SearchQuery query = WholeRange(trace, 7);
+  const SearchResult one = LadderIndex().Search(head.view(), query, options, scratch);
+  const SearchResult again = LadderIndex().Search(head.view(), query, options, scratch);
+  EXPECT_EQ(one.report.missed_mass, again.report.missed_mass);
+  options.seed = 2;
+  const SearchResult other = LadderIndex().Search(head.view(), query, options, scratch);
+  EXPECT_NE(one.report.missed_mass, other.report.missed_mass);
+  EXPECT_EQ(one.out, other.out);
+}
+
+}  // namespace
+}  // namespace kvseek::index
