@@ -87,7 +87,7 @@ class ExactPlan final : public SearchPlan {
                 kernels::AccumulateScored(part, tokens, values, view_.shape.dtype, count,
                                           piece.state.view());
               });
-    auto* work = scratch.Take<uint32_t>(static_cast<size_t>(tokens));
+    auto* work = scratch.Take<int32_t>(static_cast<size_t>(tokens));
     auto* thresholds = scratch.Take<float>(static_cast<size_t>(group));
     for (int h = 0; h < group; ++h) {
       thresholds[h] = kernels::RankThreshold(scores + static_cast<ptrdiff_t>(h) * tokens, tokens,

@@ -22,6 +22,9 @@ constexpr int64_t kSampleBlocksMin = 64;
 // One part in so many of the candidates is each head's own. Without it, heads with much noise or
 // little mass left in the range find few of their best keys; a larger share changes little.
 constexpr int64_t kHeadShare = 8;
+// How far ahead the sample's blocks, which are far apart, and the segments' centres are fetched.
+constexpr size_t kBlocksAhead = 3;
+constexpr int64_t kCentresAhead = 8;
 
 /// Block numbers of the sample: evenly spread, the first and the last always among them.
 std::vector<int64_t> SampleBlocks(int64_t first, int64_t last) {
@@ -83,6 +86,10 @@ void LadderPlan::PrepareQueries() {
   const int64_t last = (last_block_ - 1) / kSegmentBlocks;
   centre_scores_.resize(static_cast<size_t>(last - first + 1) * group);
   for (int64_t s = first; s <= last; ++s) {
+    if (s + kCentresAhead <= last) {
+      kernels::PrefetchRange(view_.segments[static_cast<size_t>(s + kCentresAhead)]->centre(),
+                             static_cast<size_t>(view_.shape.key_dim) * sizeof(float));
+    }
     kernels::ScoreFloatRows(scaled_.get(), group_, view_.segments[static_cast<size_t>(s)]->centre(),
                             1, view_.shape.key_dim, centre_scores_.data() + (s - first) * group_,
                             1);
@@ -133,7 +140,7 @@ void LadderPlan::ChooseThreshold(Scratch& scratch) {
   const auto sample_rank = [&](int64_t of_all) {
     return std::max<int64_t>((of_all * keys + all / 2) / all, 1) + 1;
   };
-  auto* work = scratch.Take<uint32_t>(static_cast<size_t>(keys));
+  auto* work = scratch.Take<int32_t>(static_cast<size_t>(keys));
   // Each head's own best: whatever exceeds this is chosen.
 
   const int64_t share = wanted / kHeadShare;
@@ -167,8 +174,8 @@ void LadderPlan::EstimateReference(const std::vector<int64_t>& sample, float* es
   std::vector<float> mass(group, 0.0F);           // sum of weights relative to it
   for (size_t i = 0; i < sample.size(); ++i) {
     const uint8_t* block = Block(sample[i]);
-    if (i + 1 < sample.size()) {
-      kernels::PrefetchRange(Block(sample[i + 1]),
+    if (i + kBlocksAhead < sample.size()) {
+      kernels::PrefetchRange(Block(sample[i + kBlocksAhead]),
                              static_cast<size_t>(kernels::ScanBlockBytes(symbols_, planes)));
     }
     float* block_estimates = estimates + i * kScanBlock;

@@ -85,6 +85,8 @@ class LadderPlan final : public SearchPlan {
   };
   void ScanSegmentPart(Piece& piece, int64_t begin_block, int64_t end_block,
                        const kernels::GroupState& rest, const ScanBuffers& buffers, Chosen& chosen);
+  /// Where the next `blocks` blocks of the piece start, or null if it has not so many.
+  const uint8_t* NextCodes(const Piece& piece, int64_t end_block, int blocks) const;
   void PrefetchRecords(const Chosen& chosen) const;
   void ReadCandidates(Piece& piece, const Chosen& chosen, const ScanBuffers& buffers);
 

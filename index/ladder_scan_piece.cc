@@ -61,14 +61,15 @@ void LadderPlan::ScanSegmentPart(Piece& piece, int64_t begin_block, int64_t end_
   chosen.segment = begin_block / kSegmentBlocks;
   FillScanHeads(chosen.segment, !full, buffers.scan_heads);
   kernels::ScanCodes(Block(begin_block), blocks, symbols_, planes, tables_.get(), group_,
-                     buffers.sums, keys);
+                     buffers.sums, keys, NextCodes(piece, end_block, blocks));
+  const int value_dim = view_.shape.value_dim;
+  const uint16_t* means = view_.segments[static_cast<size_t>(chosen.segment)]->block_means() +
+                          (begin_block % kSegmentBlocks) * value_dim;
+  kernels::PrefetchRange(means, static_cast<size_t>(blocks) * view_.shape.ValueRowBytes());
   chosen.count = kernels::SelectAndWeigh(buffers.sums, keys, Block(begin_block), blocks, symbols_,
                                          planes, buffers.scan_heads, group_, first_in_segment,
                                          chosen.keys, buffers.block_weights, blocks);
 
-  const int value_dim = view_.shape.value_dim;
-  const uint16_t* means = view_.segments[static_cast<size_t>(chosen.segment)]->block_means() +
-                          (begin_block % kSegmentBlocks) * value_dim;
   kernels::AddWeightedRows(buffers.block_weights, blocks, group_, means, blocks, value_dim,
                            rest.acc);
   const auto piece_blocks = piece.last_block - piece.first_block;
@@ -82,6 +83,10 @@ void LadderPlan::ScanSegmentPart(Piece& piece, int64_t begin_block, int64_t end_
                   piece.block_weights.begin() + h * piece_blocks + begin_block - piece.first_block);
     }
   }
+}
+
+const uint8_t* LadderPlan::NextCodes(const Piece& piece, int64_t end_block, int blocks) const {
+  return end_block + blocks <= piece.last_block ? Block(end_block) : nullptr;
 }
 
 void LadderPlan::PrefetchRecords(const Chosen& chosen) const {

@@ -27,7 +27,7 @@ void ScoredKeys::Append(const ScoredKeys& other) {
 std::vector<uint32_t> BestIndices(absl::Span<const float> values, int64_t count) {
   const auto size = static_cast<int64_t>(values.size());
   count = std::clamp<int64_t>(count, 0, size);
-  std::vector<uint32_t> work(values.size());
+  std::vector<int32_t> work(values.size());
   const float threshold = kernels::RankThreshold(values.data(), size, count, work.data());
   int64_t above = 0;
   for (const float value : values) above += value > threshold ? 1 : 0;

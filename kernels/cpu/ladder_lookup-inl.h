@@ -26,7 +26,16 @@ struct ScanShape {
   int symbols;
   int planes;
   int block_bytes;
+  const uint8_t* next;  ///< as many blocks again that will be scanned next, or null
 };
+
+/// Fetches block b of what comes next into L2 while this one is worked on: pages are too small and
+/// segments too many for the hardware to guess.
+HWY_INLINE void FetchNext(const ScanShape& shape, int b) {
+  if (shape.next == nullptr) return;
+  const uint8_t* block = shape.next + static_cast<ptrdiff_t>(b) * shape.block_bytes;
+  for (int i = 0; i < shape.block_bytes; i += 64) __builtin_prefetch(block + i, 0, 2);
+}
 
 #if HWY_TARGET == HWY_SCALAR || HWY_TARGET == HWY_EMU128 || HWY_HAVE_SCALABLE
 
@@ -231,6 +240,7 @@ HWY_NOINLINE void LookUpT(const uint8_t* codes, const ScanShape& shape, const in
   const int widened = (shape.symbols + 3) / 4 * (shape.planes == 2 ? 3 : 1);
   const auto bias = hn::Set(d16, static_cast<uint16_t>(widened * kBias));
   for (int b = 0; b < shape.blocks; ++b, codes += shape.block_bytes) {
+    FetchNext(shape, b);
     for (int i = 0; i < kScanBlock; i += kByteLanes, sums += kByteLanes) {
       WideSums<kHeads> wide;
       for (int h = 0; h < kHeads; ++h) wide.all[h] = wide.odd[h] = hn::Zero(d16);

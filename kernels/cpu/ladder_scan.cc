@@ -75,9 +75,9 @@ void BuildTablesImpl(const float* rotated_queries, int heads, int padded_dim, in
 }
 
 void ScanCodesImpl(const uint8_t* codes, int blocks, int symbols, int planes, const int8_t* tables,
-                   int heads, int16_t* sums, int sums_stride) {
-  const ScanShape shape = {blocks, symbols, planes, ScanBlockBytes(symbols, planes)};
-  for (int h = 0; h < heads; h += kLookupHeads) {
+                   int heads, int16_t* sums, int sums_stride, const uint8_t* next_codes) {
+  ScanShape shape = {blocks, symbols, planes, ScanBlockBytes(symbols, planes), next_codes};
+  for (int h = 0; h < heads; h += kLookupHeads, shape.next = nullptr) {
     LookUpHeads(codes, shape, tables + static_cast<ptrdiff_t>(h) * symbols * kTableSize,
                 std::min(kLookupHeads, heads - h), sums + static_cast<ptrdiff_t>(h) * sums_stride,
                 sums_stride);
@@ -230,10 +230,10 @@ void BuildTables(const float* rotated_queries, int heads, int padded_dim, int8_t
 }
 
 void ScanCodes(const uint8_t* codes, int blocks, int symbols, int planes, const int8_t* tables,
-               int heads, int16_t* sums, int sums_stride) noexcept {
+               int heads, int16_t* sums, int sums_stride, const uint8_t* next_codes) noexcept {
   assert(sums_stride % kScanBlock == 0 && sums_stride >= blocks * kScanBlock);
   HWY_DYNAMIC_DISPATCH(ScanCodesImpl)
-  (codes, blocks, symbols, planes, tables, heads, sums, sums_stride);
+  (codes, blocks, symbols, planes, tables, heads, sums, sums_stride, next_codes);
 }
 
 void EstimateScores(const int16_t* sums, int sums_stride, const uint8_t* codes, int blocks,

@@ -22,8 +22,10 @@ void BuildTables(const float* rotated_queries, int heads, int padded_dim, int8_t
 /// 64 * blocks. The same bits at every level. Tables may lie anywhere, but are read faster from a
 /// 64-byte boundary, and a call of many blocks is cheaper than many calls: each call prepares a
 /// quarter of the tables.
+/// `next_codes`: as many blocks again that will be scanned next, to be fetched meanwhile; or null.
 void ScanCodes(const uint8_t* codes, int blocks, int symbols, int planes, const int8_t* tables,
-               int heads, int16_t* sums, int sums_stride) noexcept;
+               int heads, int16_t* sums, int sums_stride,
+               const uint8_t* next_codes = nullptr) noexcept;
 
 /// What turns sums into scores, for one head and one segment. Natural-log units, softmax scale
 /// included.

@@ -1,57 +1,113 @@
 #include "kernels/cpu/threshold.h"
 
-#include <array>
+#include <algorithm>
 #include <bit>
 #include <limits>
 
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/cpu/threshold.cc"
+#include "hwy/foreach_target.h"
+#include "hwy/highway.h"
+
+#ifndef KVSEEK_KERNELS_CPU_THRESHOLD_CC_
+#define KVSEEK_KERNELS_CPU_THRESHOLD_CC_
 namespace kvseek::kernels {
+
+/// Maps the bits of floats to integers of the same order, and back: it is its own inverse.
+constexpr int32_t ToOrder(int32_t bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
+
+}  // namespace kvseek::kernels
+#endif  // KVSEEK_KERNELS_CPU_THRESHOLD_CC_
+
+HWY_BEFORE_NAMESPACE();
+namespace kvseek::kernels {
+namespace HWY_NAMESPACE {
 namespace {
 
-/// Maps floats to integers of the same order.
-uint32_t OrderedBits(float value) {
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  return (bits & 0x80000000U) != 0 ? ~bits : bits | 0x80000000U;
+namespace hn = hwy::HWY_NAMESPACE;
+using DI = hn::ScalableTag<int32_t>;
+
+/// Writes the ordered integers of all values to `work` and finds the least and the largest.
+void Order(const float* values, int64_t count, int32_t* work, int32_t* least, int32_t* largest) {
+  const DI d;
+  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
+  const auto* bits = reinterpret_cast<const int32_t*>(values);
+  *least = std::numeric_limits<int32_t>::max();
+  *largest = std::numeric_limits<int32_t>::min();
+  int64_t i = 0;
+  if (count >= lanes) {
+    auto low = hn::Set(d, *least);
+    auto high = hn::Set(d, *largest);
+    for (; i + lanes <= count; i += lanes) {
+      const auto value = hn::LoadU(d, bits + i);
+      const auto magnitude = hn::Set(d, 0x7fffffff);
+      const auto order = hn::Xor(value, hn::And(hn::BroadcastSignBit(value), magnitude));
+      hn::StoreU(order, d, work + i);
+      low = hn::Min(low, order);
+      high = hn::Max(high, order);
+    }
+    *least = hn::GetLane(hn::MinOfLanes(d, low));
+    *largest = hn::GetLane(hn::MaxOfLanes(d, high));
+  }
+  for (; i < count; ++i) {
+    work[i] = ToOrder(bits[i]);
+    *least = std::min(*least, work[i]);
+    *largest = std::max(*largest, work[i]);
+  }
 }
 
-float FromOrderedBits(uint32_t ordered) {
-  const uint32_t bits = (ordered & 0x80000000U) != 0 ? ordered & 0x7fffffffU : ~ordered;
-  return std::bit_cast<float>(bits);
+/// How many of `order` are >= bound.
+int64_t CountFrom(const int32_t* order, int64_t count, int32_t bound) {
+  const DI d;
+  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
+  const auto limit = hn::Set(d, bound);
+  int64_t less = 0;
+  int64_t i = 0;
+  // -1 in each lane that is less; two sums hide the latency.
+  auto sum0 = hn::Zero(d);
+  auto sum1 = hn::Zero(d);
+  for (; i + 2 * lanes <= count; i += 2 * lanes) {
+    sum0 = hn::Add(sum0, hn::VecFromMask(d, hn::Lt(hn::LoadU(d, order + i), limit)));
+    sum1 = hn::Add(sum1, hn::VecFromMask(d, hn::Lt(hn::LoadU(d, order + i + lanes), limit)));
+  }
+  less -= hn::GetLane(hn::SumOfLanes(d, hn::Add(sum0, sum1)));
+  for (; i < count; ++i) less += order[i] < bound ? 1 : 0;
+  return count - less;
 }
 
-constexpr int kDigitBits = 11;
-constexpr uint32_t kBuckets = 1U << kDigitBits;
+float RankThresholdImpl(const float* values, int64_t count, int64_t rank, int32_t* work) {
+  int32_t low = 0;   // at least `rank` values are >= low
+  int32_t high = 0;  // and fewer than that are > high
+  Order(values, count, work, &low, &high);
+  while (low < high) {
+    const auto middle = static_cast<int32_t>((int64_t{low} + high + 1) >> 1);
+    const int64_t found = CountFrom(work, count, middle);
+    if (found == rank) return std::bit_cast<float>(ToOrder(middle));
+    if (found > rank) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return std::bit_cast<float>(ToOrder(low));
+}
 
 }  // namespace
+}  // namespace HWY_NAMESPACE
+}  // namespace kvseek::kernels
+HWY_AFTER_NAMESPACE();
 
-float RankThreshold(const float* values, int64_t count, int64_t rank, uint32_t* work) noexcept {
+#if HWY_ONCE
+namespace kvseek::kernels {
+namespace {
+HWY_EXPORT(RankThresholdImpl);
+}  // namespace
+
+float RankThreshold(const float* values, int64_t count, int64_t rank, int32_t* work) noexcept {
   if (rank <= 0) return std::numeric_limits<float>::infinity();
   if (rank > count) return -std::numeric_limits<float>::infinity();
-  std::array<uint32_t, kBuckets> histogram{};
-  for (int64_t i = 0; i < count; ++i) {
-    work[i] = OrderedBits(values[i]);
-    ++histogram[work[i] >> (32 - kDigitBits)];
-  }
-  // Digits from the top: find the bucket that holds the rank, keep its members, look at their next
-  // digit.
-  int64_t left = count;
-  int shift = 32 - kDigitBits;
-  uint32_t mask = kBuckets - 1;
-  while (true) {
-    uint32_t bucket = mask;
-    while (rank > static_cast<int64_t>(histogram[bucket])) rank -= histogram[bucket--];
-    int64_t kept = 0;
-    for (int64_t i = 0; i < left; ++i) {
-      if (((work[i] >> shift) & mask) == bucket) work[kept++] = work[i];
-    }
-    left = kept;
-    if (shift == 0 || left == 1) break;
-    const int next_shift = shift > kDigitBits ? shift - kDigitBits : 0;
-    mask = (1U << (shift - next_shift)) - 1;
-    shift = next_shift;
-    histogram.fill(0);
-    for (int64_t i = 0; i < left; ++i) ++histogram[(work[i] >> shift) & mask];
-  }
-  return FromOrderedBits(work[0]);
+  return HWY_DYNAMIC_DISPATCH(RankThresholdImpl)(values, count, rank, work);
 }
 
 }  // namespace kvseek::kernels
+#endif  // HWY_ONCE

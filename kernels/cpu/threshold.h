@@ -1,6 +1,4 @@
-// Selection by rank: the value that the best `rank` of many exceed or equal. One pass of a radix
-// select, so the cost is linear and does not depend on the data's order; nth_element took four
-// times as long on 64K floats.
+// Selection by rank: the value that the best `rank` of many exceed or equal.
 #ifndef KVSEEK_KERNELS_CPU_THRESHOLD_H_
 #define KVSEEK_KERNELS_CPU_THRESHOLD_H_
 
@@ -8,10 +6,14 @@
 
 namespace kvseek::kernels {
 
-/// The rank-th largest of `count` values (rank 1 is the largest), or +infinity for rank <= 0 and
-/// -infinity for rank > count. Without ties, exactly `rank` values are >= the result. Values are
-/// not NaN; -infinity is allowed. `work` has room for `count` more. Pure; thread-safe.
-float RankThreshold(const float* values, int64_t count, int64_t rank, uint32_t* work) noexcept;
+/// A value t between which the best `rank` of `count` values and the others are divided: at most
+/// `rank` values are > t, at least `rank` are >= t. +infinity for rank <= 0, -infinity for rank >
+/// count. Values are not NaN; -infinity is allowed. `work` has room for `count` more.
+///
+/// Bisection on the values' bit patterns: some twenty counting passes, vectorised, whatever the
+/// order. A radix select and nth_element took several times as long at 4K-16K values. The same bits
+/// at every SIMD level. Pure; thread-safe.
+float RankThreshold(const float* values, int64_t count, int64_t rank, int32_t* work) noexcept;
 
 }  // namespace kvseek::kernels
 

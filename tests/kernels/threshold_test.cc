@@ -3,10 +3,12 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <functional>
 #include <limits>
 #include <random>
+#include <string>
 #include <vector>
+
+#include "kernels/cpu/simd_level.h"
 
 namespace kvseek::kernels {
 namespace {
@@ -14,38 +16,49 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 float Rank(const std::vector<float>& values, int64_t rank) {
-  std::vector<uint32_t> work(values.size());
+  std::vector<int32_t> work(values.size());
   return RankThreshold(values.data(), static_cast<int64_t>(values.size()), rank, work.data());
 }
 
-TEST(RankThresholdTest, EqualsSorting) {
+/// Whether `threshold` divides the best `rank` values from the others.
+void ExpectDivides(const std::vector<float>& values, int64_t rank) {
+  const float threshold = Rank(values, rank);
+  EXPECT_LE(std::count_if(values.begin(), values.end(), [&](float v) { return v > threshold; }),
+            rank);
+  EXPECT_GE(std::count_if(values.begin(), values.end(), [&](float v) { return v >= threshold; }),
+            rank);
+}
+
+TEST(RankThresholdTest, DividesTheBestFromTheOthers) {
   std::mt19937 random(7);
-  for (const int count : {1, 2, 3, 100, 1023, 5000}) {
-    for (const float deviation : {1e-30F, 1.0F, 1e10F}) {
-      std::normal_distribution<float> normal(0.0F, deviation);
-      std::vector<float> values(static_cast<size_t>(count));
-      for (float& value : values) value = normal(random);
-      if (count > 2) {
-        values[0] = -kInfinity;
-        values[1] = values[2];
-      }
-      std::vector<float> sorted = values;
-      std::sort(sorted.begin(), sorted.end(), std::greater<>());
-      for (const int rank : {1, 2, count / 3 + 1, count - 1, count}) {
-        if (rank < 1 || rank > count) continue;
-        EXPECT_EQ(Rank(values, rank), sorted[static_cast<size_t>(rank) - 1])
-            << count << " " << rank;
+  for (const std::string& level : SupportedSimdLevels()) {
+    ASSERT_TRUE(ForceSimdLevel(level));
+    for (const int count : {1, 2, 3, 31, 33, 100, 1023, 5000}) {
+      for (const float deviation : {1e-38F, 1.0F, 1e10F}) {
+        std::normal_distribution<float> normal(0.0F, deviation);
+        std::vector<float> values(static_cast<size_t>(count));
+        for (float& value : values) value = normal(random);
+        if (count > 3) {
+          values[0] = -kInfinity;
+          values[1] = values[2];
+        }
+        for (const int rank : {1, 2, count / 3 + 1, count - 1, count}) {
+          if (rank >= 1 && rank <= count) ExpectDivides(values, rank);
+        }
       }
     }
   }
+  ASSERT_TRUE(ForceSimdLevel(""));
 }
 
 TEST(RankThresholdTest, TiesAndBothSigns) {
-  EXPECT_EQ(Rank({-1.0F, -2.0F, -1.0F, -3.0F}, 2), -1.0F);
-  EXPECT_EQ(Rank({-1.0F, -2.0F, -1.0F, -3.0F}, 3), -2.0F);
+  for (const int rank : {1, 2, 3, 4}) ExpectDivides({-1.0F, -2.0F, -1.0F, -3.0F}, rank);
+  for (const int rank : {1, 2, 3}) {
+    ExpectDivides({-0.5F, 0.0F, 0.5F}, rank);
+    ExpectDivides({-0.0F, 0.0F, -0.0F}, rank);
+  }
   EXPECT_EQ(Rank({5.0F, 5.0F, 5.0F}, 3), 5.0F);
-  EXPECT_EQ(Rank({-0.5F, 0.0F, 0.5F}, 1), 0.5F);
-  EXPECT_EQ(Rank({-0.5F, 0.0F, 0.5F}, 3), -0.5F);
+  EXPECT_EQ(Rank({5.0F, 5.0F, 5.0F}, 1), 5.0F);
 }
 
 TEST(RankThresholdTest, RanksOutsideTheValues) {
