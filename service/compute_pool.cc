@@ -1,0 +1,170 @@
+#include "service/compute_pool.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+
+#include "absl/strings/str_cat.h"
+#include "proto/status_code.h"
+
+namespace kvseek::service {
+namespace {
+
+/// Pins the calling thread to the n-th core that the process may use, counted round.
+void PinToCore(int n) {
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return;
+  int left = n % std::max(1, CPU_COUNT(&allowed));
+  for (size_t core = 0; core < CPU_SETSIZE; ++core) {
+    if (!CPU_ISSET(core, &allowed) || left-- > 0) continue;
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(core, &one);
+    pthread_setaffinity_np(pthread_self(), sizeof(one), &one);  // best effort
+    return;
+  }
+}
+
+/// What the threads of one ForEach share. Helpers that come late find no index left and touch
+/// `work` no more.
+struct Sharing {
+  Sharing(int all, const std::function<void(int, index::Scratch&)>& each)
+      : count(all), work(&each), unfinished(all) {}
+
+  const int count;
+  const std::function<void(int, index::Scratch&)>* work;
+  std::atomic<int> next{0};
+  std::mutex mutex;
+  std::condition_variable finished;
+  int unfinished ABSL_GUARDED_BY(mutex);
+  std::exception_ptr failure ABSL_GUARDED_BY(mutex);
+
+  void Run(index::Scratch& scratch) {
+    for (int i = next.fetch_add(1); i < count; i = next.fetch_add(1)) {
+      std::exception_ptr thrown;
+      scratch.Reset();
+      try {
+        (*work)(i, scratch);
+      } catch (...) {
+        thrown = std::current_exception();
+      }
+      const std::lock_guard lock(mutex);
+      if (thrown != nullptr && failure == nullptr) failure = thrown;
+      if (--unfinished == 0) finished.notify_one();
+    }
+  }
+};
+
+}  // namespace
+
+ComputePool::ComputePool(const DaemonOptions& options)
+    : requests_max_(options.queue_limit), retry_after_(options.retry_after) {
+  const int cores = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  const int workers = options.workers > 0 ? options.workers : cores;
+  threads_.reserve(static_cast<size_t>(workers));
+  for (int i = 0; i < workers; ++i) {
+    threads_.emplace_back([this, i, pin = options.pin_workers] {
+      if (pin) PinToCore(i);
+      Work(i);
+    });
+  }
+}
+
+ComputePool::~ComputePool() {
+  {
+    const std::lock_guard lock(mutex_);
+    stopping_ = true;
+    job_waits_.notify_all();
+  }
+  for (std::thread& thread : threads_) thread.join();
+}
+
+absl::StatusOr<ComputePool::Admission> ComputePool::Admit() {
+  if (requests_.fetch_add(1, std::memory_order_relaxed) >= requests_max_) {
+    requests_.fetch_sub(1, std::memory_order_relaxed);
+    return proto::Exhausted("", absl::StrCat(requests_max_, " requests are waiting already"),
+                            static_cast<uint64_t>(retry_after_.count()));
+  }
+  return Admission(this);
+}
+
+void ComputePool::Submit(Job job) {
+  const std::lock_guard lock(mutex_);
+  jobs_.push_back(std::move(job));
+  waiting_.fetch_add(1, std::memory_order_relaxed);
+  job_waits_.notify_one();
+}
+
+void ComputePool::ForEach(int count, const std::function<void(int, index::Scratch&)>& work,
+                          index::Scratch& scratch) {
+  if (count <= 0) return;
+  const auto sharing = std::make_shared<Sharing>(count, work);
+  if (count > 1) {
+    const std::lock_guard lock(mutex_);
+    const int helpers = std::min(count - 1, idle_ - static_cast<int>(jobs_.size()));
+    for (int i = 0; i < helpers; ++i) {
+      jobs_.emplace_back([sharing](index::Scratch& own) { sharing->Run(own); });
+      waiting_.fetch_add(1, std::memory_order_relaxed);
+      job_waits_.notify_one();
+    }
+  }
+  sharing->Run(scratch);
+  std::unique_lock lock(sharing->mutex);
+  while (sharing->unfinished > 0) sharing->finished.wait(lock);
+  if (sharing->failure != nullptr) std::rethrow_exception(sharing->failure);
+}
+
+void ComputePool::Work(int worker) {
+  const std::string name = absl::StrCat("kvseek-work-", worker);
+  pthread_setname_np(pthread_self(), name.substr(0, 15).c_str());
+  index::Scratch scratch;
+  for (;;) {
+    Job job;
+    {
+      std::unique_lock lock(mutex_);
+      ++idle_;
+      while (jobs_.empty() && !stopping_) job_waits_.wait(lock);
+      --idle_;
+      if (jobs_.empty()) return;
+      job = std::move(jobs_.front());
+      jobs_.pop_front();
+      waiting_.fetch_sub(1, std::memory_order_relaxed);
+    }
+    scratch.Reset();
+    job(scratch);
+  }
+}
+
+void Strand::Submit(ComputePool& pool, ComputePool::Job job) {
+  {
+    const std::lock_guard lock(state_->mutex);
+    state_->jobs.push_back(std::move(job));
+    if (std::exchange(state_->busy, true)) return;
+  }
+  RunNext(pool, state_);
+}
+
+void Strand::RunNext(ComputePool& pool, const std::shared_ptr<State>& state) {
+  pool.Submit([&pool, state](index::Scratch& scratch) {
+    ComputePool::Job job;
+    {
+      const std::lock_guard lock(state->mutex);
+      job = std::move(state->jobs.front());
+      state->jobs.pop_front();
+    }
+    job(scratch);
+    {
+      const std::lock_guard lock(state->mutex);
+      state->busy = !state->jobs.empty();
+      if (!state->busy) return;
+    }
+    RunNext(pool, state);
+  });
+}
+
+}  // namespace kvseek::service

@@ -1,0 +1,116 @@
+// The threads that compute: all searches, builds and large copies run here.
+//
+// A request is admitted once (queue_limit of them at a time) and may then submit jobs. It keeps no
+// more of them queued than there are workers, so the queue is bounded by queue_limit * workers.
+// Jobs run in the order of submission.
+#ifndef KVSEEK_SERVICE_COMPUTE_POOL_H_
+#define KVSEEK_SERVICE_COMPUTE_POOL_H_
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/statusor.h"
+#include "index/scratch.h"
+#include "service/options.h"
+
+namespace kvseek::service {
+
+/// Thread-safe.
+class ComputePool {
+ public:
+  /// Gets its worker's scratch, empty. Must not throw.
+  using Job = std::function<void(index::Scratch&)>;
+
+  /// A request's place among those waiting or under way; given back on destruction.
+  class Admission {
+   public:
+    Admission() = default;
+    Admission(Admission&& other) noexcept : pool_(std::exchange(other.pool_, nullptr)) {}
+    Admission& operator=(Admission&& other) noexcept {
+      std::swap(pool_, other.pool_);
+      return *this;
+    }
+    ~Admission() {
+      if (pool_ != nullptr) pool_->requests_.fetch_sub(1, std::memory_order_relaxed);
+    }
+
+   private:
+    friend class ComputePool;
+    explicit Admission(ComputePool* pool) : pool_(pool) {}
+    ComputePool* pool_ = nullptr;
+  };
+
+  /// Uses options.workers, pin_workers, queue_limit and retry_after.
+  explicit ComputePool(const DaemonOptions& options);
+  /// Runs what is queued, and what those jobs submit, then stops.
+  ~ComputePool();
+  ComputePool(const ComputePool&) = delete;
+  ComputePool& operator=(const ComputePool&) = delete;
+
+  /// resource_exhausted with retry-after when queue_limit requests are there already.
+  absl::StatusOr<Admission> Admit();
+
+  void Submit(Job job) ABSL_LOCKS_EXCLUDED(mutex_);
+
+  /// Calls work(0) .. work(count - 1), each once, in the calling worker and in workers that are
+  /// idle now, and returns when all are done. Waits only for work that another worker has begun.
+  /// `scratch` is the caller's and is emptied before each call; the first exception is rethrown
+  /// after the others are done.
+  void ForEach(int count, const std::function<void(int, index::Scratch&)>& work,
+               index::Scratch& scratch) ABSL_LOCKS_EXCLUDED(mutex_);
+
+  /// Whether jobs are waiting: a long job then makes room.
+  bool Crowded() const { return waiting_.load(std::memory_order_relaxed) > 0; }
+
+  int workers() const { return static_cast<int>(threads_.size()); }
+  /// Requests admitted, and how many may be.
+  uint64_t requests() const { return requests_.load(std::memory_order_relaxed); }
+  uint64_t requests_max() const { return requests_max_; }
+
+ private:
+  void Work(int worker);
+
+  const uint64_t requests_max_;
+  const std::chrono::milliseconds retry_after_;
+  std::atomic<uint64_t> requests_{0};
+  std::atomic<int64_t> waiting_{0};  ///< size of jobs_, for Crowded
+
+  std::mutex mutex_;
+  std::condition_variable job_waits_;  ///< or the pool stops
+  std::deque<Job> jobs_ ABSL_GUARDED_BY(mutex_);
+  int idle_ ABSL_GUARDED_BY(mutex_) = 0;
+  bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
+  std::vector<std::thread> threads_;
+};
+
+/// Runs jobs on a pool one at a time and in order; while they wait they occupy no worker.
+/// Thread-safe; may be destroyed while jobs wait, they still run.
+class Strand {
+ public:
+  Strand() : state_(std::make_shared<State>()) {}
+  void Submit(ComputePool& pool, ComputePool::Job job);
+
+ private:
+  struct State {
+    std::mutex mutex;
+    std::deque<ComputePool::Job> jobs ABSL_GUARDED_BY(mutex);
+    bool busy ABSL_GUARDED_BY(mutex) = false;  ///< one of its jobs is on the pool
+  };
+
+  static void RunNext(ComputePool& pool, const std::shared_ptr<State>& state);
+
+  std::shared_ptr<State> state_;
+};
+
+}  // namespace kvseek::service
+
+#endif  // KVSEEK_SERVICE_COMPUTE_POOL_H_

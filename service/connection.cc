@@ -1,0 +1,530 @@
+#include "service/connection.h"
+
+#include <spdlog/spdlog.h>
+
+#include <algorithm>
+#include <boost/asio/as_tuple.hpp>
+#include <boost/asio/buffer.hpp>
+#include <boost/asio/co_spawn.hpp>
+#include <boost/asio/detached.hpp>
+#include <boost/asio/dispatch.hpp>
+#include <boost/asio/executor_work_guard.hpp>
+#include <boost/asio/use_awaitable.hpp>
+#include <boost/asio/write.hpp>
+#include <cstring>
+#include <exception>
+#include <utility>
+
+#include "absl/cleanup/cleanup.h"
+#include "absl/strings/str_cat.h"
+#include "proto/kvseek.pb.h"
+#include "proto/status_code.h"
+
+namespace kvseek::service {
+namespace {
+
+namespace asio = boost::asio;
+using ErrorCode = boost::system::error_code;
+using proto::FieldError;
+using proto::FrameHeader;
+using proto::Op;
+using std::chrono::milliseconds;
+
+constexpr auto kAsTuple = asio::as_tuple(asio::use_awaitable);
+constexpr milliseconds kGoodbye{1000};    ///< a peer may take so long to read a last Error
+constexpr size_t kBatchBytes = 64 << 10;  ///< answers that fit are sent together
+constexpr size_t kBatchFrames = 16;
+constexpr proto::FrameLimits kHelloLimits{.metadata_bytes_max = 16 << 10, .payload_bytes_max = 0};
+
+/// Takes the same time whatever the first difference is.
+bool SameSecret(const std::string& given, const std::string& expected) {
+  volatile unsigned difference = given.size() == expected.size() ? 0U : 1U;
+  for (size_t i = 0; i < given.size(); ++i) {
+    const char other = expected.empty() ? '\0' : expected[i % expected.size()];
+    difference = difference | static_cast<unsigned char>(given[i] ^ other);
+  }
+  return difference == 0U;
+}
+
+}  // namespace
+
+Connection::Connection(Stream stream, const ConnectionContext& context)
+    : context_(context),
+      stream_(std::move(stream)),
+      wake_reader_(stream_.get_executor(), asio::steady_timer::time_point::max()),
+      wake_writer_(stream_.get_executor(), asio::steady_timer::time_point::max()),
+      watchdog_(stream_.get_executor()),
+      buffer_(new uint8_t[kBufferBytes]) {
+  TuneStream(stream_);
+  read_deadline_ = Clock::now() + context_.options.hello_timeout;
+}
+
+void Connection::Start() {
+  asio::co_spawn(stream_.get_executor(), Read(shared_from_this()), asio::detached);
+  asio::co_spawn(stream_.get_executor(), Write(shared_from_this()), asio::detached);
+  asio::co_spawn(stream_.get_executor(), Watch(shared_from_this()), asio::detached);
+}
+
+void Connection::Stop() {
+  asio::dispatch(stream_.get_executor(), [self = shared_from_this()] {
+    self->stopping_ = true;
+    ErrorCode ignored;
+    self->stream_.shutdown(asio::socket_base::shutdown_receive, ignored);
+    self->wake_reader_.cancel();
+  });
+}
+
+void Connection::Abort() {
+  asio::dispatch(stream_.get_executor(), [self = shared_from_this()] { self->Close(); });
+}
+
+void Connection::CancelAll() {
+  for (const auto& [id, flag] : under_way_) flag->store(true);
+}
+
+void Connection::Close() {
+  if (closed_) return;
+  closed_ = true;
+  ended_ = true;
+  CancelAll();
+  ErrorCode ignored;
+  stream_.close(ignored);
+  wake_reader_.cancel();
+  wake_writer_.cancel();
+  watchdog_.cancel();
+  context_.closed(this);
+}
+
+// ---- answers
+// -------------------------------------------------------------------------------------------------------
+
+Connection::OutFrame Connection::MakeFrame(Op op, uint64_t request_id, Response response) {
+  FrameHeader header;
+  header.op = op;
+  header.flags = proto::kFlagResponse;
+  if (response.error) header.flags |= proto::kFlagError;
+  header.request_id = request_id;
+  header.metadata_bytes = static_cast<uint32_t>(response.metadata.size());
+  header.payload_bytes = static_cast<uint32_t>(response.payload.bytes);
+  OutFrame frame;
+  frame.head.reserve(proto::kHeaderBytes + response.metadata.size() + header.PaddingBytes());
+  frame.head.resize(proto::kHeaderBytes);
+  proto::EncodeHeader(header, reinterpret_cast<uint8_t*>(frame.head.data()));
+  frame.head.append(response.metadata);
+  frame.head.append(header.PaddingBytes(), '\0');
+  frame.payload = std::move(response.payload);
+  if (frame.payload.bytes != 0) {
+    const uint64_t sum = proto::Checksum({frame.payload.data.get(), frame.payload.bytes});
+    for (size_t i = 0; i < frame.trailer.size(); ++i) {
+      frame.trailer[i] = static_cast<uint8_t>(sum >> (8 * i));
+    }
+  }
+  return frame;
+}
+
+Connection::OutFrame Connection::MakeError(Op op, uint64_t request_id, const absl::Status& status) {
+  Response response;
+  response.error = true;
+  response.metadata = proto::ToError(status).SerializeAsString();
+  return MakeFrame(op, request_id, std::move(response));
+}
+
+void Connection::Answer(OutFrame frame) {
+  ++outstanding_;
+  Enqueue(std::move(frame));
+}
+
+void Connection::Enqueue(OutFrame frame) {
+  queue_bytes_ += frame.Bytes();
+  queue_.push_back(std::move(frame));
+  if (!writing_) wake_writer_.cancel();
+}
+
+void Connection::Finish(uint64_t request_id, uint64_t held_bytes, OutFrame frame) {
+  context_.gate->Release(held_bytes);
+  under_way_.erase(request_id);
+  if (ended_) {
+    --outstanding_;
+    return;
+  }
+  Enqueue(std::move(frame));
+}
+
+Connection::Awaitable<void> Connection::Write(std::shared_ptr<Connection> self) {
+  Connection& c = *self;
+  std::vector<OutFrame> batch;
+  std::vector<asio::const_buffer> buffers;
+  while (!c.closed_) {
+    if (c.queue_.empty()) {
+      co_await c.wake_writer_.async_wait(kAsTuple);
+      continue;
+    }
+    size_t bytes = 0;
+    do {
+      bytes += c.queue_.front().Bytes();
+      batch.push_back(std::move(c.queue_.front()));
+      c.queue_.pop_front();
+    } while (!c.queue_.empty() && batch.size() < kBatchFrames &&
+             bytes + c.queue_.front().Bytes() <= kBatchBytes);
+    for (const OutFrame& frame : batch) {
+      buffers.emplace_back(frame.head.data(), frame.head.size());
+      if (frame.payload.bytes == 0) continue;
+      buffers.emplace_back(frame.payload.data.get(), frame.payload.bytes);
+      buffers.emplace_back(frame.trailer.data(), frame.trailer.size());
+    }
+    c.writing_ = true;
+    c.write_deadline_ = Clock::now() + c.context_.options.frame_timeout;
+    const auto [error, sent] = co_await asio::async_write(c.stream_, buffers, kAsTuple);
+    c.write_deadline_ = Clock::time_point::max();
+    c.writing_ = false;
+    c.outstanding_ -= batch.size();
+    c.queue_bytes_ -= bytes;
+    batch.clear();
+    buffers.clear();
+    c.wake_reader_.cancel();
+    if (error) {
+      spdlog::debug("connection ended while writing: {}", error.message());
+      c.Close();
+    }
+  }
+}
+
+// ---- time
+// ----------------------------------------------------------------------------------------------------------
+
+Connection::Awaitable<void> Connection::Watch(std::shared_ptr<Connection> self) {
+  Connection& c = *self;
+  const milliseconds shortest =
+      std::min(c.context_.options.hello_timeout, c.context_.options.frame_timeout);
+  const milliseconds tick = std::clamp(shortest / 4, milliseconds(1), milliseconds(1000));
+  while (!c.closed_) {
+    c.watchdog_.expires_after(tick);
+    co_await c.watchdog_.async_wait(kAsTuple);
+    if (c.closed_) break;
+    const Clock::time_point now = Clock::now();
+    if (now > c.write_deadline_) {
+      spdlog::info("connection closed: the peer did not read an answer in time");
+      c.Close();
+    } else if (now > c.read_deadline_) {
+      if (c.timed_out_) {  // was told, and has not gone
+        c.Close();
+        break;
+      }
+      c.timed_out_ = true;
+      c.read_deadline_ = now + kGoodbye;
+      ErrorCode ignored;
+      c.stream_.shutdown(asio::socket_base::shutdown_receive, ignored);
+    }
+  }
+}
+
+// ---- requests
+// ------------------------------------------------------------------------------------------------------
+
+Connection::Awaitable<bool> Connection::Fill(size_t bytes) {
+  if (kBufferBytes - buffer_begin_ < bytes || Buffered() == 0) {
+    std::memmove(buffer_.get(), buffer_.get() + buffer_begin_, Buffered());
+    buffer_end_ = Buffered();
+    buffer_begin_ = 0;
+  }
+  while (Buffered() < bytes) {
+    const asio::mutable_buffer free(buffer_.get() + buffer_end_, kBufferBytes - buffer_end_);
+    const auto [error, got] = co_await stream_.async_read_some(free, kAsTuple);
+    if (error) co_return false;
+    buffer_end_ += got;
+  }
+  co_return true;
+}
+
+Connection::Awaitable<bool> Connection::ReadInto(uint8_t* out, size_t bytes) {
+  while (bytes != 0) {
+    const size_t ready = std::min(bytes, Buffered());
+    std::memcpy(out, buffer_.get() + buffer_begin_, ready);
+    buffer_begin_ += ready;
+    out += ready;
+    bytes -= ready;
+    if (bytes == 0) break;
+    if (bytes < kBufferBytes / 2) {
+      if (!co_await Fill(bytes)) co_return false;
+      continue;
+    }
+    const asio::mutable_buffer rest(out, bytes);
+    const auto [error, got] = co_await stream_.async_read_some(rest, kAsTuple);
+    if (error) co_return false;
+    out += got;
+    bytes -= got;
+  }
+  co_return true;
+}
+
+Connection::Awaitable<bool> Connection::Discard(size_t bytes) {
+  while (bytes != 0) {
+    if (Buffered() == 0 && !co_await Fill(1)) co_return false;
+    const size_t ready = std::min(bytes, Buffered());
+    buffer_begin_ += ready;
+    bytes -= ready;
+  }
+  co_return true;
+}
+
+Connection::Awaitable<bool> Connection::WaitForRoom(bool is_cancel) {
+  // A cancel may pass a full house, or it would come too late; but not without end.
+  const size_t max = size_t{context_.options.inflight_requests_max} * (is_cancel ? 2 : 1);
+  while (!closed_ && !stopping_ &&
+         (outstanding_ >= max || queue_bytes_ > context_.options.payload_bytes_max)) {
+    read_deadline_ = Clock::time_point::max();
+    co_await wake_reader_.async_wait(kAsTuple);
+  }
+  co_return !closed_ && !stopping_;
+}
+
+Connection::Awaitable<bool> Connection::WaitForBytes(uint64_t bytes) {
+  if (bytes == 0 || context_.gate->TryTake(bytes)) co_return true;
+  bytes_taken_ = false;
+  read_deadline_ = Clock::time_point::max();
+  auto let_in = [self = shared_from_this(), work = asio::make_work_guard(stream_.get_executor())] {
+    asio::dispatch(self->stream_.get_executor(), [self] {
+      self->bytes_taken_ = true;
+      self->wake_reader_.cancel();
+    });
+  };
+  context_.gate->Take(bytes, let_in);
+  while (!bytes_taken_) co_await wake_reader_.async_wait(kAsTuple);
+  if (!closed_ && !stopping_) co_return true;
+  context_.gate->Release(bytes);
+  co_return false;
+}
+
+Connection::Awaitable<bool> Connection::ReadBody(
+    const FrameHeader& header, Request& request,
+    std::array<uint8_t, proto::kTrailerBytes>& trailer) {
+  request.metadata.resize(header.metadata_bytes);
+  auto* metadata = reinterpret_cast<uint8_t*>(request.metadata.data());
+  if (!co_await ReadInto(metadata, request.metadata.size())) co_return false;
+  if (header.payload_bytes == 0) co_return true;
+  if (!co_await Discard(header.PaddingBytes())) co_return false;
+  request.payload.bytes = header.payload_bytes;
+  request.payload.data = index::MakeAligned<uint8_t>(header.payload_bytes);
+  if (!co_await ReadInto(request.payload.data.get(), header.payload_bytes)) co_return false;
+  co_return co_await ReadInto(trailer.data(), trailer.size());
+}
+
+Connection::Awaitable<bool> Connection::ReadRequest(FrameHeader header) {
+  const Clock::time_point arrived = Clock::now();
+  const bool is_cancel = header.op == Op::kCancel;
+  if (!co_await WaitForRoom(is_cancel)) co_return false;
+  read_deadline_ = Clock::now() + context_.options.frame_timeout;
+  absl::Status refused;
+  if (!proto::IsKnownOp(static_cast<uint8_t>(header.op))) {
+    refused = FieldError(absl::StatusCode::kInvalidArgument, "op", "not an operation");
+  } else if (header.op == Op::kHello) {
+    refused = FieldError(absl::StatusCode::kInvalidArgument, "op", "hello was said already");
+  } else if ((header.flags & proto::kFlagResponse) != 0) {
+    refused = FieldError(absl::StatusCode::kInvalidArgument, "flags", "not a request");
+  } else if (under_way_.contains(header.request_id)) {
+    refused = FieldError(absl::StatusCode::kInvalidArgument, "request_id", "is under way already");
+  }
+  if (!refused.ok()) {
+    if (!co_await Discard(header.BodyBytes())) co_return false;
+    Answer(MakeError(header.op, header.request_id, refused));
+    co_return true;
+  }
+  const uint64_t held = is_cancel ? 0 : uint64_t{header.metadata_bytes} + header.payload_bytes;
+  if (!co_await WaitForBytes(held)) co_return false;
+  absl::Cleanup release = [this, held] { context_.gate->Release(held); };
+  read_deadline_ = Clock::now() + context_.options.frame_timeout;
+  Request request;
+  request.op = header.op;
+  std::array<uint8_t, proto::kTrailerBytes> trailer{};
+  if (!co_await ReadBody(header, request, trailer)) co_return false;
+  if (header.payload_bytes != 0) {
+    const absl::Status intact =
+        proto::VerifyPayload({request.payload.data.get(), request.payload.bytes}, trailer);
+    if (!intact.ok()) {
+      Answer(MakeError(header.op, header.request_id, intact));
+      co_return true;
+    }
+  }
+  const auto time_left = header.time_left_us == 0
+                             ? std::chrono::microseconds(context_.options.deadline_default)
+                             : std::chrono::microseconds(header.time_left_us);
+  request.deadline = arrived + time_left;
+  if (is_cancel) {
+    Cancel(header, request.metadata);
+    co_return true;
+  }
+  std::move(release).Cancel();
+  Accept(header, std::move(request), held);
+  co_return true;
+}
+
+void Connection::Cancel(const FrameHeader& header, const std::string& metadata) {
+  proto::CancelRequest message;
+  if (!message.ParseFromString(metadata)) {
+    Answer(MakeError(
+        header.op, header.request_id,
+        FieldError(absl::StatusCode::kInvalidArgument, "metadata", "not a CancelRequest")));
+    return;
+  }
+  const auto found = under_way_.find(message.request_id());
+  if (found != under_way_.end()) found->second->store(true);
+  Answer(MakeFrame(header.op, header.request_id, {}));
+}
+
+void Connection::Accept(const FrameHeader& header, Request request, uint64_t held_bytes) {
+  request.cancelled = std::make_shared<std::atomic<bool>>(false);
+  under_way_.emplace(header.request_id, request.cancelled);
+  ++outstanding_;
+  // The guard keeps the io threads alive until the answer has come, whatever happens to the
+  // connection.
+  context_.dispatch(std::move(request),
+                    [self = shared_from_this(), op = header.op, id = header.request_id, held_bytes,
+                     work = asio::make_work_guard(stream_.get_executor())](Response response) {
+                      OutFrame frame = MakeFrame(op, id, std::move(response));
+                      asio::dispatch(self->stream_.get_executor(),
+                                     [self, id, held_bytes, frame = std::move(frame)]() mutable {
+                                       self->Finish(id, held_bytes, std::move(frame));
+                                     });
+                    });
+}
+
+// ---- the connection's life
+// -----------------------------------------------------------------------------------------
+
+std::optional<Connection::Ending> Connection::CheckHello(const FrameHeader& header,
+                                                         const std::string& metadata) {
+  const auto refuse = [&header](absl::StatusCode code, absl::string_view field,
+                                absl::string_view message) {
+    return Ending{FieldError(code, field, message), header.request_id, header.op};
+  };
+  if (header.op != Op::kHello || (header.flags & proto::kFlagResponse) != 0) {
+    return refuse(absl::StatusCode::kFailedPrecondition, "op", "the first request must be hello");
+  }
+  proto::HelloRequest hello;
+  if (!hello.ParseFromString(metadata)) {
+    return refuse(absl::StatusCode::kInvalidArgument, "metadata", "not a HelloRequest");
+  }
+  if (hello.version_min() > proto::kVersion || hello.version_max() < proto::kVersion) {
+    return refuse(absl::StatusCode::kFailedPrecondition, "version_max",
+                  absl::StrCat("this daemon speaks version ", int{proto::kVersion}));
+  }
+  if (!context_.options.token.empty() && !SameSecret(hello.token(), context_.options.token)) {
+    return refuse(absl::StatusCode::kUnauthenticated, "token", "is not the daemon's");
+  }
+  return std::nullopt;
+}
+
+Connection::Awaitable<std::optional<Connection::Ending>> Connection::Greet() {
+  if (!co_await Fill(proto::kHeaderBytes)) co_return Ending{};
+  const auto header =
+      proto::DecodeHeader({buffer_.get() + buffer_begin_, proto::kHeaderBytes}, kHelloLimits);
+  if (!header.ok()) co_return Ending{header.status()};
+  buffer_begin_ += proto::kHeaderBytes;
+  std::string metadata(header->metadata_bytes, '\0');
+  auto* bytes = reinterpret_cast<uint8_t*>(metadata.data());
+  if (!co_await ReadInto(bytes, metadata.size())) co_return Ending{};
+  std::optional<Ending> refused = CheckHello(*header, metadata);
+  if (refused.has_value()) co_return refused;
+
+  const DaemonOptions& options = context_.options;
+  proto::HelloResponse welcome;
+  welcome.set_version(proto::kVersion);
+  welcome.set_boot_id(context_.identity.boot_id);
+  welcome.set_server(context_.identity.server);
+  welcome.set_simd_level(context_.identity.simd_level);
+  proto::Limits& limits = *welcome.mutable_limits();
+  limits.set_metadata_bytes_max(options.metadata_bytes_max);
+  limits.set_payload_bytes_max(options.payload_bytes_max);
+  limits.set_batch_items_max(options.batch_items_max);
+  limits.set_inflight_requests_max(options.inflight_requests_max);
+  limits.set_lease_ms_max(static_cast<uint64_t>(options.lease_max.count()));
+  Response response;
+  response.metadata = welcome.SerializeAsString();
+  Answer(MakeFrame(Op::kHello, header->request_id, std::move(response)));
+  co_return std::nullopt;
+}
+
+Connection::Awaitable<Connection::Ending> Connection::ReadFrames() {
+  std::optional<Ending> refused = co_await Greet();
+  if (refused.has_value()) co_return *refused;
+  const proto::FrameLimits limits{.metadata_bytes_max = context_.options.metadata_bytes_max,
+                                  .payload_bytes_max = context_.options.payload_bytes_max};
+  while (!stopping_ && !closed_) {
+    read_deadline_ = Clock::time_point::max();
+    if (Buffered() == 0 && !co_await Fill(1)) co_return Ending{};
+    read_deadline_ = Clock::now() + context_.options.frame_timeout;
+    if (!co_await Fill(proto::kHeaderBytes)) co_return Ending{};
+    const auto header =
+        proto::DecodeHeader({buffer_.get() + buffer_begin_, proto::kHeaderBytes}, limits);
+    if (!header.ok()) co_return Ending{header.status()};
+    buffer_begin_ += proto::kHeaderBytes;
+    if (header->request_id == 0) {
+      co_return Ending{
+          FieldError(absl::StatusCode::kInvalidArgument, "request_id", "must not be 0")};
+    }
+    if (!co_await ReadRequest(*header)) co_return Ending{};
+  }
+  co_return Ending{};
+}
+
+Connection::Awaitable<void> Connection::SayGoodbye(Ending ending) {
+  spdlog::info("connection refused: {}", ending.notice.ToString());
+  Answer(MakeError(ending.op, ending.request_id, ending.notice));
+  ended_ = true;  // what is under way is not waited for
+  while (!closed_ && (writing_ || !queue_.empty())) co_await wake_reader_.async_wait(kAsTuple);
+  if (closed_) co_return;
+  // Closing with bytes unread would make the system drop what the peer has not read yet.
+  read_deadline_ = Clock::now() + kGoodbye;
+  timed_out_ = true;
+  ErrorCode error;
+  stream_.shutdown(asio::socket_base::shutdown_send, error);
+  while (!error) {
+    const asio::mutable_buffer rest(buffer_.get(), kBufferBytes);
+    std::tie(error, std::ignore) = co_await stream_.async_read_some(rest, kAsTuple);
+  }
+}
+
+Connection::Awaitable<void> Connection::Read(std::shared_ptr<Connection> self) {
+  Connection& c = *self;
+  Ending ending;
+  try {
+    ending = co_await c.ReadFrames();
+  } catch (const std::exception& error) {  // out of memory, as a rule
+    spdlog::error("connection ended: {}", error.what());
+    ending.notice = absl::ResourceExhaustedError(error.what());
+  }
+  if (c.timed_out_ && !c.stopping_ && ending.notice.ok()) {
+    ending.notice = absl::DeadlineExceededError("the frame did not arrive in time");
+  }
+  c.read_deadline_ = Clock::time_point::max();
+  if (c.stopping_) {
+    while (!c.closed_ && c.outstanding_ != 0) co_await c.wake_reader_.async_wait(kAsTuple);
+  } else {
+    c.CancelAll();
+    if (!ending.notice.ok() && !c.closed_) co_await c.SayGoodbye(std::move(ending));
+  }
+  c.Close();
+}
+
+asio::awaitable<void> Refuse(Stream accepted, absl::Status reason) {
+  const auto shared = std::make_shared<Stream>(std::move(accepted));
+  Stream& stream = *shared;
+  FrameHeader header;
+  header.flags = proto::kFlagResponse | proto::kFlagError;
+  const std::string frame =
+      proto::EncodeFrame(header, proto::ToError(reason).SerializeAsString(), {});
+  asio::steady_timer timer(stream.get_executor(), kGoodbye);
+  timer.async_wait([shared](const ErrorCode& stopped) {
+    ErrorCode ignored;
+    if (!stopped) shared->close(ignored);
+  });
+  const asio::const_buffer out(frame.data(), frame.size());
+  auto [error, count] = co_await asio::async_write(stream, out, kAsTuple);
+  if (!error) stream.shutdown(asio::socket_base::shutdown_send, error);
+  std::array<uint8_t, 4096> rest{};
+  while (!error) {
+    std::tie(error, count) = co_await stream.async_read_some(asio::buffer(rest), kAsTuple);
+  }
+}
+
+}  // namespace kvseek::service

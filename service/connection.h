@@ -1,0 +1,140 @@
+// One connection: reads frames, checks them, hands requests on and writes answers as they come, in
+// any order.
+//
+//   reader    one frame after the other; waits while too much of this connection or of the daemon
+//   is under way writer    sends answers from where they are, without copying payloads watchdog
+//   ends what takes too long: hello, a frame from its first byte to its last, either way
+//
+// All three are coroutines on the connection's strand. What a peer does wrong inside a frame is
+// answered and forgotten; what makes the byte stream unreadable is answered with an Error frame of
+// request id 0, and the connection ends. When the peer is gone, all its requests are cancelled.
+#ifndef KVSEEK_SERVICE_CONNECTION_H_
+#define KVSEEK_SERVICE_CONNECTION_H_
+
+#include <array>
+#include <atomic>
+#include <boost/asio/awaitable.hpp>
+#include <boost/asio/steady_timer.hpp>
+#include <chrono>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/status/status.h"
+#include "proto/frame.h"
+#include "service/byte_gate.h"
+#include "service/options.h"
+#include "service/server.h"
+#include "service/stream.h"
+
+namespace kvseek::service {
+
+class Connection;
+
+/// What the server's connections share. Outlives them.
+struct ConnectionContext {
+  DaemonOptions options;
+  ServerIdentity identity;
+  Dispatch dispatch;
+  ByteGate* gate = nullptr;
+  std::function<void(Connection*)> closed;  ///< called once, on the connection's strand
+};
+
+class Connection : public std::enable_shared_from_this<Connection> {
+ public:
+  /// `stream`'s executor is the connection's strand.
+  Connection(Stream stream, const ConnectionContext& context);
+
+  void Start();
+  /// Reads no more; ends when what is under way has been answered. Any thread.
+  void Stop();
+  /// Cancels what is under way and ends. Any thread.
+  void Abort();
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  template <typename T>
+  using Awaitable = boost::asio::awaitable<T>;
+
+  /// One answer on its way out.
+  struct OutFrame {
+    std::string head;  ///< header, metadata, padding
+    Payload payload;
+    std::array<uint8_t, proto::kTrailerBytes> trailer{};
+    size_t Bytes() const {
+      return head.size() + (payload.bytes == 0 ? 0 : payload.bytes + trailer.size());
+    }
+  };
+  /// Why reading ended: nothing to tell a peer that is gone, or a last Error.
+  struct Ending {
+    absl::Status notice;
+    uint64_t request_id = 0;
+    proto::Op op = proto::Op::kHello;
+  };
+
+  static OutFrame MakeFrame(proto::Op op, uint64_t request_id, Response response);
+  static OutFrame MakeError(proto::Op op, uint64_t request_id, const absl::Status& status);
+
+  static Awaitable<void> Read(std::shared_ptr<Connection> self);
+  static Awaitable<void> Write(std::shared_ptr<Connection> self);
+  static Awaitable<void> Watch(std::shared_ptr<Connection> self);
+
+  // The reader. Awaitable<bool>: false when the stream has ended.
+  Awaitable<Ending> ReadFrames();
+  Awaitable<std::optional<Ending>> Greet();
+  Awaitable<bool> ReadRequest(proto::FrameHeader header);
+  Awaitable<bool> ReadBody(const proto::FrameHeader& header, Request& request,
+                           std::array<uint8_t, proto::kTrailerBytes>& trailer);
+  Awaitable<bool> WaitForRoom(bool is_cancel);
+  Awaitable<bool> WaitForBytes(uint64_t bytes);
+  Awaitable<void> SayGoodbye(Ending ending);
+  Awaitable<bool> Fill(size_t bytes);
+  Awaitable<bool> ReadInto(uint8_t* out, size_t bytes);
+  Awaitable<bool> Discard(size_t bytes);
+  std::optional<Ending> CheckHello(const proto::FrameHeader& header, const std::string& metadata);
+  void Accept(const proto::FrameHeader& header, Request request, uint64_t held_bytes);
+  void Cancel(const proto::FrameHeader& header, const std::string& metadata);
+  size_t Buffered() const { return buffer_end_ - buffer_begin_; }
+
+  void Finish(uint64_t request_id, uint64_t held_bytes, OutFrame frame);
+  void Answer(OutFrame frame);
+  void Enqueue(OutFrame frame);
+  void CancelAll();
+  void Close();
+
+  static constexpr size_t kBufferBytes = size_t{64} << 10;
+
+  const ConnectionContext& context_;
+  Stream stream_;
+  boost::asio::steady_timer wake_reader_;  ///< these two only ever wake by cancel
+  boost::asio::steady_timer wake_writer_;
+  boost::asio::steady_timer watchdog_;
+  Clock::time_point read_deadline_ = Clock::time_point::max();
+  Clock::time_point write_deadline_ = Clock::time_point::max();
+
+  std::unique_ptr<uint8_t[]> buffer_;
+  size_t buffer_begin_ = 0;
+  size_t buffer_end_ = 0;
+
+  absl::flat_hash_map<uint64_t, std::shared_ptr<std::atomic<bool>>> under_way_;
+  std::deque<OutFrame> queue_;
+  size_t outstanding_ = 0;  ///< requests read whose answers have not left yet
+  uint64_t queue_bytes_ = 0;
+  bool writing_ = false;
+  bool bytes_taken_ = false;  ///< the gate has let the waiting reader through
+  bool stopping_ = false;     ///< reads no more, but answers
+  bool timed_out_ = false;
+  bool ended_ = false;  ///< answers have nowhere to go
+  bool closed_ = false;
+};
+
+/// Tells a peer that is not served why, and closes. Lasts a second at most.
+boost::asio::awaitable<void> Refuse(Stream stream, absl::Status reason);
+
+}  // namespace kvseek::service
+
+#endif  // KVSEEK_SERVICE_CONNECTION_H_

@@ -1,0 +1,140 @@
+#include "service/daemon.h"
+
+#include <spdlog/spdlog.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <utility>
+
+#include "absl/base/thread_annotations.h"
+#include "kernels/cpu/simd_level.h"
+#include "proto/status_code.h"
+#include "service/compute_pool.h"
+#include "service/memory_budget.h"
+#include "service/request_handler.h"
+#include "service/server.h"
+#include "service/session_store.h"
+
+namespace kvseek::service {
+namespace {
+
+constexpr std::chrono::milliseconds kReapInterval{250};
+
+absl::Status CheckOptions(const DaemonOptions& options) {
+  const auto check = [](bool good, absl::string_view field, absl::string_view message) {
+    return good ? absl::OkStatus()
+                : proto::FieldError(absl::StatusCode::kInvalidArgument, field, message);
+  };
+  absl::Status status = check(options.io_threads > 0, "io_threads", "must be at least 1");
+  status.Update(check(options.workers >= 0, "workers", "must not be negative"));
+  status.Update(check(options.queue_limit > 0, "queue_limit", "must be at least 1"));
+  status.Update(check(options.connections_max > 0, "connections_max", "must be at least 1"));
+  status.Update(
+      check(options.inflight_requests_max > 0, "inflight_requests_max", "must be at least 1"));
+  status.Update(check(options.scan_bits == 1 || options.scan_bits == 2, "scan_bits", "1 or 2"));
+  status.Update(check(options.lease_default.count() > 0, "lease_default", "must be positive"));
+  status.Update(check(options.frame_timeout.count() > 0, "frame_timeout", "must be positive"));
+  status.Update(check(options.hello_timeout.count() > 0, "hello_timeout", "must be positive"));
+  return status;
+}
+
+}  // namespace
+
+class Daemon::Impl {
+ public:
+  explicit Impl(const DaemonOptions& options)
+      : options_(options),
+        budget_(options.memory_limit_bytes, options.retry_after),
+        store_(options, budget_),
+        pool_(options),
+        handler_(options, store_, pool_, {.connections_open = [this] { return Connections(); }}) {}
+  ~Impl() { Stop(); }
+
+  absl::Status Start() {
+    auto server = Server::Start(options_,
+                                {.boot_id = store_.boot_id(),
+                                 .server = "kvseekd " KVSEEK_VERSION,
+                                 .simd_level = kernels::SimdLevel()},
+                                [this](Request request, std::function<void(Response)> done) {
+                                  handler_.Handle(std::move(request), std::move(done));
+                                });
+    if (!server.ok()) return server.status();
+    server_ = *std::move(server);
+    server_view_.store(server_.get());
+    reaper_ = std::thread([this] { Reap(); });
+    spdlog::info("serving with {} workers at {}, {} MiB for sessions, boot id {:016x}",
+                 pool_.workers(), kernels::SimdLevel(), options_.memory_limit_bytes >> 20,
+                 store_.boot_id());
+    return absl::OkStatus();
+  }
+
+  void Stop() {
+    {
+      const std::lock_guard lock(mutex_);
+      if (stopping_) return;
+      stopping_ = true;
+    }
+    stop_reaping_.notify_all();
+    if (server_ != nullptr) server_->Stop();
+    if (reaper_.joinable()) reaper_.join();
+  }
+
+  const Server& server() const { return *server_; }
+  uint64_t boot_id() const { return store_.boot_id(); }
+
+ private:
+  uint64_t Connections() const {
+    const Server* server = server_view_.load();
+    return server == nullptr ? 0 : server->connections_open();
+  }
+
+  /// Closes sessions that nobody has used for the length of their lease.
+  void Reap() {
+    std::unique_lock lock(mutex_);
+    while (!stop_reaping_.wait_for(lock, kReapInterval, [this] { return stopping_; })) {
+      auto expired = store_.ReapExpired(std::chrono::steady_clock::now());
+      if (expired.empty()) continue;
+      spdlog::info("{} sessions expired", expired.size());
+      // Freeing a large session takes long: on a worker.
+      pool_.Submit([sessions = std::move(expired)](index::Scratch&) mutable { sessions.clear(); });
+    }
+  }
+
+  const DaemonOptions options_;
+  MemoryBudget budget_;
+  SessionStore store_;
+  ComputePool pool_;
+  RequestHandler handler_;
+  std::unique_ptr<Server> server_;
+  std::atomic<const Server*> server_view_{nullptr};
+
+  std::mutex mutex_;
+  std::condition_variable stop_reaping_;
+  bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
+  std::thread reaper_;
+};
+
+absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Start(const DaemonOptions& options) {
+  const absl::Status sensible = CheckOptions(options);
+  if (!sensible.ok()) return sensible;
+  try {
+    auto impl = std::make_unique<Impl>(options);
+    const absl::Status started = impl->Start();
+    if (!started.ok()) return started;
+    return std::unique_ptr<Daemon>(new Daemon(std::move(impl)));
+  } catch (const std::exception& error) {  // no memory, no threads
+    return absl::ResourceExhaustedError(error.what());
+  }
+}
+
+Daemon::Daemon(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Daemon::~Daemon() = default;
+const std::vector<std::string>& Daemon::addresses() const { return impl_->server().addresses(); }
+uint64_t Daemon::boot_id() const { return impl_->boot_id(); }
+void Daemon::Stop() { impl_->Stop(); }
+
+}  // namespace kvseek::service

@@ -1,0 +1,230 @@
+#include "service/head_cache.h"
+
+#include <algorithm>
+#include <cassert>
+#include <cstring>
+#include <utility>
+
+namespace kvseek::service {
+namespace {
+
+using index::kSegmentTokens;
+using index::kTailChunkTokens;
+using Reservation = MemoryBudget::Reservation;
+
+constexpr int64_t ChunksFor(int64_t tokens) {
+  return (tokens + kTailChunkTokens - 1) / kTailChunkTokens;
+}
+
+/// Copies `count` rows of `dim` elements that stand `stride` apart.
+void Gather(const uint16_t* rows, size_t stride, int64_t count, int dim, uint16_t* out) {
+  const auto width = static_cast<size_t>(dim);
+  if (stride == width) {
+    std::memcpy(out, rows, static_cast<size_t>(count) * width * sizeof(uint16_t));
+    return;
+  }
+  for (int64_t t = 0; t < count; ++t, rows += stride, out += width) {
+    std::memcpy(out, rows, width * sizeof(uint16_t));
+  }
+}
+
+/// The first `count` rows, which are taken off `rows`.
+StridedRows TakeRows(StridedRows& rows, int64_t count) {
+  StridedRows first = rows;
+  first.tokens = count;
+  rows.tokens -= count;
+  rows.keys += static_cast<size_t>(count) * rows.key_stride;
+  rows.values += static_cast<size_t>(count) * rows.value_stride;
+  return first;
+}
+
+/// A segment and the memory it was promised.
+struct AccountedSegment {
+  std::shared_ptr<const index::Segment> segment;
+  Reservation memory;
+};
+
+}  // namespace
+
+TailChunk::TailChunk(const index::KvShape& shape, Reservation memory)
+    : memory_(std::move(memory)),
+      keys_(index::MakeAligned<uint16_t>(kTailChunkTokens * static_cast<size_t>(shape.key_dim))),
+      values_(
+          index::MakeAligned<uint16_t>(kTailChunkTokens * static_cast<size_t>(shape.value_dim))) {}
+
+uint64_t TailChunk::Bytes(const index::KvShape& shape) {
+  return kTailChunkTokens * (shape.KeyRowBytes() + shape.ValueRowBytes()) + sizeof(TailChunk);
+}
+
+HeadCache::HeadCache(const index::KvShape& shape)
+    : shape_(shape), segments_(std::make_shared<const SegmentList>()) {}
+
+const uint16_t* HeadCache::KeyRow(int64_t position) const {
+  assert(position >= 0 && position < tokens());
+  const auto dim = static_cast<size_t>(shape_.key_dim);
+  if (position < SealedTokens()) {
+    const index::Segment& segment = *(*segments_)[static_cast<size_t>(position / kSegmentTokens)];
+    return segment.keys() + static_cast<size_t>(position % kSegmentTokens) * dim;
+  }
+  const int64_t offset = position - SealedTokens();
+  return tail_[static_cast<size_t>(offset / kTailChunkTokens)].keys +
+         static_cast<size_t>(offset % kTailChunkTokens) * dim;
+}
+
+const uint16_t* HeadCache::ValueRow(int64_t position) const {
+  assert(position >= 0 && position < tokens());
+  const auto dim = static_cast<size_t>(shape_.value_dim);
+  if (position < SealedTokens()) {
+    const index::Segment& segment = *(*segments_)[static_cast<size_t>(position / kSegmentTokens)];
+    return segment.values() + static_cast<size_t>(position % kSegmentTokens) * dim;
+  }
+  const int64_t offset = position - SealedTokens();
+  return tail_[static_cast<size_t>(offset / kTailChunkTokens)].values +
+         static_cast<size_t>(offset % kTailChunkTokens) * dim;
+}
+
+absl::StatusOr<HeadCache> HeadCache::Append(const StridedRows& rows, MemoryGrant& memory,
+                                            index::Scratch& scratch) const {
+  HeadCache next = *this;
+  StridedRows left = rows;
+  if (tail_tokens_ + rows.tokens >= kSegmentTokens) {
+    const auto key_dim = static_cast<size_t>(shape_.key_dim);
+    const auto value_dim = static_cast<size_t>(shape_.value_dim);
+    auto* keys = scratch.Take<uint16_t>(kSegmentTokens * key_dim);
+    auto* values = scratch.Take<uint16_t>(kSegmentTokens * value_dim);
+    size_t filled = 0;
+    for (const index::TailChunkView& chunk : tail_) {
+      Gather(chunk.keys, key_dim, chunk.tokens, shape_.key_dim, keys + filled * key_dim);
+      Gather(chunk.values, value_dim, chunk.tokens, shape_.value_dim, values + filled * value_dim);
+      filled += static_cast<size_t>(chunk.tokens);
+    }
+    auto segments = std::make_shared<SegmentList>(*segments_);
+    while (static_cast<int64_t>(filled) + left.tokens >= kSegmentTokens) {
+      const StridedRows part = TakeRows(left, kSegmentTokens - static_cast<int64_t>(filled));
+      Gather(part.keys, part.key_stride, part.tokens, shape_.key_dim, keys + filled * key_dim);
+      Gather(part.values, part.value_stride, part.tokens, shape_.value_dim,
+             values + filled * value_dim);
+      filled = 0;
+      auto segment = Seal(keys, values, memory);
+      if (!segment.ok()) return segment.status();
+      segments->push_back(*std::move(segment));
+    }
+    next.segments_ = std::move(segments);
+    next.chunks_.clear();
+    next.tail_tokens_ = 0;
+  }
+  if (absl::Status status = next.AppendToTail(left, memory); !status.ok()) return status;
+  next.RefreshTail();
+  return next;
+}
+
+absl::StatusOr<HeadCache> HeadCache::Truncate(int64_t tokens, MemoryGrant& memory) const {
+  if (tokens >= this->tokens()) return *this;
+  HeadCache next = *this;
+  if (tokens >= SealedTokens()) {
+    next.tail_tokens_ = static_cast<int>(tokens - SealedTokens());
+    next.chunks_.resize(static_cast<size_t>(ChunksFor(next.tail_tokens_)));
+    next.RefreshTail();
+    return next;
+  }
+  const int64_t whole = tokens / kSegmentTokens;
+  next.segments_ =
+      std::make_shared<const SegmentList>(segments_->begin(), segments_->begin() + whole);
+  next.chunks_.clear();
+  next.tail_tokens_ = 0;
+  const index::Segment& cut = *(*segments_)[static_cast<size_t>(whole)];
+  const StridedRows rest{tokens % kSegmentTokens, cut.keys(), cut.values(),
+                         static_cast<size_t>(shape_.key_dim),
+                         static_cast<size_t>(shape_.value_dim)};
+  if (absl::Status status = next.AppendToTail(rest, memory); !status.ok()) return status;
+  next.RefreshTail();
+  return next;
+}
+
+uint64_t HeadCache::AppendBytes(int64_t tokens) const {
+  if (tokens == 0) return 0;
+  const int64_t tail = tail_tokens_ + tokens;
+  if (tail >= kSegmentTokens) return Bytes(shape_, tail);
+  int64_t chunks = ChunksFor(tail) - ChunksFor(tail_tokens_);
+  const int filled = tail_tokens_ % kTailChunkTokens;
+  if (filled != 0 && chunks_.back()->claimed() != filled) ++chunks;
+  return static_cast<uint64_t>(chunks) * TailChunk::Bytes(shape_);
+}
+
+uint64_t HeadCache::TruncateBytes(int64_t tokens) const {
+  return tokens < SealedTokens() ? Bytes(shape_, tokens % kSegmentTokens) : 0;
+}
+
+uint64_t HeadCache::Bytes(const index::KvShape& shape, int64_t tokens) {
+  return static_cast<uint64_t>(tokens / kSegmentTokens) * index::Segment::Bytes(shape) +
+         static_cast<uint64_t>(ChunksFor(tokens % kSegmentTokens)) * TailChunk::Bytes(shape);
+}
+
+absl::StatusOr<std::shared_ptr<const index::Segment>> HeadCache::Seal(const uint16_t* keys,
+                                                                      const uint16_t* values,
+                                                                      MemoryGrant& memory) const {
+  absl::StatusOr<Reservation> taken = memory.Take(index::Segment::Bytes(shape_));
+  if (!taken.ok()) return taken.status();
+  auto accounted = std::make_shared<AccountedSegment>();
+  accounted->memory = *std::move(taken);
+  accounted->segment = index::Segment::Build(shape_, keys, values);
+  const index::Segment* segment = accounted->segment.get();
+  return std::shared_ptr<const index::Segment>(std::move(accounted), segment);
+}
+
+absl::Status HeadCache::AppendToTail(StridedRows rows, MemoryGrant& memory) {
+  while (rows.tokens > 0) {
+    const int filled = tail_tokens_ % kTailChunkTokens;
+    const auto count = static_cast<int>(std::min<int64_t>(rows.tokens, kTailChunkTokens - filled));
+    if (absl::Status status = OwnLastChunk(filled, count, memory); !status.ok()) {
+      return status;
+    }
+    const StridedRows part = TakeRows(rows, count);
+    TailChunk& chunk = *chunks_.back();
+    Gather(part.keys, part.key_stride, count, shape_.key_dim,
+           chunk.keys() + static_cast<size_t>(filled) * static_cast<size_t>(shape_.key_dim));
+    Gather(part.values, part.value_stride, count, shape_.value_dim,
+           chunk.values() + static_cast<size_t>(filled) * static_cast<size_t>(shape_.value_dim));
+    tail_tokens_ += count;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status HeadCache::OwnLastChunk(int filled, int count, MemoryGrant& memory) {
+  if (filled != 0 && chunks_.back()->Claim(filled, count)) return absl::OkStatus();
+  std::shared_ptr<TailChunk> shared;
+  if (filled != 0) {
+    shared = std::move(chunks_.back());
+    chunks_.pop_back();
+  }
+  if (absl::Status status = AddChunk(memory); !status.ok()) return status;
+  TailChunk& own = *chunks_.back();
+  const bool claimed = own.Claim(0, filled + count);
+  assert(claimed);
+  static_cast<void>(claimed);
+  if (shared != nullptr) {
+    std::memcpy(own.keys(), shared->keys(), static_cast<size_t>(filled) * shape_.KeyRowBytes());
+    std::memcpy(own.values(), shared->values(),
+                static_cast<size_t>(filled) * shape_.ValueRowBytes());
+  }
+  return absl::OkStatus();
+}
+
+absl::Status HeadCache::AddChunk(MemoryGrant& memory) {
+  absl::StatusOr<Reservation> taken = memory.Take(TailChunk::Bytes(shape_));
+  if (!taken.ok()) return taken.status();
+  chunks_.push_back(std::make_shared<TailChunk>(shape_, *std::move(taken)));
+  return absl::OkStatus();
+}
+
+void HeadCache::RefreshTail() {
+  tail_.clear();
+  tail_.reserve(chunks_.size());
+  int left = tail_tokens_;
+  for (const std::shared_ptr<TailChunk>& chunk : chunks_) {
+    tail_.push_back({chunk->keys(), chunk->values(), std::min(left, kTailChunkTokens)});
+    left -= kTailChunkTokens;
+  }
+}
+
+}  // namespace kvseek::service

@@ -1,0 +1,144 @@
+#include "service/layer_cache.h"
+
+#include <algorithm>
+#include <mutex>
+#include <optional>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/cpu/attention.h"
+#include "proto/status_code.h"
+
+namespace kvseek::service {
+namespace {
+
+/// Elements that one thread checks at a time: enough to hide the hand-over.
+constexpr int64_t kCheckElements = int64_t{1} << 18;
+
+/// Refuses elements that are not finite or too large for the codes. `tensor` is (tokens, kv_heads,
+/// dim).
+absl::Status CheckElements(const char* name, const uint16_t* tensor, int64_t tokens, int64_t heads,
+                           int64_t dim, kernels::DType dtype, Worker worker) {
+  const int64_t count = tokens * heads * dim;
+  std::atomic<int64_t> first_bad{count};
+  const auto parts = static_cast<int>((count + kCheckElements - 1) / kCheckElements);
+  worker.pool.ForEach(
+      parts,
+      [&](int part, index::Scratch&) {
+        const int64_t begin = part * kCheckElements;
+        const int64_t length = std::min(kCheckElements, count - begin);
+        const int64_t bad = kernels::FindBadElement(tensor + begin, dtype, length);
+        if (bad < 0) return;
+        int64_t known = first_bad.load();
+        while (begin + bad < known && !first_bad.compare_exchange_weak(known, begin + bad)) {
+        }
+      },
+      worker.scratch);
+  const int64_t bad = first_bad.load();
+  if (bad == count) return absl::OkStatus();
+  return proto::FieldError(
+      absl::StatusCode::kInvalidArgument, "payload",
+      absl::StrCat(name, " of token ", bad / dim / heads, ", KV head ", bad / dim % heads,
+                   ", element ", bad % dim, " is not finite or its magnitude exceeds 65504"));
+}
+
+}  // namespace
+
+std::shared_ptr<const LayerState> LayerState::Empty(const index::KvShape& shape,
+                                                    uint32_t kv_heads) {
+  auto state = std::make_shared<LayerState>();
+  state->heads.assign(kv_heads, HeadCache(shape));
+  return state;
+}
+
+std::shared_ptr<const LayerState> LayerCache::State() const {
+  const std::lock_guard lock(state_mutex_);
+  return state_;
+}
+
+void LayerCache::Replace(std::shared_ptr<const LayerState> state) {
+  const std::lock_guard lock(state_mutex_);
+  state_.swap(state);  // the old one dies after the lock
+}
+
+absl::StatusOr<int64_t> LayerCache::Append(const LayerRows& rows, MemoryBudget& budget,
+                                           Worker worker) {
+  const std::lock_guard write_lock(write_mutex_);
+  const std::shared_ptr<const LayerState> state = State();
+  if (rows.start > state->tokens) {
+    return proto::FieldError(
+        absl::StatusCode::kFailedPrecondition, "start",
+        absl::StrCat("a gap: ", state->tokens, " tokens are held, not ", rows.start));
+  }
+  const auto heads = static_cast<int>(state->heads.size());
+  const index::KvShape& shape = state->heads.front().shape();
+  for (const auto& [name, tensor, dim] : {std::tuple("key", rows.keys, shape.key_dim),
+                                          std::tuple("value", rows.values, shape.value_dim)}) {
+    absl::Status status = CheckElements(name, tensor, rows.tokens, heads, dim, shape.dtype, worker);
+    if (!status.ok()) return status;
+  }
+  const int64_t skipped = std::min(state->tokens - rows.start, rows.tokens);
+  const int64_t added = rows.tokens - skipped;
+  if (added == 0) return state->tokens;
+
+  std::vector<uint64_t> bytes(state->heads.size());
+  uint64_t total = 0;
+  for (size_t h = 0; h < bytes.size(); ++h) total += bytes[h] = state->heads[h].AppendBytes(added);
+  absl::StatusOr<MemoryGrant> memory = MemoryGrant::Make(budget, total, "payload");
+  if (!memory.ok()) return memory.status();
+  std::vector<MemoryGrant> shares;
+  shares.reserve(bytes.size());
+  for (const uint64_t share : bytes) shares.push_back(memory->Split(share));
+
+  auto next = std::make_shared<LayerState>();
+  next->tokens = state->tokens + added;
+  next->heads = state->heads;
+  std::vector<absl::Status> failures(bytes.size());
+  worker.pool.ForEach(
+      heads,
+      [&](int head, index::Scratch& scratch) {
+        const auto h = static_cast<size_t>(head);
+        const auto key_stride = bytes.size() * static_cast<size_t>(shape.key_dim);
+        const auto value_stride = bytes.size() * static_cast<size_t>(shape.value_dim);
+        const auto first = static_cast<size_t>(skipped);
+        const StridedRows own{
+            added, rows.keys + first * key_stride + h * static_cast<size_t>(shape.key_dim),
+            rows.values + first * value_stride + h * static_cast<size_t>(shape.value_dim),
+            key_stride, value_stride};
+        absl::StatusOr<HeadCache> grown = state->heads[h].Append(own, shares[h], scratch);
+        if (grown.ok()) {
+          next->heads[h] = *std::move(grown);
+        } else {
+          failures[h] = grown.status();
+        }
+      },
+      worker.scratch);
+  for (const absl::Status& failure : failures) {
+    if (!failure.ok()) return failure;
+  }
+  const int64_t held = next->tokens;
+  Replace(std::move(next));
+  return held;
+}
+
+absl::StatusOr<std::shared_ptr<const LayerState>> TruncateState(
+    const std::shared_ptr<const LayerState>& state, int64_t tokens, MemoryGrant& memory) {
+  if (tokens >= state->tokens) return state;
+  auto next = std::make_shared<LayerState>();
+  next->tokens = tokens;
+  next->heads.reserve(state->heads.size());
+  for (const HeadCache& head : state->heads) {
+    absl::StatusOr<HeadCache> shorter = head.Truncate(tokens, memory);
+    if (!shorter.ok()) return shorter.status();
+    next->heads.push_back(*std::move(shorter));
+  }
+  return next;
+}
+
+uint64_t TruncateStateBytes(const LayerState& state, int64_t tokens) {
+  uint64_t bytes = 0;
+  for (const HeadCache& head : state.heads) bytes += head.TruncateBytes(tokens);
+  return bytes;
+}
+
+}  // namespace kvseek::service

@@ -1,0 +1,83 @@
+// The head caches of one layer: what queries read, and how it changes.
+//
+// A LayerState is immutable. Queries take the current one (a pointer, under a short lock) and read
+// it as long as they like. Appends and truncations are serialised; they make the next state on the
+// side, whatever that takes, and publish it in one step. So all heads of a layer grow together, and
+// a failed change changes nothing.
+#ifndef KVSEEK_SERVICE_LAYER_CACHE_H_
+#define KVSEEK_SERVICE_LAYER_CACHE_H_
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "index/scratch.h"
+#include "service/compute_pool.h"
+#include "service/head_cache.h"
+#include "service/memory_budget.h"
+
+namespace kvseek::service {
+
+struct LayerState {
+  int64_t tokens = 0;            ///< of every head
+  std::vector<HeadCache> heads;  ///< (kv_heads)
+
+  /// A layer without tokens.
+  static std::shared_ptr<const LayerState> Empty(const index::KvShape& shape, uint32_t kv_heads);
+};
+
+/// Rows to be appended to all heads of a layer; contiguous.
+struct LayerRows {
+  int64_t start = 0;  ///< position of the first
+  int64_t tokens = 0;
+  const uint16_t* keys = nullptr;    ///< (tokens, kv_heads, key_dim)
+  const uint16_t* values = nullptr;  ///< (tokens, kv_heads, value_dim)
+};
+
+/// Where changes compute: a worker of a pool and its scratch, which must be empty and is used.
+struct Worker {
+  ComputePool& pool;
+  index::Scratch& scratch;
+};
+
+/// What appends write; thread-safe.
+class LayerCache {
+ public:
+  explicit LayerCache(std::shared_ptr<const LayerState> state) : state_(std::move(state)) {}
+
+  std::shared_ptr<const LayerState> State() const ABSL_LOCKS_EXCLUDED(state_mutex_);
+
+  /// Appends what is not held yet of `rows` and returns the tokens held then. Checks first, then
+  /// reserves all memory, then writes. Errors: failed_precondition naming "start" (a gap),
+  /// invalid_argument naming "payload" (an element that is not finite or beyond 65504),
+  /// resource_exhausted.
+  absl::StatusOr<int64_t> Append(const LayerRows& rows, MemoryBudget& budget, Worker worker)
+      ABSL_LOCKS_EXCLUDED(write_mutex_, state_mutex_);
+
+  /// Replaces the state. REQUIRES: nobody appends meanwhile (Session sees to it).
+  void Replace(std::shared_ptr<const LayerState> state) ABSL_LOCKS_EXCLUDED(state_mutex_);
+
+  /// Appends to this layer in the order of arrival.
+  Strand& strand() { return strand_; }
+
+ private:
+  std::mutex write_mutex_;  ///< held by an append from its look at the state to its publication
+  mutable std::mutex state_mutex_
+      ABSL_ACQUIRED_AFTER(write_mutex_);  ///< held for the swap of a pointer only
+  std::shared_ptr<const LayerState> state_ ABSL_GUARDED_BY(state_mutex_);
+  Strand strand_;
+};
+
+/// The first `tokens` tokens of a state; the state itself if it has no more.
+absl::StatusOr<std::shared_ptr<const LayerState>> TruncateState(
+    const std::shared_ptr<const LayerState>& state, int64_t tokens, MemoryGrant& memory);
+/// Bytes of memory that TruncateState takes.
+uint64_t TruncateStateBytes(const LayerState& state, int64_t tokens);
+
+}  // namespace kvseek::service
+
+#endif  // KVSEEK_SERVICE_LAYER_CACHE_H_

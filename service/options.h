@@ -1,0 +1,59 @@
+// Every bound of the daemon in one place: unit, default and reason.
+#ifndef KVSEEK_SERVICE_OPTIONS_H_
+#define KVSEEK_SERVICE_OPTIONS_H_
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace kvseek::service {
+
+struct DaemonOptions {
+  // ---- listening
+  std::vector<std::string> listen;  ///< "unix:/path", "tcp://host:port"; at least one
+  std::string token;                ///< shared secret that hello must carry; "": none asked for
+  int io_threads = 1;               ///< they parse and write only; one moves several GB/s
+
+  // ---- memory
+  uint64_t memory_limit_bytes = uint64_t{4} << 30;  ///< keys, values and codes of all sessions
+  uint64_t sessions_max = 4096;
+  uint32_t layers_max = 512;
+  uint32_t kv_heads_max = 1024;
+  uint64_t tokens_max = uint64_t{1} << 24;  ///< of a session
+
+  // ---- work
+  int workers = 0;                 ///< compute threads; 0: one a core
+  bool pin_workers = false;        ///< to cores 0, 1, ...; on for a host of its own
+  uint32_t queue_limit = 1024;     ///< requests waiting or under way; past it resource_exhausted
+  uint32_t batch_items_max = 256;  ///< sessions in one request
+  uint32_t query_tokens_max = 64;  ///< query tokens of one item (speculative decoding needs few)
+  std::chrono::milliseconds deadline_default{30000};  ///< of requests that name none
+  std::chrono::milliseconds retry_after{50};          ///< told with resource_exhausted
+
+  // ---- connections
+  uint32_t connections_max = 1024;
+  uint32_t inflight_requests_max = 256;             ///< of one connection; past it reading stops
+  uint64_t inflight_bytes_max = uint64_t{1} << 30;  ///< request payloads held by all connections
+  uint32_t metadata_bytes_max = 1U << 20;
+  uint32_t payload_bytes_max = 256U << 20;
+  std::chrono::milliseconds hello_timeout{5000};  ///< a connection that says nothing is closed
+  std::chrono::milliseconds frame_timeout{
+      30000};  ///< from a frame's first byte to its last, either way
+  std::chrono::milliseconds shutdown_grace{5000};  ///< for requests under way when the daemon stops
+
+  // ---- sessions
+  std::chrono::milliseconds lease_default{10 * 60 *
+                                          1000};  ///< a session unused for so long is closed
+  std::chrono::milliseconds lease_max{24 * 60 * 60 * 1000};
+
+  // ---- defaults of searches (index/key_index.h)
+  uint32_t scan_bits = 2;
+  uint32_t candidates = 4096;
+  uint32_t exact_rows = 64;
+};
+
+}  // namespace kvseek::service
+
+#endif  // KVSEEK_SERVICE_OPTIONS_H_

@@ -1,0 +1,304 @@
+#include "service/query_operations.h"
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/types/span.h"
+#include "proto/frame.h"
+#include "proto/status_code.h"
+
+namespace kvseek::service {
+namespace {
+
+using index::SearchResult;
+
+/// Bytes that are worth the hand-over to another worker.
+constexpr size_t kBytesPerPart = size_t{256} << 10;
+
+/// A payload laid out part by part, then allocated with zeros between the parts.
+class PayloadBuilder {
+ public:
+  size_t Add(size_t bytes) {
+    const size_t end = layout_.bytes();
+    const size_t offset = layout_.Add(bytes);
+    if (offset > end) gaps_.push_back({end, offset - end});
+    return offset;
+  }
+  size_t bytes() const { return layout_.bytes(); }
+  Payload Allocate() const {
+    Payload payload{index::MakeAligned<uint8_t>(bytes()), bytes()};
+    for (const auto& [offset, length] : gaps_) std::memset(payload.data.get() + offset, 0, length);
+    return payload;
+  }
+
+ private:
+  proto::PayloadLayout layout_;
+  std::vector<std::pair<size_t, size_t>> gaps_;
+};
+
+/// Where the parts of an answer to Attend or TopK stand (proto/kvseek.proto).
+struct AnswerLayout {
+  struct Item {
+    size_t keys = 0;
+    size_t values = 0;
+    size_t out = 0;
+    size_t lse = 0;
+  };
+  size_t positions = 0;
+  std::vector<Item> items;
+  PayloadBuilder payload;
+};
+
+/// `counts`: positions of each result.
+AnswerLayout LayOut(const CheckedSearch& search, absl::Span<const size_t> counts) {
+  AnswerLayout layout;
+  layout.items.resize(search.items.size());
+  size_t all = 0;
+  for (const size_t count : counts) all += count;
+
+  const auto add_positions = [&] { layout.positions = layout.payload.Add(all * sizeof(int64_t)); };
+  const auto add_rows = [&](size_t AnswerLayout::Item::*part, auto row_bytes) {
+    size_t next = 0;
+    for (size_t i = 0; i < search.items.size(); ++i) {
+      const CheckedItem& item = search.items[i];
+      size_t rows = 0;
+      for (size_t r = 0; r < item.Results(); ++r) rows += counts[next++];
+      layout.items[i].*part = layout.payload.Add(rows * (item.settings().kv.*row_bytes)());
+    }
+  };
+  if (search.topk()) {
+    add_positions();
+    if (search.with_rows) {
+      add_rows(&AnswerLayout::Item::keys, &index::KvShape::KeyRowBytes);
+      add_rows(&AnswerLayout::Item::values, &index::KvShape::ValueRowBytes);
+    }
+  }
+  for (size_t i = 0; i < search.items.size() && search.with_state; ++i) {
+    const CheckedItem& item = search.items[i];
+    const size_t heads = item.tokens * item.settings().query_heads;
+    const auto value_dim = static_cast<size_t>(item.settings().kv.value_dim);
+    layout.items[i].out = layout.payload.Add(heads * value_dim * sizeof(float));
+    layout.items[i].lse = layout.payload.Add(heads * sizeof(float));
+  }
+  if (!search.topk()) add_positions();
+  return layout;
+}
+
+/// Upper bound of a result's bytes in the answer's message.
+size_t MetadataBytes(const CheckedSearch& search, const CheckedItem& item) {
+  constexpr size_t kNumbers = 4 * 11 + 2 + 4 + 5;  // counts as varints, index, tag, position count
+  const size_t group_floats = 5 + sizeof(float) * static_cast<size_t>(item.settings().Group());
+  return kNumbers + (search.options.audit_samples > 0 ? 3 : 1) * group_floats;
+}
+
+proto::IndexKind ChooseIndex(proto::IndexKind wanted, int64_t range) {
+  if (wanted != proto::INDEX_AUTO) return wanted;
+  return range < index::kExactBelowTokens ? proto::INDEX_EXACT : proto::INDEX_LADDER;
+}
+
+absl::Status TooLarge(absl::string_view field, absl::string_view what, size_t bytes, size_t limit) {
+  return proto::FieldError(
+      absl::StatusCode::kResourceExhausted, field,
+      absl::StrCat("the answer's ", what, " may have ", bytes, " bytes; the limit is ", limit));
+}
+
+/// Where one result goes.
+struct Place {
+  size_t item = 0;
+  size_t token = 0;
+  size_t kv_head = 0;
+  size_t positions_before = 0;  ///< of all results
+  size_t rows_before = 0;       ///< of the results of its item
+};
+
+std::vector<Place> MakePlaces(const CheckedSearch& search, absl::Span<const size_t> counts) {
+  std::vector<Place> places;
+  places.reserve(counts.size());
+  size_t positions = 0;
+  for (size_t i = 0; i < search.items.size(); ++i) {
+    const size_t item_begin = positions;
+    for (size_t t = 0; t < search.items[i].tokens; ++t) {
+      for (size_t h = 0; h < search.items[i].settings().kv_heads; ++h) {
+        places.push_back({i, t, h, positions, positions - item_begin});
+        positions += counts[places.size() - 1];
+      }
+    }
+  }
+  return places;
+}
+
+void CopyRows(const HeadCache& cache, absl::Span<const int64_t> positions, uint8_t* keys,
+              uint8_t* values) {
+  const size_t key_bytes = cache.shape().KeyRowBytes();
+  const size_t value_bytes = cache.shape().ValueRowBytes();
+  constexpr size_t kAhead = 8;
+  for (size_t i = 0; i < positions.size(); ++i, keys += key_bytes, values += value_bytes) {
+    if (i + kAhead < positions.size()) {
+      __builtin_prefetch(cache.KeyRow(positions[i + kAhead]));
+      __builtin_prefetch(cache.ValueRow(positions[i + kAhead]));
+    }
+    std::memcpy(keys, cache.KeyRow(positions[i]), key_bytes);
+    std::memcpy(values, cache.ValueRow(positions[i]), value_bytes);
+  }
+}
+
+void PlaceResult(const CheckedSearch& search, const AnswerLayout& layout, const Place& place,
+                 const SearchResult& result, uint8_t* payload) {
+  const CheckedItem& item = search.items[place.item];
+  const AnswerLayout::Item& parts = layout.items[place.item];
+  const SessionSettings& settings = item.settings();
+  if (!result.positions.empty() && (search.topk() || search.options.list_read)) {
+    std::memcpy(payload + layout.positions + place.positions_before * sizeof(int64_t),
+                result.positions.data(), result.positions.size() * sizeof(int64_t));
+  }
+  if (search.with_rows) {
+    CopyRows(item.layer->heads[place.kv_head], result.positions,
+             payload + parts.keys + place.rows_before * settings.kv.KeyRowBytes(),
+             payload + parts.values + place.rows_before * settings.kv.ValueRowBytes());
+  }
+  if (search.with_state) {
+    const auto group = static_cast<size_t>(settings.Group());
+    const auto value_dim = static_cast<size_t>(settings.kv.value_dim);
+    const size_t first_head = place.token * settings.query_heads + place.kv_head * group;
+    std::memcpy(payload + parts.out + first_head * value_dim * sizeof(float), result.out.data(),
+                group * value_dim * sizeof(float));
+    std::memcpy(payload + parts.lse + first_head * sizeof(float), result.lse.data(),
+                group * sizeof(float));
+  }
+}
+
+/// The messages of both operations have the same fields.
+template <typename Message>
+std::string MakeMetadata(const CheckedSearch& search, absl::Span<const Place> places,
+                         const std::vector<SearchResult>& results) {
+  Message message;
+  for (size_t r = 0; r < results.size(); ++r) {
+    const index::SearchReport& from = results[r].report;
+    const CheckedItem& item = search.items[places[r].item];
+    proto::Report& report = *message.add_reports();
+    report.set_keys_scanned(static_cast<uint64_t>(from.keys_scanned));
+    report.set_keys_fine(static_cast<uint64_t>(from.keys_fine));
+    report.set_keys_exact(static_cast<uint64_t>(from.keys_exact));
+    report.set_bytes_touched(static_cast<uint64_t>(from.bytes_touched));
+    report.mutable_missed_mass()->Add(from.missed_mass.begin(), from.missed_mass.end());
+    if (search.options.audit_samples > 0) {
+      report.mutable_missed_low()->Add(from.missed_low.begin(), from.missed_low.end());
+      report.mutable_missed_high()->Add(from.missed_high.begin(), from.missed_high.end());
+    }
+    report.set_index(ChooseIndex(search.index, item.ends[places[r].token] - item.begin));
+    if (search.topk() || search.options.list_read) {
+      message.add_position_counts(static_cast<uint32_t>(results[r].positions.size()));
+    }
+  }
+  return message.SerializeAsString();
+}
+
+/// Calls work(begin, end) for stripes of 0 .. count - 1, in several threads where `bytes` are many.
+template <typename Work>
+void ForStripes(size_t count, size_t bytes, Worker worker, const Work& work) {
+  const size_t parts = std::clamp<size_t>(bytes / kBytesPerPart, 1, std::max<size_t>(count, 1));
+  worker.pool.ForEach(
+      static_cast<int>(parts),
+      [&](int part, index::Scratch&) {
+        const auto p = static_cast<size_t>(part);
+        work(count * p / parts, count * (p + 1) / parts);
+      },
+      worker.scratch);
+}
+
+}  // namespace
+
+std::vector<SearchTask> MakeTasks(const CheckedSearch& search) {
+  std::vector<SearchTask> tasks;
+  for (const CheckedItem& item : search.items) {
+    const SessionSettings& settings = item.settings();
+    const int group = settings.Group();
+    const size_t group_elements =
+        static_cast<size_t>(group) * static_cast<size_t>(settings.kv.key_dim);
+    const float* queries = item.queries;
+    for (size_t t = 0; t < item.tokens; ++t) {
+      const bool exact = ChooseIndex(search.index, item.ends[t] - item.begin) == proto::INDEX_EXACT;
+      for (size_t h = 0; h < settings.kv_heads; ++h, queries += group_elements) {
+        tasks.push_back({exact ? &index::ExactIndex() : &index::LadderIndex(),
+                         item.layer->heads[h].View(),
+                         {queries, group, item.begin, item.ends[t]},
+                         search.options});
+      }
+    }
+  }
+  return tasks;
+}
+
+absl::Status CheckAnswerFits(const CheckedSearch& search, const DaemonOptions& options) {
+  size_t metadata_bytes = 0;
+  for (const CheckedItem& item : search.items) {
+    metadata_bytes += item.Results() * MetadataBytes(search, item);
+  }
+  if (metadata_bytes > options.metadata_bytes_max) {
+    return TooLarge("items", "metadata", metadata_bytes, options.metadata_bytes_max);
+  }
+  std::vector<size_t> counts;
+  for (const CheckedItem& item : search.items) {
+    for (const int64_t end : item.ends) {
+      const int64_t range = end - item.begin;
+      const int64_t count = search.topk() ? std::min<int64_t>(search.options.k, range) : 0;
+      counts.insert(counts.end(), item.settings().kv_heads, static_cast<size_t>(count));
+    }
+  }
+  const size_t bytes = LayOut(search, counts).payload.bytes();
+  if (bytes <= options.payload_bytes_max) return absl::OkStatus();
+  const size_t without = LayOut(search, std::vector<size_t>(counts.size())).payload.bytes();
+  return TooLarge(without <= options.payload_bytes_max ? "k" : "items", "payload", bytes,
+                  options.payload_bytes_max);
+}
+
+absl::StatusOr<Response> MakeAnswer(const CheckedSearch& search,
+                                    const std::vector<SearchResult>& results,
+                                    const DaemonOptions& options, Worker worker) {
+  std::vector<size_t> counts;
+  counts.reserve(results.size());
+  for (const SearchResult& result : results) counts.push_back(result.positions.size());
+  const AnswerLayout layout = LayOut(search, counts);
+  const size_t bytes = layout.payload.bytes();
+  if (bytes > options.payload_bytes_max) {
+    return TooLarge("options.list_read", "payload", bytes, options.payload_bytes_max);
+  }
+  const std::vector<Place> places = MakePlaces(search, counts);
+  Response response;
+  response.payload = layout.payload.Allocate();
+  ForStripes(results.size(), bytes, worker, [&](size_t begin, size_t end) {
+    for (size_t r = begin; r < end; ++r) {
+      PlaceResult(search, layout, places[r], results[r], response.payload.data.get());
+    }
+  });
+  response.metadata = search.topk() ? MakeMetadata<proto::TopKResponse>(search, places, results)
+                                    : MakeMetadata<proto::AttendResponse>(search, places, results);
+  return response;
+}
+
+absl::StatusOr<Response> FetchRows(const CheckedFetch& fetch, const DaemonOptions& options,
+                                   Worker worker) {
+  const HeadCache& cache = fetch.layer->heads[fetch.kv_head];
+  const size_t count = fetch.positions.size();
+  PayloadBuilder payload;
+  const size_t keys = payload.Add(count * cache.shape().KeyRowBytes());
+  const size_t values = payload.Add(count * cache.shape().ValueRowBytes());
+  if (payload.bytes() > options.payload_bytes_max) {
+    return TooLarge("count", "payload", payload.bytes(), options.payload_bytes_max);
+  }
+  Response response;
+  response.payload = payload.Allocate();
+  ForStripes(count, payload.bytes(), worker, [&](size_t begin, size_t end) {
+    uint8_t* data = response.payload.data.get();
+    CopyRows(cache, fetch.positions.subspan(begin, end - begin),
+             data + keys + begin * cache.shape().KeyRowBytes(),
+             data + values + begin * cache.shape().ValueRowBytes());
+  });
+  response.metadata = proto::FetchRowsResponse().SerializeAsString();
+  return response;
+}
+
+}  // namespace kvseek::service

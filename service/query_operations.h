@@ -1,0 +1,41 @@
+// Attend, TopK and FetchRows: from a checked request to tasks for the indexes, and from results to
+// the answer's message and payload.
+#ifndef KVSEEK_SERVICE_QUERY_OPERATIONS_H_
+#define KVSEEK_SERVICE_QUERY_OPERATIONS_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "index/key_index.h"
+#include "proto/kvseek.pb.h"
+#include "service/layer_cache.h"
+#include "service/options.h"
+#include "service/request_handler.h"
+#include "service/request_validation.h"
+#include "service/search_executor.h"
+
+namespace kvseek::service {
+
+/// Searches of all items, in the order of results: (item, token, KV head). They point into
+/// `search`, which must outlive them.
+std::vector<SearchTask> MakeTasks(const CheckedSearch& search);
+
+/// Refuses a search whose answer might not fit the limits: resource_exhausted naming "k" (fewer
+/// keys would fit) or "items".
+absl::Status CheckAnswerFits(const CheckedSearch& search, const DaemonOptions& options);
+
+/// The answer to an Attend or a TopK. `results` are those of MakeTasks. resource_exhausted naming
+/// "options.list_read" when the positions read, which nobody knew before, are too many.
+absl::StatusOr<Response> MakeAnswer(const CheckedSearch& search,
+                                    const std::vector<index::SearchResult>& results,
+                                    const DaemonOptions& options, Worker worker);
+
+/// The answer to a FetchRows. resource_exhausted naming "count" when it does not fit the limits.
+absl::StatusOr<Response> FetchRows(const CheckedFetch& fetch, const DaemonOptions& options,
+                                   Worker worker);
+
+}  // namespace kvseek::service
+
+#endif  // KVSEEK_SERVICE_QUERY_OPERATIONS_H_

@@ -1,0 +1,56 @@
+// What the daemon counts since its start; Stats reports it by name (docs/operations.md).
+//
+//   requests_<op>      requests taken, by operation            errors_<code>   requests refused or
+//   failed, by status code bytes_in           payload bytes of requests               bytes_out
+//   payload bytes of answers tokens_appended    tokens of appends that succeeded       searches one
+//   query token of one KV head each keys_scanned, keys_fine, keys_exact, bytes_touched         sums
+//   over the reports of all searches
+#ifndef KVSEEK_SERVICE_REQUEST_COUNTERS_H_
+#define KVSEEK_SERVICE_REQUEST_COUNTERS_H_
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "index/key_index.h"
+#include "proto/frame.h"
+
+namespace kvseek::service {
+
+/// Thread-safe.
+class RequestCounters {
+ public:
+  void CountRequest(proto::Op op, uint64_t payload_bytes);
+  void CountAnswer(uint64_t payload_bytes) { Add(bytes_out_, payload_bytes); }
+  void CountError(absl::StatusCode code);
+  void CountAppended(uint64_t tokens) { Add(tokens_appended_, tokens); }
+  void CountSearches(const std::vector<index::SearchResult>& results);
+
+  /// All counters that are not zero, by name.
+  std::map<std::string, uint64_t> Values() const;
+
+ private:
+  using Counter = std::atomic<uint64_t>;
+  static void Add(Counter& counter, uint64_t value) {
+    counter.fetch_add(value, std::memory_order_relaxed);
+  }
+
+  std::array<Counter, 16> requests_{};  ///< by op; 0: unknown ones
+  std::array<Counter, 17> errors_{};    ///< by status code
+  Counter bytes_in_{0};
+  Counter bytes_out_{0};
+  Counter tokens_appended_{0};
+  Counter searches_{0};
+  Counter keys_scanned_{0};
+  Counter keys_fine_{0};
+  Counter keys_exact_{0};
+  Counter bytes_touched_{0};
+};
+
+}  // namespace kvseek::service
+
+#endif  // KVSEEK_SERVICE_REQUEST_COUNTERS_H_

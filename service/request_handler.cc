@@ -1,0 +1,432 @@
+#include "service/request_handler.h"
+
+#include <algorithm>
+#include <condition_variable>
+#include <mutex>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
+#include "absl/types/span.h"
+#include "kernels/cpu/simd_level.h"
+#include "proto/kvseek.pb.h"
+#include "proto/status_code.h"
+#include "service/compute_pool.h"
+#include "service/query_operations.h"
+#include "service/request_counters.h"
+#include "service/request_validation.h"
+#include "service/search_executor.h"
+#include "service/session.h"
+#include "service/session_store.h"
+
+namespace kvseek::service {
+namespace {
+
+using index::Scratch;
+using Clock = std::chrono::steady_clock;
+
+template <typename Message>
+Response MakeResponse(const Message& message) {
+  Response response;
+  response.metadata = message.SerializeAsString();
+  return response;
+}
+
+uint64_t Milliseconds(Clock::duration duration) {
+  using std::chrono::milliseconds;
+  return static_cast<uint64_t>(
+      std::max<milliseconds::rep>(0, std::chrono::duration_cast<milliseconds>(duration).count()));
+}
+
+}  // namespace
+
+class RequestHandler::Impl {
+ public:
+  Impl(const DaemonOptions& options, SessionStore& store, ComputePool& pool, ServerFacts facts)
+      : options_(options),
+        store_(store),
+        pool_(pool),
+        facts_(std::move(facts)),
+        validator_(options_, store_),
+        started_(Clock::now()) {}
+  ~Impl();
+
+  void Handle(Request request, std::function<void(Response)> done);
+
+ private:
+  /// A request under way. Whoever works on it holds it; it is answered once, at the latest when the
+  /// last one lets go.
+  class Call {
+   public:
+    Call(Impl& impl, Request request, std::function<void(Response)> done);
+    ~Call();
+
+    const Request& request() const { return request_; }
+    absl::Span<const uint8_t> payload() const {
+      return {request_.payload.data.get(), request_.payload.bytes};
+    }
+    GiveUp give_up() const { return {request_.deadline, request_.cancelled, impl_.stopping_}; }
+    void Hold(ComputePool::Admission admission) { admission_ = std::move(admission); }
+
+    void Finish(absl::StatusOr<Response> outcome);
+
+   private:
+    Impl& impl_;
+    Request request_;
+    std::function<void(Response)> done_;
+    ComputePool::Admission admission_;
+    std::atomic<bool> finished_{false};
+  };
+  using CallPtr = std::shared_ptr<Call>;
+
+  void Dispatch(const CallPtr& call);
+  /// The request's message, once it is sure that no payload came with it.
+  template <typename Message>
+  static absl::StatusOr<Message> ParseAlone(const Request& request);
+  /// Finishes with what work(message) returns, an absl::StatusOr<Response>.
+  template <typename Message, typename Work>
+  void Answer(const CallPtr& call, const Work& work);
+  /// Calls work(scratch) on a worker, unless the request is given up before; work finishes the
+  /// call.
+  template <typename Work>
+  ComputePool::Job MakeJob(CallPtr call, Work work);
+  /// Admits the call to the pool's queue; false: it has been refused.
+  bool Admit(const CallPtr& call);
+  template <typename Message, typename Work>
+  void AnswerOnPool(const CallPtr& call, Work work);
+
+  absl::StatusOr<Response> Open(const proto::OpenSessionRequest& message);
+  absl::StatusOr<Response> Fork(const proto::ForkRequest& message);
+  absl::StatusOr<Response> Truncate(const proto::TruncateRequest& message);
+  absl::StatusOr<Response> Stats(const proto::StatsRequest& message);
+  absl::StatusOr<Response> Health(const proto::HealthRequest& message);
+  void Append(const CallPtr& call);
+  void Close(const CallPtr& call);
+  void Fetch(const CallPtr& call);
+  template <typename Message>
+  void Search(const CallPtr& call);
+  proto::SessionRef MakeRef(const Session& session) const;
+  proto::SessionInfo Describe(const Session& session, TimePoint now) const;
+
+  const DaemonOptions options_;
+  SessionStore& store_;
+  ComputePool& pool_;
+  const ServerFacts facts_;
+  const RequestValidator validator_;
+  const TimePoint started_;
+  RequestCounters counters_;
+  const std::shared_ptr<std::atomic<bool>> stopping_ = std::make_shared<std::atomic<bool>>(false);
+
+  std::mutex mutex_;
+  std::condition_variable all_left_;
+  uint64_t calls_ ABSL_GUARDED_BY(mutex_) = 0;
+};
+
+RequestHandler::Impl::Call::Call(Impl& impl, Request request, std::function<void(Response)> done)
+    : impl_(impl), request_(std::move(request)), done_(std::move(done)) {
+  const std::lock_guard lock(impl_.mutex_);
+  ++impl_.calls_;
+}
+
+RequestHandler::Impl::Call::~Call() {
+  Finish(absl::InternalError("the request was lost"));
+  done_ = nullptr;
+  const std::lock_guard lock(impl_.mutex_);
+  if (--impl_.calls_ == 0) impl_.all_left_.notify_all();
+}
+
+void RequestHandler::Impl::Call::Finish(absl::StatusOr<Response> outcome) {
+  if (finished_.exchange(true)) return;
+  { const ComputePool::Admission released = std::move(admission_); }
+  Response response;
+  if (outcome.ok()) {
+    response = *std::move(outcome);
+  } else {
+    impl_.counters_.CountError(outcome.status().code());
+    response.error = true;
+    response.metadata = proto::ToError(outcome.status()).SerializeAsString();
+  }
+  impl_.counters_.CountAnswer(response.payload.bytes);
+  done_(std::move(response));
+}
+
+RequestHandler::Impl::~Impl() {
+  stopping_->store(true);
+  std::unique_lock lock(mutex_);
+  while (calls_ > 0) all_left_.wait(lock);
+}
+
+void RequestHandler::Impl::Handle(Request request, std::function<void(Response)> done) {
+  counters_.CountRequest(request.op, request.payload.bytes);
+  const auto call = std::make_shared<Call>(*this, std::move(request), std::move(done));
+  try {
+    Dispatch(call);
+  } catch (...) {
+    call->Finish(StatusOfException());
+  }
+}
+
+void RequestHandler::Impl::Dispatch(const CallPtr& call) {
+  using proto::Op;
+  switch (call->request().op) {
+    case Op::kOpenSession:
+      return Answer<proto::OpenSessionRequest>(call, [this](auto& m) { return Open(m); });
+    case Op::kAppend:
+      return Append(call);
+    case Op::kAttend:
+      return Search<proto::AttendRequest>(call);
+    case Op::kTopK:
+      return Search<proto::TopKRequest>(call);
+    case Op::kFetchRows:
+      return Fetch(call);
+    case Op::kFork:
+      return AnswerOnPool<proto::ForkRequest>(call, [this](auto& m) { return Fork(m); });
+    case Op::kTruncate:
+      return AnswerOnPool<proto::TruncateRequest>(call, [this](auto& m) { return Truncate(m); });
+    case Op::kCloseSession:
+      return Close(call);
+    case Op::kStats:
+      return Answer<proto::StatsRequest>(call, [this](auto& m) { return Stats(m); });
+    case Op::kHealth:
+      return Answer<proto::HealthRequest>(call, [this](auto& m) { return Health(m); });
+    case Op::kHello:
+    case Op::kCancel:
+      break;
+  }
+  call->Finish(proto::FieldError(
+      absl::StatusCode::kInvalidArgument, "op",
+      absl::StrCat("operation ", static_cast<int>(call->request().op), " is not served here")));
+}
+
+template <typename Message>
+absl::StatusOr<Message> RequestHandler::Impl::ParseAlone(const Request& request) {
+  auto message = ParseMetadata<Message>(request.metadata);
+  absl::Status status = RequestValidator::CheckNoPayload(request.payload.bytes);
+  if (message.ok() && !status.ok()) return status;
+  return message;
+}
+
+template <typename Message, typename Work>
+void RequestHandler::Impl::Answer(const CallPtr& call, const Work& work) {
+  const auto message = ParseAlone<Message>(call->request());
+  call->Finish(message.ok() ? work(*message) : message.status());
+}
+
+template <typename Work>
+ComputePool::Job RequestHandler::Impl::MakeJob(CallPtr call, Work work) {
+  return [call = std::move(call), work = std::move(work)](Scratch& scratch) {
+    if (absl::Status status = call->give_up().Check(); !status.ok()) {
+      call->Finish(std::move(status));
+      return;
+    }
+    try {
+      work(scratch);
+    } catch (...) {
+      call->Finish(StatusOfException());
+    }
+  };
+}
+
+bool RequestHandler::Impl::Admit(const CallPtr& call) {
+  absl::StatusOr<ComputePool::Admission> admission = pool_.Admit();
+  if (!admission.ok()) {
+    call->Finish(admission.status());
+    return false;
+  }
+  call->Hold(*std::move(admission));
+  return true;
+}
+
+template <typename Message, typename Work>
+void RequestHandler::Impl::AnswerOnPool(const CallPtr& call, Work work) {
+  if (!Admit(call)) return;
+  pool_.Submit(MakeJob(call, [this, call, work](Scratch&) { Answer<Message>(call, work); }));
+}
+
+absl::StatusOr<Response> RequestHandler::Impl::Open(const proto::OpenSessionRequest& message) {
+  auto settings = validator_.Check(message);
+  if (!settings.ok()) return settings.status();
+  auto session = store_.Open(*std::move(settings), static_cast<int64_t>(message.tokens_expected()),
+                             Clock::now());
+  if (!session.ok()) return session.status();
+  proto::OpenSessionResponse response;
+  *response.mutable_session() = MakeRef(**session);
+  response.set_lease_ms(Milliseconds((*session)->settings().lease));
+  return MakeResponse(response);
+}
+
+absl::StatusOr<Response> RequestHandler::Impl::Fork(const proto::ForkRequest& message) {
+  if (absl::Status status = RequestValidator::CheckName(message.name()); !status.ok()) {
+    return status;
+  }
+  const TimePoint now = Clock::now();
+  auto parent = validator_.FindSession(message, now);
+  if (!parent.ok()) return parent.status();
+  const auto tokens =
+      message.has_tokens() ? std::optional<uint64_t>(message.tokens()) : std::nullopt;
+  auto session = store_.Fork(**parent, tokens, RequestValidator::Lease(message.lease_ms()),
+                             message.name(), now);
+  if (!session.ok()) return session.status();
+  proto::ForkResponse response;
+  *response.mutable_session() = MakeRef(**session);
+  response.set_lease_ms(Milliseconds((*session)->settings().lease));
+  return MakeResponse(response);
+}
+
+absl::StatusOr<Response> RequestHandler::Impl::Truncate(const proto::TruncateRequest& message) {
+  auto session = validator_.FindSession(message, Clock::now());
+  if (!session.ok()) return session.status();
+  if (absl::Status status = (*session)->Truncate(message.tokens(), store_.budget()); !status.ok()) {
+    return status;
+  }
+  return MakeResponse(proto::TruncateResponse());
+}
+
+absl::StatusOr<Response> RequestHandler::Impl::Stats(const proto::StatsRequest& message) {
+  const TimePoint now = Clock::now();
+  proto::StatsResponse response;
+  response.set_uptime_ms(Milliseconds(now - started_));
+  response.set_memory_used_bytes(store_.budget().used_bytes());
+  response.set_memory_limit_bytes(store_.budget().limit_bytes());
+  response.set_sessions_open(store_.size());
+  if (facts_.connections_open) response.set_connections_open(facts_.connections_open());
+  response.set_queue_depth(pool_.requests());
+  response.set_queue_limit(pool_.requests_max());
+  response.set_workers(static_cast<uint32_t>(pool_.workers()));
+  response.set_simd_level(kernels::SimdLevel());
+  for (const auto& [name, value] : counters_.Values()) (*response.mutable_counters())[name] = value;
+  (*response.mutable_counters())["sessions_expired"] = store_.expired();
+  if (!message.with_sessions()) return MakeResponse(response);
+
+  constexpr size_t kTagAndLength = 8;
+  size_t bytes = response.ByteSizeLong();
+  for (const auto& session : store_.List()) {
+    proto::SessionInfo info = Describe(*session, now);
+    bytes += info.ByteSizeLong() + kTagAndLength;
+    if (bytes > options_.metadata_bytes_max) break;  // as many as an answer can hold
+    *response.add_sessions() = std::move(info);
+  }
+  return MakeResponse(response);
+}
+
+absl::StatusOr<Response> RequestHandler::Impl::Health(const proto::HealthRequest& /*message*/) {
+  proto::HealthResponse response;
+  response.set_serving(!stopping_->load());
+  return MakeResponse(response);
+}
+
+void RequestHandler::Impl::Append(const CallPtr& call) {
+  if (!Admit(call)) return;
+  const auto message = ParseMetadata<proto::AppendRequest>(call->request().metadata);
+  if (!message.ok()) return call->Finish(message.status());
+  auto checked = validator_.Check(*message, call->payload(), Clock::now());
+  if (!checked.ok()) return call->Finish(checked.status());
+  Strand& strand = checked->session->AppendStrand(checked->layer);
+  strand.Submit(pool_, MakeJob(call, [this, call, append = *checked](Scratch& scratch) {
+                  const auto held = append.session->Append(append.layer, append.rows,
+                                                           store_.budget(), {pool_, scratch});
+                  if (!held.ok()) {
+                    call->Finish(held.status());
+                    return;
+                  }
+                  counters_.CountAppended(static_cast<uint64_t>(append.rows.tokens));
+                  proto::AppendResponse response;
+                  response.set_tokens_held(static_cast<uint64_t>(*held));
+                  call->Finish(MakeResponse(response));
+                }));
+}
+
+void RequestHandler::Impl::Close(const CallPtr& call) {
+  const auto message = ParseAlone<proto::CloseSessionRequest>(call->request());
+  if (!message.ok()) return call->Finish(message.status());
+  auto session = validator_.TakeSession(*message, Clock::now());
+  if (!session.ok()) return call->Finish(session.status());
+  pool_.Submit([call, closed = *std::move(session)](Scratch&) mutable {
+    closed.reset();  // frees its memory, unless somebody still works with it
+    call->Finish(MakeResponse(proto::CloseSessionResponse()));
+  });
+}
+
+void RequestHandler::Impl::Fetch(const CallPtr& call) {
+  if (!Admit(call)) return;
+  pool_.Submit(MakeJob(call, [this, call](Scratch& scratch) {
+    const auto message = ParseMetadata<proto::FetchRowsRequest>(call->request().metadata);
+    if (!message.ok()) return call->Finish(message.status());
+    const auto fetch = validator_.Check(*message, call->payload(), Clock::now());
+    if (!fetch.ok()) return call->Finish(fetch.status());
+    call->Finish(FetchRows(*fetch, options_, {pool_, scratch}));
+  }));
+}
+
+template <typename Message>
+void RequestHandler::Impl::Search(const CallPtr& call) {
+  if (!Admit(call)) return;
+  pool_.Submit(MakeJob(call, [this, call](Scratch& scratch) {
+    auto message = ParseMetadata<Message>(call->request().metadata);
+    if (!message.ok()) return call->Finish(message.status());
+    auto checked = validator_.Check(*message, call->payload(), Clock::now());
+    if (!checked.ok()) return call->Finish(checked.status());
+    if (absl::Status status = CheckAnswerFits(*checked, options_); !status.ok()) {
+      return call->Finish(std::move(status));
+    }
+    const auto search = std::make_shared<const CheckedSearch>(*std::move(checked));
+    RunSearches(
+        pool_, MakeTasks(*search), call->give_up(),
+        [this, call, search](auto results, Scratch& own) {
+          if (!results.ok()) return call->Finish(results.status());
+          counters_.CountSearches(*results);
+          try {
+            call->Finish(MakeAnswer(*search, *results, options_, {pool_, own}));
+          } catch (...) {
+            call->Finish(StatusOfException());
+          }
+        },
+        scratch);
+  }));
+}
+
+proto::SessionRef RequestHandler::Impl::MakeRef(const Session& session) const {
+  proto::SessionRef ref;
+  ref.set_boot_id(store_.boot_id());
+  ref.set_session_id(session.id());
+  return ref;
+}
+
+proto::SessionInfo RequestHandler::Impl::Describe(const Session& session, TimePoint now) const {
+  const SessionSettings& settings = session.settings();
+  proto::SessionInfo info;
+  *info.mutable_session() = MakeRef(session);
+  info.set_name(settings.name);
+  proto::ModelShape& shape = *info.mutable_shape();
+  shape.set_layers(settings.layers);
+  shape.set_kv_heads(settings.kv_heads);
+  shape.set_query_heads(settings.query_heads);
+  shape.set_key_dim(static_cast<uint32_t>(settings.kv.key_dim));
+  shape.set_value_dim(static_cast<uint32_t>(settings.kv.value_dim));
+  shape.set_dtype(static_cast<proto::DType>(settings.kv.dtype));
+  shape.set_softmax_scale(settings.kv.softmax_scale);
+  for (uint32_t layer = 0; layer < settings.layers; ++layer) {
+    info.add_tokens(static_cast<uint64_t>(session.State(layer)->tokens));
+  }
+  info.set_bytes(session.Bytes());
+  info.set_idle_ms(Milliseconds(now - session.last_used()));
+  info.set_lease_ms(Milliseconds(settings.lease));
+  info.set_scan_bits(static_cast<uint32_t>(settings.kv.scan_bits));
+  return info;
+}
+
+RequestHandler::RequestHandler(const DaemonOptions& options, SessionStore& store, ComputePool& pool,
+                               ServerFacts facts)
+    : impl_(std::make_unique<Impl>(options, store, pool, std::move(facts))) {}
+
+RequestHandler::~RequestHandler() = default;
+
+void RequestHandler::Handle(Request request, std::function<void(Response)> done) {
+  impl_->Handle(std::move(request), std::move(done));
+}
+
+}  // namespace kvseek::service

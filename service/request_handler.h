@@ -1,0 +1,75 @@
+// Answers requests. Knows messages, sessions and indexes, and no sockets: connection.h brings a
+// request here and takes the response away; tests call it directly.
+#ifndef KVSEEK_SERVICE_REQUEST_HANDLER_H_
+#define KVSEEK_SERVICE_REQUEST_HANDLER_H_
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "index/scratch.h"
+#include "proto/frame.h"
+#include "service/options.h"
+
+namespace kvseek::service {
+
+class ComputePool;
+class SessionStore;
+
+/// An owned, 64-byte aligned payload.
+struct Payload {
+  index::AlignedArray<uint8_t> data;
+  size_t bytes = 0;
+};
+
+/// One request, its payload's checksum already verified.
+struct Request {
+  proto::Op op = proto::Op::kHealth;
+  std::string metadata;
+  Payload payload;
+  std::chrono::steady_clock::time_point deadline;
+  /// Set by the connection on Cancel and when the peer is gone; work not yet begun is then dropped.
+  std::shared_ptr<std::atomic<bool>> cancelled;
+};
+
+struct Response {
+  bool error = false;  ///< metadata is then a proto::Error
+  std::string metadata;
+  Payload payload;
+};
+
+/// Facts that Stats reports and only the server knows.
+struct ServerFacts {
+  std::function<uint64_t()> connections_open;
+};
+
+/// Thread-safe.
+class RequestHandler {
+ public:
+  /// `store` and `pool` must outlive the handler.
+  RequestHandler(const DaemonOptions& options, SessionStore& store, ComputePool& pool,
+                 ServerFacts facts);
+  /// Gives up what is under way (unavailable) and waits until all `done` have returned.
+  ~RequestHandler();
+  RequestHandler(const RequestHandler&) = delete;
+  RequestHandler& operator=(const RequestHandler&) = delete;
+
+  /// Answers every op but hello and cancel, which belong to the connection. Calls `done` exactly
+  /// once, here or on a worker: past the request's deadline as soon as a worker gets to it. Long
+  /// work (search, append, fetch, cut, close) runs on the pool; when the queue is full it is
+  /// refused at once with resource_exhausted, apart from close, which only frees. Appends to one
+  /// layer run in the order of the calls; nothing else is ordered. No exception leaves here, `done`
+  /// must not throw.
+  void Handle(Request request, std::function<void(Response)> done);
+
+ private:
+  class Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace kvseek::service
+
+#endif  // KVSEEK_SERVICE_REQUEST_HANDLER_H_

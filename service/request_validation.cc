@@ -1,0 +1,321 @@
+#include "service/request_validation.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <limits>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/cpu/attention.h"
+#include "kernels/dtype.h"
+#include "proto/frame.h"
+
+namespace kvseek::service {
+namespace {
+
+using kernels::DType;
+
+constexpr uint32_t kDimMax = 512;
+constexpr uint32_t kDimUnit = 8;
+constexpr float kScaleMax = 65504.0F;
+
+absl::Status Invalid(absl::string_view field, absl::string_view message) {
+  return proto::FieldError(absl::StatusCode::kInvalidArgument, field, message);
+}
+
+/// invalid_argument unless low <= value <= high.
+absl::Status CheckBetween(absl::string_view field, uint64_t value, uint64_t low, uint64_t high) {
+  if (value >= low && value <= high) return absl::OkStatus();
+  return Invalid(field, absl::StrCat("must be between ", low, " and ", high, ", not ", value));
+}
+
+absl::Status CheckDim(absl::string_view field, uint32_t dim) {
+  if (dim >= kDimUnit && dim <= kDimMax && dim % kDimUnit == 0) return absl::OkStatus();
+  return Invalid(
+      field, absl::StrCat("must be a multiple of ", kDimUnit, " up to ", kDimMax, ", not ", dim));
+}
+
+absl::Status CheckPayloadBytes(size_t held, size_t expected) {
+  if (held == expected) return absl::OkStatus();
+  return Invalid("payload", absl::StrCat("must have ", expected, " bytes, not ", held));
+}
+
+/// A protocol data type that queries may have; 0 bytes if it is none.
+DType QueryDType(proto::DType dtype) {
+  switch (dtype) {
+    case proto::DTYPE_BF16:
+      return DType::kBf16;
+    case proto::DTYPE_FP16:
+      return DType::kFp16;
+    case proto::DTYPE_FP32:
+      return DType::kFp32;
+    default:
+      return DType{};
+  }
+}
+
+}  // namespace
+
+absl::StatusOr<std::shared_ptr<Session>> RequestValidator::Find(bool given,
+                                                                const proto::SessionRef& session,
+                                                                absl::string_view field,
+                                                                TimePoint now) const {
+  if (!given) return Invalid(field, "is missing");
+  return store_.Find(session.boot_id(), session.session_id(), field, now);
+}
+
+absl::StatusOr<std::shared_ptr<Session>> RequestValidator::TakeSession(
+    const proto::CloseSessionRequest& message, TimePoint now) const {
+  if (!message.has_session()) return Invalid("session", "is missing");
+  const proto::SessionRef& session = message.session();
+  return store_.Close(session.boot_id(), session.session_id(), "session", now);
+}
+
+absl::Status RequestValidator::CheckNoPayload(size_t payload_bytes) {
+  return CheckPayloadBytes(payload_bytes, 0);
+}
+
+absl::Status RequestValidator::CheckName(const std::string& name) {
+  if (name.size() <= kSessionNameBytesMax) return absl::OkStatus();
+  return Invalid("name", absl::StrCat("is longer than ", kSessionNameBytesMax, " bytes"));
+}
+
+std::chrono::milliseconds RequestValidator::Lease(uint64_t lease_ms) {
+  using Count = std::chrono::milliseconds::rep;
+  return std::chrono::milliseconds(
+      static_cast<Count>(std::min<uint64_t>(lease_ms, std::numeric_limits<int32_t>::max())));
+}
+
+absl::StatusOr<SessionSettings> RequestValidator::Check(
+    const proto::OpenSessionRequest& message) const {
+  if (!message.has_shape()) return Invalid("shape", "is missing");
+  const proto::ModelShape& shape = message.shape();
+  absl::Status status = CheckBetween("shape.layers", shape.layers(), 1, options_.layers_max);
+  status.Update(CheckBetween("shape.kv_heads", shape.kv_heads(), 1, options_.kv_heads_max));
+  if (!status.ok()) return status;
+  if (shape.query_heads() == 0 || shape.query_heads() % shape.kv_heads() != 0 ||
+      shape.query_heads() / shape.kv_heads() > static_cast<uint32_t>(index::kMaxGroup)) {
+    return Invalid("shape.query_heads",
+                   absl::StrCat("must be 1 to ", index::kMaxGroup, " times the ", shape.kv_heads(),
+                                " KV heads, not ", shape.query_heads()));
+  }
+  status.Update(CheckDim("shape.key_dim", shape.key_dim()));
+  status.Update(CheckDim("shape.value_dim", shape.value_dim()));
+  if (!status.ok()) return status;
+  if (shape.dtype() != proto::DTYPE_BF16 && shape.dtype() != proto::DTYPE_FP16) {
+    return Invalid("shape.dtype", "must be bf16 or fp16");
+  }
+  const float scale = shape.softmax_scale();
+  if (!(scale >= 0.0F && scale <= kScaleMax)) {
+    return Invalid("shape.softmax_scale", absl::StrCat("must be between 0 and ", kScaleMax));
+  }
+  if (message.scan_bits() > 2) return Invalid("scan_bits", "must be 1 or 2, or 0 for the default");
+  status.Update(CheckBetween("tokens_expected", message.tokens_expected(), 0, options_.tokens_max));
+  status.Update(CheckName(message.name()));
+  if (!status.ok()) return status;
+
+  SessionSettings settings;
+  settings.layers = shape.layers();
+  settings.kv_heads = shape.kv_heads();
+  settings.query_heads = shape.query_heads();
+  settings.kv.key_dim = static_cast<int>(shape.key_dim());
+  settings.kv.value_dim = static_cast<int>(shape.value_dim());
+  settings.kv.dtype = shape.dtype() == proto::DTYPE_BF16 ? DType::kBf16 : DType::kFp16;
+  settings.kv.softmax_scale =
+      scale > 0.0F ? scale : 1.0F / std::sqrt(static_cast<float>(shape.key_dim()));
+  settings.kv.scan_bits =
+      static_cast<int>(message.scan_bits() != 0 ? message.scan_bits() : options_.scan_bits);
+  settings.name = message.name();
+  settings.lease = Lease(message.lease_ms());
+  return settings;
+}
+
+absl::StatusOr<CheckedAppend> RequestValidator::Check(const proto::AppendRequest& message,
+                                                      absl::Span<const uint8_t> payload,
+                                                      TimePoint now) const {
+  auto session = FindSession(message, now);
+  if (!session.ok()) return session.status();
+  const SessionSettings& settings = (*session)->settings();
+  absl::Status status = CheckBetween("layer", message.layer(), 0, settings.layers - 1);
+  status.Update(CheckBetween("start", message.start(), 0, options_.tokens_max));
+  if (!status.ok()) return status;
+  status.Update(CheckBetween("tokens", message.tokens(), 0, options_.tokens_max - message.start()));
+  if (!status.ok()) return status;
+
+  const size_t rows = size_t{message.tokens()} * settings.kv_heads;
+  proto::PayloadLayout layout;
+  const size_t keys = layout.Add(rows * settings.kv.KeyRowBytes());
+  const size_t values = layout.Add(rows * settings.kv.ValueRowBytes());
+  status.Update(CheckPayloadBytes(payload.size(), layout.bytes()));
+  if (!status.ok()) return status;
+  CheckedAppend append;
+  append.session = *std::move(session);
+  append.layer = message.layer();
+  append.rows = {static_cast<int64_t>(message.start()), message.tokens(),
+                 reinterpret_cast<const uint16_t*>(payload.data() + keys),
+                 reinterpret_cast<const uint16_t*>(payload.data() + values)};
+  return append;
+}
+
+absl::StatusOr<CheckedFetch> RequestValidator::Check(const proto::FetchRowsRequest& message,
+                                                     absl::Span<const uint8_t> payload,
+                                                     TimePoint now) const {
+  auto session = FindSession(message, now);
+  if (!session.ok()) return session.status();
+  const SessionSettings& settings = (*session)->settings();
+  absl::Status status = CheckBetween("layer", message.layer(), 0, settings.layers - 1);
+  status.Update(CheckBetween("kv_head", message.kv_head(), 0, settings.kv_heads - 1));
+  status.Update(CheckPayloadBytes(payload.size(), message.count() * sizeof(int64_t)));
+  if (!status.ok()) return status;
+  CheckedFetch fetch;
+  fetch.layer = (*session)->State(message.layer());
+  fetch.session = *std::move(session);
+  fetch.kv_head = message.kv_head();
+  fetch.positions = {reinterpret_cast<const int64_t*>(payload.data()), message.count()};
+  for (size_t i = 0; i < fetch.positions.size(); ++i) {
+    const int64_t position = fetch.positions[i];
+    if (position >= 0 && position < fetch.layer->tokens) continue;
+    return Invalid(
+        absl::StrCat("positions[", i, "]"),
+        absl::StrCat(position, " is not one of the ", fetch.layer->tokens, " tokens held"));
+  }
+  return fetch;
+}
+
+absl::Status RequestValidator::CheckOptions(const proto::SearchOptions& message,
+                                            CheckedSearch& search) const {
+  const uint32_t candidates = message.has_candidates() ? message.candidates() : options_.candidates;
+  const uint32_t exact_rows = message.has_exact_rows() ? message.exact_rows() : options_.exact_rows;
+  absl::Status status;
+  if (message.index() < proto::INDEX_AUTO || message.index() > proto::INDEX_LADDER) {
+    status = Invalid("options.index", absl::StrCat("there is no index ", message.index()));
+  }
+  status.Update(CheckBetween("options.candidates", candidates, 1, index::kMaxCandidates));
+  status.Update(CheckBetween("options.exact_rows", exact_rows, 0, index::kMaxExactRows));
+  status.Update(
+      CheckBetween("options.audit_samples", message.audit_samples(), 0, index::kMaxAuditSamples));
+  if (!status.ok()) return status;
+  search.index = message.index();
+  search.options.candidates = static_cast<int>(candidates);
+  search.options.exact_rows = static_cast<int>(exact_rows);
+  search.options.audit_samples = static_cast<int>(message.audit_samples());
+  search.options.seed = message.seed();
+  search.options.list_read = message.list_read();
+  return absl::OkStatus();
+}
+
+absl::StatusOr<CheckedItem> RequestValidator::CheckItem(const proto::QueryItem& message,
+                                                        const std::string& field,
+                                                        TimePoint now) const {
+  auto session =
+      Find(message.has_session(), message.session(), absl::StrCat(field, ".session"), now);
+  if (!session.ok()) return session.status();
+  absl::Status status = CheckBetween(absl::StrCat(field, ".layer"), message.layer(), 0,
+                                     (*session)->settings().layers - 1);
+  status.Update(
+      CheckBetween(absl::StrCat(field, ".tokens"), message.tokens(), 1, options_.query_tokens_max));
+  if (!status.ok()) return status;
+
+  CheckedItem item;
+  item.layer = (*session)->State(message.layer());
+  item.session = *std::move(session);
+  item.tokens = message.tokens();
+  const auto held = static_cast<uint64_t>(item.layer->tokens);
+  status = CheckBetween(absl::StrCat(field, ".range_begin"), message.range_begin(), 0, held);
+  if (!status.ok()) return status;
+  item.begin = static_cast<int64_t>(message.range_begin());
+  const int ends = message.range_end_size();
+  if (ends > 1 && static_cast<uint32_t>(ends) != message.tokens()) {
+    return Invalid(absl::StrCat(field, ".range_end"),
+                   absl::StrCat("must have one end for each of the ", message.tokens(),
+                                " tokens, one for all or none, not ", ends));
+  }
+  for (int i = 0; i < ends; ++i) {
+    status = CheckBetween(absl::StrCat(field, ".range_end[", i, "]"), message.range_end(i),
+                          message.range_begin(), held);
+    if (!status.ok()) return status;
+    item.ends.push_back(static_cast<int64_t>(message.range_end(i)));
+  }
+  if (ends <= 1) item.ends.resize(item.tokens, ends == 0 ? item.layer->tokens : item.ends[0]);
+  return item;
+}
+
+template <typename Message>
+absl::Status RequestValidator::CheckItems(const Message& message, absl::Span<const uint8_t> payload,
+                                          TimePoint now, CheckedSearch& search) const {
+  const DType dtype = QueryDType(message.query_dtype());
+  const size_t element_bytes = kernels::DTypeBytes(dtype);
+  if (element_bytes == 0) return Invalid("query_dtype", "must be bf16, fp16 or fp32");
+  absl::Status status = CheckBetween("items", static_cast<uint64_t>(message.items_size()), 1,
+                                     options_.batch_items_max);
+  if (!status.ok()) return status;
+
+  proto::PayloadLayout layout;
+  std::vector<size_t> offsets;
+  std::vector<size_t> counts;
+  size_t elements = 0;
+  for (int i = 0; i < message.items_size(); ++i) {
+    auto item = CheckItem(message.items(i), absl::StrCat("items[", i, "]"), now);
+    if (!item.ok()) return item.status();
+    counts.push_back(item->tokens * item->settings().query_heads *
+                     static_cast<size_t>(item->settings().kv.key_dim));
+    offsets.push_back(layout.Add(counts.back() * element_bytes));
+    elements += counts.back();
+    search.items.push_back(*std::move(item));
+  }
+  status = CheckPayloadBytes(payload.size(), layout.bytes());
+  if (!status.ok()) return status;
+
+  if (dtype != DType::kFp32) search.converted = index::MakeAligned<float>(elements);
+  float* converted = search.converted.get();
+  for (size_t i = 0; i < search.items.size(); ++i) {
+    CheckedItem& item = search.items[i];
+    const uint8_t* queries = payload.data() + offsets[i];
+    const int64_t bad = kernels::FindBadElement(queries, dtype, static_cast<int64_t>(counts[i]));
+    if (bad >= 0) {
+      const int64_t dim = item.settings().kv.key_dim;
+      const int64_t heads = item.settings().query_heads;
+      return Invalid("payload",
+                     absl::StrCat("query of items[", i, "], token ", bad / dim / heads,
+                                  ", query head ", bad / dim % heads, ", element ", bad % dim,
+                                  " is not finite or its magnitude exceeds 65504"));
+    }
+    if (dtype == DType::kFp32) {
+      item.queries = reinterpret_cast<const float*>(queries);
+      continue;
+    }
+    item.queries = converted;
+    for (size_t e = 0; e < counts[i]; ++e) {
+      *converted++ = kernels::LoadElement(queries, dtype, e);
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<CheckedSearch> RequestValidator::Check(const proto::AttendRequest& message,
+                                                      absl::Span<const uint8_t> payload,
+                                                      TimePoint now) const {
+  CheckedSearch search;
+  absl::Status status = CheckOptions(message.options(), search);
+  if (status.ok()) status = CheckItems(message, payload, now, search);
+  if (!status.ok()) return status;
+  return search;
+}
+
+absl::StatusOr<CheckedSearch> RequestValidator::Check(const proto::TopKRequest& message,
+                                                      absl::Span<const uint8_t> payload,
+                                                      TimePoint now) const {
+  CheckedSearch search;
+  absl::Status status = CheckOptions(message.options(), search);
+  status.Update(CheckBetween("k", message.k(), 0, index::kMaxK));
+  if (status.ok()) status = CheckItems(message, payload, now, search);
+  if (!status.ok()) return status;
+  search.options.k = static_cast<int>(message.k());
+  search.options.list_read = false;
+  search.with_rows = message.with_rows();
+  search.with_state = message.with_state();
+  return search;
+}
+
+}  // namespace kvseek::service

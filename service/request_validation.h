@@ -1,0 +1,130 @@
+// From messages of a client, which may hold anything, to requests that may be run.
+//
+// Every function checks all that it hands on and names what is wrong in full, e.g.
+// "items[1].range_end[0]". Nothing here changes a session, apart from renewing the leases of the
+// sessions found.
+#ifndef KVSEEK_SERVICE_REQUEST_VALIDATION_H_
+#define KVSEEK_SERVICE_REQUEST_VALIDATION_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/types/span.h"
+#include "index/key_index.h"
+#include "index/scratch.h"
+#include "proto/kvseek.pb.h"
+#include "proto/status_code.h"
+#include "service/options.h"
+#include "service/session.h"
+#include "service/session_store.h"
+
+namespace kvseek::service {
+
+inline constexpr size_t kSessionNameBytesMax = 256;
+
+/// One session's part of a search: `tokens` query tokens of one layer.
+struct CheckedItem {
+  std::shared_ptr<Session> session;
+  std::shared_ptr<const LayerState> layer;  ///< what is searched; keeps it alive
+  size_t tokens = 0;
+  int64_t begin = 0;
+  std::vector<int64_t> ends;       ///< (tokens), each in [begin, layer->tokens]
+  const float* queries = nullptr;  ///< (tokens, query_heads, key_dim)
+
+  const SessionSettings& settings() const { return session->settings(); }
+  size_t Results() const { return tokens * settings().kv_heads; }
+};
+
+/// An Attend or a TopK. `queries` point into the request's payload or into `converted`.
+struct CheckedSearch {
+  std::vector<CheckedItem> items;
+  index::SearchOptions options;  ///< k < 0: Attend
+  proto::IndexKind index = proto::INDEX_AUTO;
+  bool with_rows = false;
+  bool with_state = true;
+  index::AlignedArray<float> converted;
+
+  bool topk() const { return options.k >= 0; }
+};
+
+/// A checked Append.
+struct CheckedAppend {
+  std::shared_ptr<Session> session;
+  uint32_t layer = 0;
+  LayerRows rows;  ///< points into the request's payload
+};
+
+/// A checked FetchRows.
+struct CheckedFetch {
+  std::shared_ptr<Session> session;
+  std::shared_ptr<const LayerState> layer;
+  uint32_t kv_head = 0;
+  absl::Span<const int64_t> positions;  ///< in the request's payload
+};
+
+/// Checks requests of one daemon against its limits. Thread-safe.
+class RequestValidator {
+ public:
+  /// Both must outlive the validator.
+  RequestValidator(const DaemonOptions& options, SessionStore& store)
+      : options_(options), store_(store) {}
+
+  absl::StatusOr<SessionSettings> Check(const proto::OpenSessionRequest& message) const;
+  absl::StatusOr<CheckedAppend> Check(const proto::AppendRequest& message,
+                                      absl::Span<const uint8_t> payload, TimePoint now) const;
+  absl::StatusOr<CheckedSearch> Check(const proto::AttendRequest& message,
+                                      absl::Span<const uint8_t> payload, TimePoint now) const;
+  absl::StatusOr<CheckedSearch> Check(const proto::TopKRequest& message,
+                                      absl::Span<const uint8_t> payload, TimePoint now) const;
+  absl::StatusOr<CheckedFetch> Check(const proto::FetchRowsRequest& message,
+                                     absl::Span<const uint8_t> payload, TimePoint now) const;
+
+  /// The session that a request's field `session` names.
+  template <typename Message>
+  absl::StatusOr<std::shared_ptr<Session>> FindSession(const Message& message,
+                                                       TimePoint now) const {
+    return Find(message.has_session(), message.session(), "session", now);
+  }
+  /// The same, taken out of the store.
+  absl::StatusOr<std::shared_ptr<Session>> TakeSession(const proto::CloseSessionRequest& message,
+                                                       TimePoint now) const;
+  /// Ops that carry no tensors.
+  static absl::Status CheckNoPayload(size_t payload_bytes);
+  static absl::Status CheckName(const std::string& name);
+  /// A lease off the wire; one that no clock can count is as long as it gets.
+  static std::chrono::milliseconds Lease(uint64_t lease_ms);
+
+ private:
+  absl::StatusOr<std::shared_ptr<Session>> Find(bool given, const proto::SessionRef& session,
+                                                absl::string_view field, TimePoint now) const;
+  absl::Status CheckOptions(const proto::SearchOptions& message, CheckedSearch& search) const;
+  absl::StatusOr<CheckedItem> CheckItem(const proto::QueryItem& message, const std::string& field,
+                                        TimePoint now) const;
+  /// Fills search.items, finds their queries in the payload, checks them and converts them.
+  template <typename Message>
+  absl::Status CheckItems(const Message& message, absl::Span<const uint8_t> payload, TimePoint now,
+                          CheckedSearch& search) const;
+
+  const DaemonOptions& options_;
+  SessionStore& store_;
+};
+
+/// A message out of a request's metadata; invalid_argument naming "metadata".
+template <typename Message>
+absl::StatusOr<Message> ParseMetadata(const std::string& metadata) {
+  Message message;
+  if (!message.ParseFromString(metadata)) {
+    return proto::FieldError(absl::StatusCode::kInvalidArgument, "metadata",
+                             "is not the message that the operation asks for");
+  }
+  return message;
+}
+
+}  // namespace kvseek::service
+
+#endif  // KVSEEK_SERVICE_REQUEST_VALIDATION_H_

@@ -1,0 +1,214 @@
+#include "service/search_executor.h"
+
+#include <algorithm>
+#include <deque>
+#include <exception>
+#include <mutex>
+#include <new>
+#include <utility>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/strings/str_cat.h"
+#include "proto/status_code.h"
+
+namespace kvseek::service {
+namespace {
+
+using index::Scratch;
+
+/// The searches of one request under way. Runners (jobs on the pool) take units from it until there
+/// are none.
+class SearchRun {
+ public:
+  SearchRun(ComputePool& pool, std::vector<SearchTask> tasks, GiveUp give_up, SearchDone done)
+      : pool_(pool),
+        tasks_(std::move(tasks)),
+        give_up_(std::move(give_up)),
+        done_(std::move(done)),
+        searches_(tasks_.size()),
+        results_(tasks_.size()) {}
+
+  /// Makes the caller one of the run's runners, and submits as many as there is work for.
+  static void Start(const std::shared_ptr<SearchRun>& run, Scratch& scratch);
+
+ private:
+  struct Search {
+    std::unique_ptr<index::SearchPlan> plan;
+    int next_piece = 0;
+    std::atomic<int> pieces_left{0};
+  };
+
+  struct Unit {
+    bool none = true;
+    size_t task = 0;
+    int piece = -1;  ///< -1: plan
+  };
+
+  /// Works as a runner.
+  static void Work(const std::shared_ptr<SearchRun>& run, Scratch& scratch);
+  /// Takes the next unit for a runner; without one, the runner is gone.
+  Unit Next() ABSL_LOCKS_EXCLUDED(mutex_);
+  absl::Status Run(const Unit& unit, Scratch& scratch);
+  /// Books a unit. Returns how many more runners there is work for.
+  int Book(const Unit& unit, absl::Status status) ABSL_LOCKS_EXCLUDED(mutex_);
+  /// Calls `done` if the runner that has just left was the last.
+  void FinishIfLast(Scratch& scratch) ABSL_LOCKS_EXCLUDED(mutex_);
+
+  ComputePool& pool_;
+  const std::vector<SearchTask> tasks_;
+  const GiveUp give_up_;
+  SearchDone done_;
+  std::vector<Search> searches_;  ///< a slot belongs to the unit that works on it
+  std::vector<index::SearchResult> results_;
+
+  std::mutex mutex_;
+  size_t next_task_ ABSL_GUARDED_BY(mutex_) = 0;
+  std::deque<size_t> open_
+      ABSL_GUARDED_BY(mutex_);  ///< planned searches with pieces left to give out
+  int64_t open_pieces_ ABSL_GUARDED_BY(mutex_) = 0;
+  int runners_ ABSL_GUARDED_BY(mutex_) = 0;  ///< jobs queued or running
+  bool done_called_ ABSL_GUARDED_BY(mutex_) = false;
+  absl::Status failure_ ABSL_GUARDED_BY(mutex_);
+};
+
+SearchRun::Unit SearchRun::Next() {
+  absl::Status give_up = give_up_.Check();
+  const std::lock_guard lock(mutex_);
+  if (failure_.ok()) failure_ = std::move(give_up);
+  if (failure_.ok() && !open_.empty()) {
+    const size_t task = open_.front();
+    Search& search = searches_[task];
+    const int piece = search.next_piece++;
+    --open_pieces_;
+    if (search.next_piece == search.plan->pieces()) open_.pop_front();
+    return {false, task, piece};
+  }
+  if (failure_.ok() && next_task_ < tasks_.size()) return {false, next_task_++, -1};
+  --runners_;
+  return {};
+}
+
+absl::Status SearchRun::Run(const Unit& unit, Scratch& scratch) {
+  const SearchTask& task = tasks_[unit.task];
+  Search& search = searches_[unit.task];
+  scratch.Reset();
+  try {
+    bool complete = false;
+    if (unit.piece < 0) {
+      search.plan = task.index->Plan(task.view, task.query, task.options, scratch);
+      search.pieces_left.store(search.plan->pieces());
+      complete = search.plan->pieces() == 0;
+    } else {
+      search.plan->Run(unit.piece, scratch);
+      complete = search.pieces_left.fetch_sub(1) == 1;
+    }
+    if (complete) {
+      scratch.Reset();
+      results_[unit.task] = search.plan->Finish(scratch);
+      search.plan.reset();
+    }
+  } catch (...) {
+    return StatusOfException();
+  }
+  return absl::OkStatus();
+}
+
+int SearchRun::Book(const Unit& unit, absl::Status status) {
+  const std::lock_guard lock(mutex_);
+  if (failure_.ok()) failure_ = std::move(status);
+  if (!failure_.ok()) return 0;
+  const Search& search = searches_[unit.task];
+  if (unit.piece < 0 && search.plan != nullptr) {
+    open_.push_back(unit.task);
+    open_pieces_ += search.plan->pieces();
+  }
+  const int64_t units = open_pieces_ + static_cast<int64_t>(tasks_.size() - next_task_);
+  const int64_t wanted = std::min<int64_t>(units, pool_.workers()) - runners_;
+  if (wanted <= 0) return 0;
+  runners_ += static_cast<int>(wanted);
+  return static_cast<int>(wanted);
+}
+
+void SearchRun::FinishIfLast(Scratch& scratch) {
+  absl::Status failure;
+  {
+    const std::lock_guard lock(mutex_);
+    if (runners_ > 0 || std::exchange(done_called_, true)) return;
+    failure = failure_;
+  }
+  scratch.Reset();
+  searches_.clear();
+  if (failure.ok()) {
+    done_(std::move(results_), scratch);
+  } else {
+    done_(std::move(failure), scratch);
+  }
+  done_ = nullptr;
+}
+
+void SearchRun::Start(const std::shared_ptr<SearchRun>& run, Scratch& scratch) {
+  const int runners = std::clamp(static_cast<int>(run->tasks_.size()), 1, run->pool_.workers());
+  {
+    const std::lock_guard lock(run->mutex_);
+    run->runners_ = runners;
+  }
+  for (int i = 1; i < runners; ++i) {
+    run->pool_.Submit([run](Scratch& own) { Work(run, own); });
+  }
+  Work(run, scratch);
+}
+
+void SearchRun::Work(const std::shared_ptr<SearchRun>& run, Scratch& scratch) {
+  for (;;) {
+    const Unit unit = run->Next();
+    if (unit.none) {
+      run->FinishIfLast(scratch);
+      return;
+    }
+    absl::Status status = run->Run(unit, scratch);
+    const int more = run->Book(unit, std::move(status));
+    for (int i = 0; i < more; ++i) {
+      run->pool_.Submit([run](Scratch& own) { Work(run, own); });
+    }
+    if (run->pool_.Crowded()) {
+      run->pool_.Submit([run](Scratch& own) { Work(run, own); });
+      return;
+    }
+  }
+}
+
+}  // namespace
+
+absl::Status GiveUp::Check() const {
+  if (stopping != nullptr && stopping->load(std::memory_order_relaxed)) {
+    return absl::UnavailableError("the daemon is stopping");
+  }
+  if (cancelled != nullptr && cancelled->load(std::memory_order_relaxed)) {
+    return absl::CancelledError("the request was given up");
+  }
+  if (std::chrono::steady_clock::now() >= deadline) {
+    return absl::DeadlineExceededError("the deadline passed before the answer was complete");
+  }
+  return absl::OkStatus();
+}
+
+void RunSearches(ComputePool& pool, std::vector<SearchTask> tasks, GiveUp give_up, SearchDone done,
+                 Scratch& scratch) {
+  const auto run =
+      std::make_shared<SearchRun>(pool, std::move(tasks), std::move(give_up), std::move(done));
+  SearchRun::Start(run, scratch);
+}
+
+absl::Status StatusOfException() {
+  try {
+    throw;
+  } catch (const std::bad_alloc&) {
+    return proto::Exhausted("", "out of memory", 0);
+  } catch (const std::exception& error) {
+    return absl::InternalError(error.what());
+  } catch (...) {
+    return absl::InternalError("unknown exception");
+  }
+}
+
+}  // namespace kvseek::service

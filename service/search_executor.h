@@ -1,0 +1,59 @@
+// Runs the searches of one request on the pool.
+//
+// Each search is planned, run piece by piece and finished (index/key_index.h); every step is one
+// unit of work for any worker. Pieces go before new plans, so only about as many plans exist at a
+// time as there are workers, however large the batch. After each unit a worker makes room for other
+// requests that wait. No unit waits for another. Every result has its own slot:
+// the same searches give the same bits, whatever the number of workers.
+#ifndef KVSEEK_SERVICE_SEARCH_EXECUTOR_H_
+#define KVSEEK_SERVICE_SEARCH_EXECUTOR_H_
+
+#include <atomic>
+#include <chrono>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "index/key_index.h"
+#include "index/scratch.h"
+#include "service/compute_pool.h"
+
+namespace kvseek::service {
+
+/// When to give up a request.
+struct GiveUp {
+  std::chrono::steady_clock::time_point deadline;
+  std::shared_ptr<std::atomic<bool>> cancelled;       ///< may be null
+  std::shared_ptr<const std::atomic<bool>> stopping;  ///< the daemon stops; may be null
+
+  /// deadline_exceeded, cancelled or unavailable; ok while the work should go on.
+  absl::Status Check() const;
+};
+
+/// One query token of one KV head.
+struct SearchTask {
+  const index::KeyIndex* index = nullptr;
+  index::KvView view;
+  index::SearchQuery query;
+  index::SearchOptions options;
+};
+
+/// Results, in the order of the tasks, or why there are none; on a worker, with its scratch.
+using SearchDone =
+    std::function<void(absl::StatusOr<std::vector<index::SearchResult>>, index::Scratch&)>;
+
+/// Starts the searches and returns; calls `done` exactly once, when no unit is under way any more.
+/// give_up is looked at before each unit. What the tasks point at must live until then. `scratch`
+/// is the calling worker's, which may do a part of the work.
+void RunSearches(ComputePool& pool, std::vector<SearchTask> tasks, GiveUp give_up, SearchDone done,
+                 index::Scratch& scratch);
+
+/// The status of an exception under way: resource_exhausted for std::bad_alloc, else internal. Call
+/// in a catch block.
+absl::Status StatusOfException();
+
+}  // namespace kvseek::service
+
+#endif  // KVSEEK_SERVICE_SEARCH_EXECUTOR_H_

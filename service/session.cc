@@ -1,0 +1,80 @@
+#include "service/session.h"
+
+#include <algorithm>
+#include <mutex>
+#include <shared_mutex>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "proto/status_code.h"
+
+namespace kvseek::service {
+
+Session::Session(uint64_t id, SessionSettings settings, MemoryBudget::Reservation memory,
+                 const std::vector<std::shared_ptr<const LayerState>>& layers, TimePoint now)
+    : id_(id), settings_(std::move(settings)), memory_(std::move(memory)), last_used_(now) {
+  layers_.reserve(layers.size());
+  for (const auto& state : layers) layers_.push_back(std::make_unique<LayerCache>(state));
+}
+
+uint64_t Session::BookkeepingBytes(const SessionSettings& settings) {
+  return sizeof(Session) + settings.name.size() +
+         settings.layers * (sizeof(LayerCache) + sizeof(LayerState) +
+                            uint64_t{settings.kv_heads} * sizeof(HeadCache));
+}
+
+uint64_t Session::KvBytes(const SessionSettings& settings, int64_t tokens) {
+  return uint64_t{settings.layers} * settings.kv_heads * HeadCache::Bytes(settings.kv, tokens);
+}
+
+absl::StatusOr<int64_t> Session::Append(uint32_t layer, const LayerRows& rows, MemoryBudget& budget,
+                                        Worker worker) {
+  const std::shared_lock lock(shorten_mutex_);
+  return layers_[layer]->Append(rows, budget, worker);
+}
+
+absl::Status Session::Truncate(uint64_t tokens, MemoryBudget& budget) {
+  const std::unique_lock lock(shorten_mutex_);
+  auto states = States(&tokens, budget);
+  if (!states.ok()) return states.status();
+  for (size_t l = 0; l < layers_.size(); ++l) layers_[l]->Replace(std::move((*states)[l]));
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::vector<std::shared_ptr<const LayerState>>> Session::States(
+    const uint64_t* tokens, MemoryBudget& budget) const {
+  std::vector<std::shared_ptr<const LayerState>> states;
+  states.reserve(layers_.size());
+  int64_t longest = 0;
+  for (const auto& layer : layers_) {
+    states.push_back(layer->State());
+    longest = std::max(longest, states.back()->tokens);
+  }
+  if (tokens == nullptr) return states;
+  if (*tokens > static_cast<uint64_t>(longest)) {
+    return proto::FieldError(
+        absl::StatusCode::kInvalidArgument, "tokens",
+        absl::StrCat("the longest layer has ", longest, " tokens, not ", *tokens));
+  }
+  const auto kept = static_cast<int64_t>(*tokens);
+  uint64_t bytes = 0;
+  for (const auto& state : states) bytes += TruncateStateBytes(*state, kept);
+  absl::StatusOr<MemoryGrant> memory = MemoryGrant::Make(budget, bytes, "tokens");
+  if (!memory.ok()) return memory.status();
+  for (auto& state : states) {
+    auto shorter = TruncateState(state, kept, *memory);
+    if (!shorter.ok()) return shorter.status();
+    state = *std::move(shorter);
+  }
+  return states;
+}
+
+uint64_t Session::Bytes() const {
+  uint64_t bytes = 0;
+  for (const auto& layer : layers_) {
+    bytes += settings_.kv_heads * HeadCache::Bytes(settings_.kv, layer->State()->tokens);
+  }
+  return bytes;
+}
+
+}  // namespace kvseek::service

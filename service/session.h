@@ -1,0 +1,87 @@
+// A session: one sequence's KV cache, layer by layer.
+#ifndef KVSEEK_SERVICE_SESSION_H_
+#define KVSEEK_SERVICE_SESSION_H_
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <shared_mutex>
+#include <string>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "index/segment.h"
+#include "service/layer_cache.h"
+#include "service/memory_budget.h"
+
+namespace kvseek::service {
+
+using TimePoint = std::chrono::steady_clock::time_point;
+
+/// What a session is made with; never changes.
+struct SessionSettings {
+  uint32_t layers = 0;
+  uint32_t kv_heads = 0;
+  uint32_t query_heads = 0;
+  index::KvShape kv;
+  std::string name;
+  std::chrono::milliseconds lease{0};
+
+  int Group() const { return static_cast<int>(query_heads / kv_heads); }
+};
+
+/// Thread-safe. Lives as long as anybody works with it, even when it has been closed meanwhile.
+class Session {
+ public:
+  /// `memory`: BookkeepingBytes. `layers`: (settings.layers) what the session starts with.
+  Session(uint64_t id, SessionSettings settings, MemoryBudget::Reservation memory,
+          const std::vector<std::shared_ptr<const LayerState>>& layers, TimePoint now);
+
+  /// Bytes that a session takes without keys and values.
+  static uint64_t BookkeepingBytes(const SessionSettings& settings);
+  /// Bytes of keys, values and codes of so many tokens in every layer.
+  static uint64_t KvBytes(const SessionSettings& settings, int64_t tokens);
+
+  uint64_t id() const { return id_; }
+  const SessionSettings& settings() const { return settings_; }
+
+  /// A consistent look at one layer. REQUIRES: layer < settings().layers, also below.
+  std::shared_ptr<const LayerState> State(uint32_t layer) const { return layers_[layer]->State(); }
+  /// See LayerCache::Append. Appends to different layers run side by side.
+  absl::StatusOr<int64_t> Append(uint32_t layer, const LayerRows& rows, MemoryBudget& budget,
+                                 Worker worker) ABSL_LOCKS_EXCLUDED(shorten_mutex_);
+  /// Where appends to a layer queue up.
+  Strand& AppendStrand(uint32_t layer) { return layers_[layer]->strand(); }
+
+  /// Keeps the first `tokens` tokens of every layer, all or nothing. invalid_argument naming
+  /// "tokens" when no layer has so many; resource_exhausted: a cut through a segment copies up to
+  /// 1023 tokens a head.
+  absl::Status Truncate(uint64_t tokens, MemoryBudget& budget) ABSL_LOCKS_EXCLUDED(shorten_mutex_);
+  /// The states that Truncate would leave behind, or all as they are (no `tokens`); changes
+  /// nothing.
+  absl::StatusOr<std::vector<std::shared_ptr<const LayerState>>> States(const uint64_t* tokens,
+                                                                        MemoryBudget& budget) const;
+
+  /// Bytes of keys, values and codes, shared or not.
+  uint64_t Bytes() const;
+
+  /// Renews the lease.
+  void Touch(TimePoint now) { last_used_.store(now, std::memory_order_relaxed); }
+  TimePoint last_used() const { return last_used_.load(std::memory_order_relaxed); }
+  bool Expired(TimePoint now) const { return now - last_used() > settings_.lease; }
+
+ private:
+  const uint64_t id_;
+  const SessionSettings settings_;
+  const MemoryBudget::Reservation memory_;
+  std::shared_mutex shorten_mutex_;  ///< shared by appends, exclusive for Truncate
+  std::vector<std::unique_ptr<LayerCache>> layers_;
+  std::atomic<TimePoint> last_used_;
+};
+
+}  // namespace kvseek::service
+
+#endif  // KVSEEK_SERVICE_SESSION_H_

@@ -1,0 +1,167 @@
+#include "service/compute_pool.h"
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <chrono>
+#include <latch>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "proto/status_code.h"
+
+namespace kvseek::service {
+namespace {
+
+DaemonOptions Workers(int workers) {
+  DaemonOptions options;
+  options.workers = workers;
+  options.queue_limit = 3;
+  return options;
+}
+
+TEST(ComputePoolTest, RunsManyJobsOnce) {
+  constexpr int kJobs = 10000;
+  std::vector<std::atomic<int>> runs(kJobs);
+  {
+    ComputePool pool(Workers(4));
+    EXPECT_EQ(pool.workers(), 4);
+    for (int i = 0; i < kJobs; ++i) {
+      pool.Submit([&runs, i](index::Scratch& scratch) {
+        scratch.Take<char>(100)[0] = 1;
+        runs[static_cast<size_t>(i)].fetch_add(1);
+      });
+    }
+  }
+  for (const auto& count : runs) EXPECT_EQ(count.load(), 1);
+}
+
+TEST(ComputePoolTest, DestructionRunsWhatIsQueuedAndWhatThatSubmits) {
+  std::atomic<int> runs{0};
+  {
+    ComputePool pool(Workers(1));
+    std::latch go(1);
+    pool.Submit([&](index::Scratch&) { go.wait(); });
+    for (int i = 0; i < 100; ++i) {
+      pool.Submit([&](index::Scratch&) {
+        runs.fetch_add(1);
+        pool.Submit([&](index::Scratch&) { runs.fetch_add(1); });
+      });
+    }
+    go.count_down();
+  }
+  EXPECT_EQ(runs.load(), 200);
+}
+
+TEST(ComputePoolTest, AdmitsUpToTheLimit) {
+  ComputePool pool(Workers(1));
+  auto a = pool.Admit();
+  auto b = pool.Admit();
+  {
+    auto c = pool.Admit();
+    ASSERT_TRUE(c.ok());
+    EXPECT_EQ(pool.requests(), 3U);
+    const auto refused = pool.Admit();
+    EXPECT_EQ(refused.status().code(), absl::StatusCode::kResourceExhausted);
+    EXPECT_GT(proto::RetryAfterMs(refused.status()), 0U);
+  }
+  EXPECT_EQ(pool.requests(), 2U);
+  EXPECT_TRUE(pool.Admit().ok());
+}
+
+TEST(ComputePoolTest, ForEachDoesAllBeforeItReturns) {
+  ComputePool pool(Workers(4));
+  for (int round = 0; round < 200; ++round) {
+    std::latch done(1);
+    pool.Submit([&](index::Scratch& scratch) {
+      std::vector<std::atomic<int>> runs(37);
+      pool.ForEach(
+          37, [&](int i, index::Scratch&) { runs[static_cast<size_t>(i)].fetch_add(1); }, scratch);
+      for (const auto& count : runs) EXPECT_EQ(count.load(), 1);
+      pool.ForEach(
+          0, [](int, index::Scratch&) { FAIL(); }, scratch);
+      done.count_down();
+    });
+    done.wait();
+  }
+}
+
+TEST(ComputePoolTest, ForEachUsesIdleWorkersAndNeverWaitsForBusyOnes) {
+  ComputePool pool(Workers(3));
+  std::latch release(1);
+  std::latch busy(1);
+  pool.Submit([&](index::Scratch&) {
+    busy.count_down();
+    release.wait();
+  });
+  busy.wait();
+  std::latch done(1);
+  std::atomic<bool> together{false};
+  pool.Submit([&](index::Scratch& scratch) {
+    for (int attempt = 0; attempt < 500 && !together; ++attempt) {  // the third may not idle yet
+      std::atomic<int> here{0};
+      pool.ForEach(
+          2,
+          [&](int, index::Scratch&) {
+            here.fetch_add(1);
+            for (int i = 0; i < 10 && here.load() < 2; ++i) {
+              std::this_thread::sleep_for(std::chrono::milliseconds(1));
+            }
+            if (here.load() == 2) together = true;
+            std::this_thread::sleep_for(std::chrono::milliseconds(2));
+            here.fetch_sub(1);
+          },
+          scratch);
+    }
+    done.count_down();
+  });
+  done.wait();
+  EXPECT_TRUE(together);
+  release.count_down();
+}
+
+TEST(ComputePoolTest, ForEachRethrows) {
+  ComputePool pool(Workers(2));
+  std::latch done(1);
+  pool.Submit([&](index::Scratch& scratch) {
+    std::atomic<int> runs{0};
+    EXPECT_THROW(pool.ForEach(
+                     8,
+                     [&](int i, index::Scratch&) {
+                       runs.fetch_add(1);
+                       if (i == 3) throw std::runtime_error("three");
+                     },
+                     scratch),
+                 std::runtime_error);
+    EXPECT_EQ(runs.load(), 8);
+    done.count_down();
+  });
+  done.wait();
+}
+
+TEST(StrandTest, KeepsOrderWithoutHoldingWorkers) {
+  ComputePool pool(Workers(4));
+  std::vector<int> order;  // the strand is its lock
+  std::latch release(1);
+  std::latch all(1000);
+  {
+    Strand strand;  // may go before its jobs
+    strand.Submit(pool, [&](index::Scratch&) { release.wait(); });
+    for (int i = 0; i < 1000; ++i) {
+      strand.Submit(pool, [&, i](index::Scratch&) {
+        order.push_back(i);
+        all.count_down();
+      });
+    }
+  }
+  std::latch other(1);
+  pool.Submit([&](index::Scratch&) { other.count_down(); });
+  other.wait();
+  release.count_down();
+  all.wait();
+  for (int i = 0; i < 1000; ++i) EXPECT_EQ(order[static_cast<size_t>(i)], i);
+}
+
+}  // namespace
+}  // namespace kvseek::service

@@ -1,0 +1,158 @@
+#include "service/search_executor.h"
+
+#include <gtest/gtest.h>
+
+#include <latch>
+#include <new>
+
+namespace kvseek::service {
+namespace {
+
+/// An index whose searches have `query.end` pieces and answer with a number made of all of them, in
+/// their order.
+class CountingIndex final : public index::KeyIndex {
+ public:
+  absl::string_view name() const override { return "counting"; }
+  std::unique_ptr<index::SearchPlan> Plan(const index::KvView&, const index::SearchQuery& query,
+                                          const index::SearchOptions&,
+                                          index::Scratch&) const override {
+    plans_.fetch_add(1);
+    if (query.begin < 0) throw std::bad_alloc();
+    return std::make_unique<CountingPlan>(*this, static_cast<int>(query.end));
+  }
+  int plans() const { return plans_.load(); }
+  int plans_alive_max() const { return alive_max_.load(); }
+  int runs() const { return runs_.load(); }
+
+  std::function<void()> on_run;
+
+ private:
+  class CountingPlan final : public index::SearchPlan {
+   public:
+    CountingPlan(const CountingIndex& index, int pieces)
+        : index_(index), values_(static_cast<size_t>(pieces)) {
+      const int alive = index_.alive_.fetch_add(1) + 1;
+      int known = index_.alive_max_.load();
+      while (known < alive && !index_.alive_max_.compare_exchange_weak(known, alive)) {
+      }
+    }
+    ~CountingPlan() override { index_.alive_.fetch_sub(1); }
+    int pieces() const override { return static_cast<int>(values_.size()); }
+    void Run(int piece, index::Scratch&) override {
+      index_.runs_.fetch_add(1);
+      if (index_.on_run) index_.on_run();
+      values_[static_cast<size_t>(piece)] = piece + 1;
+    }
+    index::SearchResult Finish(index::Scratch&) override {
+      index::SearchResult result;
+      for (const int value : values_) result.positions.push_back(value);
+      return result;
+    }
+
+   private:
+    const CountingIndex& index_;
+    std::vector<int> values_;
+  };
+
+  mutable std::atomic<int> plans_{0};
+  mutable std::atomic<int> runs_{0};
+  mutable std::atomic<int> alive_{0};
+  mutable std::atomic<int> alive_max_{0};
+};
+
+class SearchExecutorTest : public testing::TestWithParam<int> {
+ protected:
+  SearchExecutorTest() {
+    DaemonOptions options;
+    options.workers = GetParam();
+    pool_ = std::make_unique<ComputePool>(options);
+  }
+  static GiveUp In(std::chrono::milliseconds time) {
+    return {std::chrono::steady_clock::now() + time, std::make_shared<std::atomic<bool>>(false),
+            std::make_shared<std::atomic<bool>>(false)};
+  }
+  std::vector<SearchTask> Tasks(std::vector<int64_t> pieces) {
+    std::vector<SearchTask> tasks;
+    for (const int64_t count : pieces) {
+      tasks.push_back({&index_, {}, {nullptr, 1, std::min<int64_t>(count, 0), count}, {}});
+    }
+    return tasks;
+  }
+  absl::StatusOr<std::vector<index::SearchResult>> Run(std::vector<SearchTask> tasks,
+                                                       GiveUp give_up) {
+    absl::StatusOr<std::vector<index::SearchResult>> answer = absl::InternalError("");
+    std::latch done(1);
+    pool_->Submit([&](index::Scratch& scratch) {
+      RunSearches(
+          *pool_, std::move(tasks), std::move(give_up),
+          [&](auto results, index::Scratch&) {
+            answer = std::move(results);
+            done.count_down();  // twice would abort
+          },
+          scratch);
+    });
+    done.wait();
+    return answer;
+  }
+
+  CountingIndex index_;
+  std::unique_ptr<ComputePool> pool_;
+};
+
+TEST_P(SearchExecutorTest, EveryResultHasItsSlot) {
+  std::vector<int64_t> pieces;
+  for (int64_t i = 0; i < 300; ++i) pieces.push_back(i % 7);
+  const auto results = Run(Tasks(pieces), In(std::chrono::minutes(1)));
+  ASSERT_TRUE(results.ok()) << results.status();
+  ASSERT_EQ(results->size(), 300U);
+  for (size_t i = 0; i < 300; ++i) {
+    std::vector<int64_t> expected;
+    for (int64_t p = 0; p < pieces[i]; ++p) expected.push_back(p + 1);
+    EXPECT_EQ((*results)[i].positions, expected);
+  }
+  EXPECT_LE(index_.plans_alive_max(), GetParam() + 1) << "a batch must not hold all its plans";
+  EXPECT_TRUE(Run({}, In(std::chrono::minutes(1)))->empty());
+}
+
+TEST_P(SearchExecutorTest, DeadlineDropsWhatHasNotBegun) {
+  EXPECT_EQ(Run(Tasks({1, 2}), In(std::chrono::milliseconds(0))).status().code(),
+            absl::StatusCode::kDeadlineExceeded);
+  EXPECT_EQ(index_.plans(), 0);
+  index_.on_run = [] { std::this_thread::sleep_for(std::chrono::milliseconds(5)); };
+  EXPECT_EQ(Run(Tasks({1000, 1000}), In(std::chrono::milliseconds(50))).status().code(),
+            absl::StatusCode::kDeadlineExceeded);
+  EXPECT_LT(index_.runs(), 200);
+}
+
+TEST_P(SearchExecutorTest, CancelAndStop) {
+  GiveUp cancelled = In(std::chrono::minutes(1));
+  index_.on_run = [flag = cancelled.cancelled] { flag->store(true); };
+  EXPECT_EQ(Run(Tasks({1000}), cancelled).status().code(), absl::StatusCode::kCancelled);
+  EXPECT_LE(index_.runs(), GetParam());
+  GiveUp stopping = In(std::chrono::minutes(1));
+  stopping.stopping = std::make_shared<std::atomic<bool>>(true);
+  EXPECT_EQ(Run(Tasks({1}), stopping).status().code(), absl::StatusCode::kUnavailable);
+}
+
+TEST_P(SearchExecutorTest, OutOfMemoryIsAnAnswer) {
+  EXPECT_EQ(Run(Tasks({3, -1, 3, 3}), In(std::chrono::minutes(1))).status().code(),
+            absl::StatusCode::kResourceExhausted);
+}
+
+TEST_P(SearchExecutorTest, RequestsShareTheWorkers) {
+  index_.on_run = [] { std::this_thread::sleep_for(std::chrono::milliseconds(2)); };
+  std::latch large(1);
+  pool_->Submit([&](index::Scratch& scratch) {
+    RunSearches(
+        *pool_, Tasks({400}), In(std::chrono::minutes(1)),
+        [&](auto, index::Scratch&) { large.count_down(); }, scratch);
+  });
+  EXPECT_TRUE(Run(Tasks({1}), In(std::chrono::minutes(1))).ok());
+  EXPECT_FALSE(large.try_wait()) << "the small request waited for the large one";
+  large.wait();
+}
+
+INSTANTIATE_TEST_SUITE_P(Workers, SearchExecutorTest, testing::Values(1, 4));
+
+}  // namespace
+}  // namespace kvseek::service
