@@ -1,0 +1,75 @@
+// One connection to a daemon, shared by any number of calls at once.
+//
+// A thread of its own does all socket work and runs all callbacks. Requests carry an id, so answers
+// may come in any order. A call ends at its deadline at the latest: the daemon is then told to give
+// it up, and an answer that still comes is dropped. When the connection breaks, all that is under
+// way fails with unavailable, and the next call connects again.
+#ifndef KVSEEK_CLIENT_CHANNEL_H_
+#define KVSEEK_CLIENT_CHANNEL_H_
+
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "client/kv_client.h"
+#include "proto/frame.h"
+
+namespace kvseek::client {
+
+using Clock = std::chrono::steady_clock;
+
+/// A request without its deadline.
+struct Message {
+  proto::Op op = proto::Op::kHealth;
+  std::string metadata;               ///< serialised
+  absl::Span<const uint8_t> payload;  ///< the caller's memory, or `owned`
+  std::unique_ptr<uint8_t[]> owned;
+};
+
+/// The answer to one, its payload's checksum verified.
+struct Answer {
+  std::string metadata;
+  std::unique_ptr<uint8_t[]> payload;
+  size_t payload_bytes = 0;
+  uint64_t bytes_sent = 0;
+  uint64_t bytes_received = 0;
+};
+
+/// Thread-safe.
+class Channel {
+ public:
+  using Done = std::function<void(absl::StatusOr<Answer>)>;
+
+  /// Does not connect yet.
+  explicit Channel(const ClientOptions& options);
+  /// Fails what is under way with cancelled and waits for the callbacks. Not from a callback.
+  ~Channel();
+  Channel(const Channel&) = delete;
+  Channel& operator=(const Channel&) = delete;
+
+  /// Connects and says hello, within connect_timeout: deadline_exceeded past it, unavailable if the
+  /// daemon cannot be reached, else what the daemon says. Not from a callback.
+  absl::Status Connect();
+
+  /// Sends `message` and calls `done` exactly once, on the channel's thread. message.payload must
+  /// stay valid until then.
+  void Start(Message message, Clock::time_point deadline, Done done);
+  /// Calls `done` with an error, on the channel's thread.
+  void Fail(absl::Status status, Done done);
+
+  /// What the last hello was answered with.
+  DaemonInfo info() const;
+
+ private:
+  class Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace kvseek::client
+
+#endif  // KVSEEK_CLIENT_CHANNEL_H_

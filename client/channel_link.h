@@ -1,0 +1,96 @@
+// One socket of a channel: connecting and hello, exact reads through a buffer, frames on their way
+// out. The one header of this folder that includes Asio; only the channel includes it, and only the
+// channel's thread uses it.
+#ifndef KVSEEK_CLIENT_CHANNEL_LINK_H_
+#define KVSEEK_CLIENT_CHANNEL_LINK_H_
+
+#include <array>
+#include <boost/asio/as_tuple.hpp>
+#include <boost/asio/awaitable.hpp>
+#include <boost/asio/buffer.hpp>
+#include <boost/asio/generic/stream_protocol.hpp>
+#include <boost/asio/io_context.hpp>
+#include <boost/asio/steady_timer.hpp>
+#include <boost/asio/use_awaitable.hpp>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/types/span.h"
+#include "client/channel.h"
+#include "client/kv_client.h"
+#include "proto/frame.h"
+#include "proto/kvseek.pb.h"
+
+namespace kvseek::client {
+
+/// Errors come back as values.
+inline constexpr auto kAsTuple = boost::asio::as_tuple(boost::asio::use_awaitable);
+inline constexpr uint64_t kHelloId = 1;  ///< request id of a hello; calls have larger ones
+
+/// A request's frame on its way out.
+struct OutFrame {
+  proto::FrameHeader header;
+  std::string head;  ///< header, metadata, padding
+  absl::Span<const uint8_t> payload;
+  std::unique_ptr<uint8_t[]> owned;  ///< what `payload` points into, unless it is the caller's
+  std::array<uint8_t, proto::kTrailerBytes> trailer{};
+  Clock::time_point deadline;
+  size_t sent = 0;
+
+  /// All that needs no request id, so that callers do it on their own threads.
+  static OutFrame Prepare(Message message, Clock::time_point deadline);
+  /// Writes the header, with the time left until the deadline as of now.
+  void Seal();
+  /// Copies a payload that is the caller's.
+  void Detach();
+  size_t Bytes() const;
+  /// What is left to be sent.
+  std::array<boost::asio::const_buffer, 3> Rest() const;
+};
+
+struct Link {
+  using Socket = boost::asio::generic::stream_protocol::socket;
+  template <typename T>
+  using Awaitable = boost::asio::awaitable<T>;
+
+  explicit Link(boost::asio::io_context& io);
+
+  /// Connects and says hello; fills `limits` and `info`. The caller watches the time, and closes
+  /// the socket to end it.
+  Awaitable<absl::Status> Open(const ClientOptions& options, DaemonInfo& info);
+
+  // Reading; false when the stream has ended.
+  Awaitable<bool> Fill(size_t bytes);  ///< at least so many are in the buffer; up to 64 KiB
+  Awaitable<bool> ReadInto(uint8_t* out, size_t bytes);
+  Awaitable<bool> Discard(size_t bytes);
+  size_t Buffered() const { return end - begin; }
+  /// Takes a header out of the buffer, which holds one.
+  absl::StatusOr<proto::FrameHeader> TakeHeader(const proto::FrameLimits& limits);
+
+  Socket socket;
+  boost::asio::steady_timer timer;  ///< of connecting and hello
+  std::unique_ptr<uint8_t[]> buffer;
+  size_t begin = 0;  ///< of what has been read ahead
+  size_t end = 0;
+  std::deque<OutFrame> queue;
+  proto::Limits limits;  ///< the daemon's
+  bool up = false;       ///< hello has been answered
+  bool broken = false;
+  bool waiting = false;  ///< until the socket takes more
+
+ private:
+  Awaitable<absl::Status> ConnectSocket(const std::string& address);
+  Awaitable<absl::Status> SayHello(const std::string& token, DaemonInfo& info);
+};
+
+/// data_loss: the daemon does not keep to the protocol.
+absl::Status Malformed(absl::string_view what);
+/// The status in an Error's bytes.
+absl::Status ReadError(const std::string& metadata);
+
+}  // namespace kvseek::client
+
+#endif  // KVSEEK_CLIENT_CHANNEL_LINK_H_

@@ -1,0 +1,261 @@
+// The client of a kvseek daemon: what an inference engine calls.
+//
+//   auto client = kvseek::KvClient::Connect({.address = "unix:/run/kvseek.sock"});
+//   if (!client.ok()) ...                                  // unreachable is a value, within the
+//   deadline kvseek::ModelShape shape{.layers = 28, .kv_heads = 2, .query_heads = 12, .key_dim =
+//   128, .value_dim = 128}; auto session = (*client)->Open(shape, {});
+//   (*client)->Append(*session, layer, /*start=*/0, tokens, keys, values);
+//   auto answer = (*client)->Attend({.items = {{.session = *session, .layer = layer, .queries =
+//   q}}});
+//   // answer->items[0].out (tokens, query_heads, value_dim), .lse: merge with the decoder's own
+//   part (attention_state.h)
+//
+// Every call has a deadline (CallOptions, or the client's default) and returns by then: with an
+// answer, or with an error. Nothing throws. Codes: invalid_argument, not_found, resource_exhausted
+// (see RetryAfterMs), deadline_exceeded, failed_precondition, data_loss, unauthenticated,
+// permission_denied, cancelled, and unavailable for a daemon that cannot be reached or went away,
+// which a decoder treats as a miss. A broken connection is made again by the next call.
+//
+// Thread safety: a KvClient may be used from any number of threads. The synchronous calls are the
+// asynchronous ones and a wait. Callbacks run on the client's own thread: they must not block and
+// must not make synchronous calls.
+//
+// Tensors are row-major and contiguous. Keys and values are in the session's dtype (bf16 or fp16, 2
+// bytes an element), queries in fp32 unless `query_dtype` says otherwise, unscaled. Memory behind a
+// span must stay valid until the call returns or its callback has run.
+#ifndef KVSEEK_CLIENT_KV_CLIENT_H_
+#define KVSEEK_CLIENT_KV_CLIENT_H_
+
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "kernels/dtype.h"
+
+namespace kvseek {
+
+using kernels::DType;
+
+struct ClientOptions {
+  std::string address{};  ///< "unix:/path" or "tcp://host:port"
+  std::string token{};    ///< shared secret, if the daemon asks for one
+  std::chrono::milliseconds connect_timeout{2000};
+  std::chrono::milliseconds default_deadline{10000};  ///< of calls that set none
+  uint32_t payload_bytes_max = 1U << 30;              ///< of answers
+  size_t inflight_requests_max = 256;  ///< more calls at once fail with resource_exhausted
+};
+
+struct CallOptions {
+  std::optional<std::chrono::microseconds> deadline{};  ///< from now
+};
+
+/// Shape of a model's KV cache. Query head h belongs to KV head h / (query_heads / kv_heads).
+struct ModelShape {
+  uint32_t layers = 1;
+  uint32_t kv_heads = 1;
+  uint32_t query_heads = 1;
+  uint32_t key_dim = 128;
+  uint32_t value_dim = 128;
+  DType dtype = DType::kBf16;
+  float softmax_scale = 0.0F;  ///< 0: 1 / sqrt(key_dim)
+
+  uint32_t Group() const { return query_heads / kv_heads; }
+};
+
+/// Handle of a session on the daemon; plain data. It does not close the session when it goes away:
+/// Close or the lease does.
+struct Session {
+  uint64_t boot_id = 0;
+  uint64_t session_id = 0;
+  ModelShape shape{};
+};
+
+struct OpenOptions {
+  std::chrono::milliseconds lease{0};  ///< closed when unused for so long; 0: the daemon's default
+  uint32_t scan_bits = 0;              ///< 1 or 2; 0: the daemon's default
+  uint64_t tokens_expected = 0;        ///< refuse now if there is no memory for so many
+  std::string name{};                  ///< for listings
+};
+
+enum class IndexKind : uint8_t { kAuto = 0, kExact = 1, kLadder = 2 };
+
+/// How an answer is found; unset fields take the daemon's defaults. See index/key_index.h.
+struct SearchOptions {
+  IndexKind index = IndexKind::kAuto;
+  std::optional<uint32_t> candidates{};
+  std::optional<uint32_t> exact_rows{};
+  uint32_t audit_samples = 0;
+  uint64_t seed = 0;
+  bool list_read = false;  ///< Attend: also return the positions read at 4 bits or better
+};
+
+/// One session's part of a request: `tokens` query tokens of one layer, all query heads.
+struct QueryItem {
+  Session session{};
+  uint32_t layer = 0;
+  uint32_t tokens = 1;
+  absl::Span<const uint8_t>
+      queries{};  ///< (tokens, query_heads, key_dim) in the request's query_dtype; see AsBytes
+  uint64_t range_begin = 0;
+  std::vector<uint64_t> range_end{};  ///< one a token, or one for all; empty: all tokens held
+};
+
+struct AttendRequest {
+  std::vector<QueryItem> items{};
+  SearchOptions options{};
+  DType query_dtype = DType::kFp32;
+};
+
+struct TopKRequest {
+  std::vector<QueryItem> items{};
+  SearchOptions options{};
+  DType query_dtype = DType::kFp32;
+  uint32_t k = 256;
+  bool with_rows = true;
+  bool with_state = true;  ///< the attention state of everything not returned
+};
+
+/// What an answer says of itself, for one query token and KV head.
+struct Report {
+  uint64_t keys_scanned = 0;
+  uint64_t keys_fine = 0;
+  uint64_t keys_exact = 0;
+  uint64_t bytes_touched = 0;
+  std::vector<float> missed_mass;  ///< one for each query head of the group
+  std::vector<float> missed_low;   ///< with an audit: ends of the 95 % interval
+  std::vector<float> missed_high;
+  IndexKind index = IndexKind::kAuto;
+};
+
+/// Keys chosen for one query token and KV head.
+struct Selection {
+  std::vector<int64_t> positions;  ///< ascending
+  std::vector<uint16_t> keys;      ///< (positions, key_dim), with_rows only
+  std::vector<uint16_t> values;    ///< (positions, value_dim)
+};
+
+/// Answer to one item.
+struct ItemResult {
+  std::vector<float> out;  ///< (tokens, query_heads, value_dim)
+  std::vector<float> lse;  ///< (tokens, query_heads); -infinity: empty
+  std::vector<Selection>
+      selections;  ///< (tokens, kv_heads); TopK, or Attend with list_read (positions only)
+  std::vector<Report> reports;  ///< (tokens, kv_heads)
+};
+
+struct SearchResponse {
+  std::vector<ItemResult> items;
+  uint64_t bytes_sent = 0;      ///< of the request's frame
+  uint64_t bytes_received = 0;  ///< of the answer's frame
+};
+
+struct Rows {
+  std::vector<uint16_t> keys;    ///< (count, key_dim)
+  std::vector<uint16_t> values;  ///< (count, value_dim)
+};
+
+struct SessionStats {
+  Session session;
+  std::string name;
+  std::vector<uint64_t> tokens;  ///< of each layer
+  uint64_t bytes = 0;            ///< shared segments count in each session that holds them
+  std::chrono::milliseconds idle{0};
+  std::chrono::milliseconds lease{0};
+  uint32_t scan_bits = 0;
+};
+
+struct DaemonStats {
+  std::chrono::milliseconds uptime{0};
+  uint64_t memory_used_bytes = 0;
+  uint64_t memory_limit_bytes = 0;
+  uint64_t sessions_open = 0;
+  uint64_t connections_open = 0;
+  uint64_t queue_depth = 0;
+  uint64_t queue_limit = 0;
+  uint32_t workers = 0;
+  std::string simd_level;
+  std::map<std::string, uint64_t> counters;
+  std::vector<SessionStats> sessions;
+};
+
+/// What the daemon said when the connection was made.
+struct DaemonInfo {
+  uint64_t boot_id = 0;
+  std::string server;
+  std::string simd_level;
+};
+
+template <typename T>
+using Callback = std::function<void(absl::StatusOr<T>)>;
+
+class KvClient {
+ public:
+  /// Connects and says hello, within options.connect_timeout.
+  static absl::StatusOr<std::unique_ptr<KvClient>> Connect(const ClientOptions& options);
+  /// Fails what is under way with `cancelled`, and waits for its callbacks.
+  ~KvClient();
+  KvClient(const KvClient&) = delete;
+  KvClient& operator=(const KvClient&) = delete;
+
+  DaemonInfo info() const;
+
+  absl::StatusOr<Session> Open(const ModelShape& shape, const OpenOptions& options,
+                               const CallOptions& call = {});
+  /// Appends tokens [start, start + tokens) of one layer, all KV heads: keys (tokens, kv_heads,
+  /// key_dim), values (tokens, kv_heads, value_dim). Searchable when it returns the number of
+  /// tokens now held. Safe to repeat; a gap is refused.
+  absl::StatusOr<uint64_t> Append(const Session& session, uint32_t layer, uint64_t start,
+                                  uint32_t tokens, absl::Span<const uint16_t> keys,
+                                  absl::Span<const uint16_t> values, const CallOptions& call = {});
+  absl::StatusOr<SearchResponse> Attend(const AttendRequest& request, const CallOptions& call = {});
+  absl::StatusOr<SearchResponse> TopK(const TopKRequest& request, const CallOptions& call = {});
+  absl::StatusOr<Rows> FetchRows(const Session& session, uint32_t layer, uint32_t kv_head,
+                                 absl::Span<const int64_t> positions, const CallOptions& call = {});
+  /// A new session that shares the first `tokens` tokens (all, if not given). Copies nothing on the
+  /// daemon.
+  absl::StatusOr<Session> Fork(const Session& session, std::optional<uint64_t> tokens,
+                               const OpenOptions& options, const CallOptions& call = {});
+  absl::Status Truncate(const Session& session, uint64_t tokens, const CallOptions& call = {});
+  absl::Status Close(const Session& session, const CallOptions& call = {});
+  absl::StatusOr<DaemonStats> Stats(bool with_sessions, const CallOptions& call = {});
+  /// A round trip that does nothing; an error if the daemon does not serve.
+  absl::Status Health(const CallOptions& call = {});
+
+  /// The asynchronous core of what a decoder calls on its critical path. The callback runs exactly
+  /// once, also on error.
+  void AppendAsync(const Session& session, uint32_t layer, uint64_t start, uint32_t tokens,
+                   absl::Span<const uint16_t> keys, absl::Span<const uint16_t> values,
+                   const CallOptions& call, Callback<uint64_t> done);
+  void AttendAsync(const AttendRequest& request, const CallOptions& call,
+                   Callback<SearchResponse> done);
+  void TopKAsync(const TopKRequest& request, const CallOptions& call,
+                 Callback<SearchResponse> done);
+
+ private:
+  class Impl;
+  explicit KvClient(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+/// The bytes of a tensor, for QueryItem::queries.
+template <typename T>
+absl::Span<const uint8_t> AsBytes(absl::Span<const T> tensor) {
+  return {reinterpret_cast<const uint8_t*>(tensor.data()), tensor.size() * sizeof(T)};
+}
+
+/// When the daemon said to come again, with resource_exhausted; 0 if it did not.
+std::chrono::milliseconds RetryAfter(const absl::Status& status);
+/// The request's field that an error names, "" if none.
+std::string ErrorField(const absl::Status& status);
+
+}  // namespace kvseek
+
+#endif  // KVSEEK_CLIENT_KV_CLIENT_H_

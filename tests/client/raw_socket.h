@@ -1,0 +1,96 @@
+// A peer that speaks the wire protocol by hand, well or badly, over a blocking socket: what tests
+// of both sides play the other side with.
+#ifndef KVSEEK_TESTS_CLIENT_RAW_SOCKET_H_
+#define KVSEEK_TESTS_CLIENT_RAW_SOCKET_H_
+
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+#include <thread>
+
+#include "google/protobuf/message_lite.h"
+#include "proto/frame.h"
+#include "proto/kvseek.pb.h"
+
+namespace kvseek::test {
+
+/// A directory of its own under the system's temporary one, removed at the end.
+class TempDir {
+ public:
+  TempDir();
+  ~TempDir();
+  TempDir(const TempDir&) = delete;
+  TempDir& operator=(const TempDir&) = delete;
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;
+};
+
+struct RawFrame {
+  proto::FrameHeader header;
+  std::string metadata;
+  std::string payload;
+
+  bool IsError() const { return (header.flags & proto::kFlagError) != 0; }
+  /// Its metadata as an Error; a code of 0 if it is none.
+  proto::Error Error() const;
+};
+
+/// Movable, owns its descriptor. Reads give up after ten seconds.
+class RawSocket {
+ public:
+  RawSocket() = default;
+  explicit RawSocket(int descriptor);
+  RawSocket(RawSocket&& other) noexcept;
+  RawSocket& operator=(RawSocket&& other) noexcept;
+  ~RawSocket() { Close(); }
+
+  /// Connects to "unix:/path" or "tcp://127.0.0.1:port".
+  static RawSocket Connect(const std::string& address);
+
+  bool Send(const std::string& bytes);
+  bool SendFrame(proto::Op op, uint64_t request_id, const std::string& metadata,
+                 const std::string& payload = "", uint32_t time_left_us = 0, uint16_t flags = 0);
+  bool SendHello(const std::string& token = "");
+  /// Hello and its answer; false if it was refused.
+  bool Greet(const std::string& token = "");
+  /// The next frame; none at the end of the stream, or if it is no frame.
+  std::optional<RawFrame> ReadFrame();
+  /// Whether the stream ends here, within `patience`.
+  bool Ended(std::chrono::milliseconds patience = std::chrono::seconds(10));
+  void Close();
+  bool is_open() const { return descriptor_ >= 0; }
+
+ private:
+  bool ReadBytes(void* out, size_t bytes);
+  int descriptor_ = -1;
+};
+
+/// Encodes a request's or an answer's frame.
+std::string MakeFrame(proto::Op op, uint64_t request_id, const std::string& metadata,
+                      const std::string& payload = "", uint32_t time_left_us = 0,
+                      uint16_t flags = 0);
+
+/// A daemon that does what its script says: the script runs once for each connection, in turn.
+class FakeServer {
+ public:
+  using Script = std::function<void(RawSocket&)>;
+  FakeServer(const std::string& path, Script script);
+  ~FakeServer();
+  FakeServer(const FakeServer&) = delete;
+  FakeServer& operator=(const FakeServer&) = delete;
+
+  /// Reads a hello and accepts it.
+  static bool Welcome(RawSocket& socket, uint32_t payload_bytes_max = 1U << 20);
+
+ private:
+  int listener_ = -1;
+  std::thread thread_;
+};
+
+}  // namespace kvseek::test
+
+#endif  // KVSEEK_TESTS_CLIENT_RAW_SOCKET_H_
