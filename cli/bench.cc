@@ -1,0 +1,202 @@
+#include "cli/bench.h"
+
+#include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <random>
+#include <thread>
+#include <utility>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/strings/str_cat.h"
+#include "cli/daemon_search.h"
+#include "cli/synthetic.h"
+#include "cli/table.h"
+#include "index/segment.h"
+
+namespace kvseek::cli {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr uint64_t kDistinctSteps = 16;  // queries that requests choose from
+
+Clock::duration Seconds(double seconds) {
+  return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
+}
+
+class Bench {
+ public:
+  Bench(const std::vector<std::unique_ptr<KvClient>>& clients, const BenchOptions& options,
+        Progress& progress)
+      : clients_(clients),
+        options_(options),
+        progress_(progress),
+        model_(options.shape, options.seed) {}
+  ~Bench() {
+    for (size_t i = 0; i < sessions_.size(); ++i) Client(i).Close(sessions_[i]).IgnoreError();
+  }
+  Bench(const Bench&) = delete;
+  Bench& operator=(const Bench&) = delete;
+
+  absl::StatusOr<BenchResult> Run() {
+    if (absl::Status status = FillAll(); !status.ok()) return status;
+    for (uint32_t layer = 0; layer < options_.shape.layers; ++layer) {
+      for (uint64_t step = 0; step < kDistinctSteps; ++step) {
+        queries_.push_back(model_.Queries(layer, step));
+      }
+    }
+    Send();
+    std::unique_lock lock(mutex_);
+    all_answered_.wait(lock, [this] { return waiting_ == 0; });
+    result_.seconds =
+        std::max(options_.duration_s, std::chrono::duration<double>(last_ - counted_from_).count());
+    return std::move(result_);
+  }
+
+ private:
+  KvClient& Client(size_t session) const { return *clients_[session % clients_.size()]; }
+
+  absl::Status FillAll() {
+    const ModelShape& shape = options_.shape;
+    const uint32_t blocks = (options_.tokens + kAppendTokens - 1) / kAppendTokens;
+    progress_.Begin("filling sessions", int64_t{options_.sessions} * shape.layers * blocks);
+    const Clock::time_point begin = Clock::now();
+    std::vector<uint16_t> keys;
+    std::vector<uint16_t> values;
+    for (uint32_t i = 0; i < options_.sessions; ++i) {
+      const absl::StatusOr<Session> session =
+          Client(i).Open(shape, {.lease = std::chrono::minutes(30),
+                                 .scan_bits = options_.scan_bits,
+                                 .tokens_expected = options_.tokens,
+                                 .name = absl::StrCat("kvseek bench ", i)});
+      if (!session.ok()) return session.status();
+      sessions_.push_back(*session);
+      for (uint32_t layer = 0; layer < shape.layers; ++layer) {
+        for (uint32_t at = 0; at < options_.tokens; at += kAppendTokens) {
+          const uint32_t tokens = std::min(kAppendTokens, options_.tokens - at);
+          model_.Fill(i, layer, at, tokens, keys, values);
+          const absl::StatusOr<uint64_t> held =
+              Client(i).Append(*session, layer, at, tokens, keys, values);
+          if (!held.ok()) return held.status();
+          progress_.Step();
+        }
+      }
+    }
+    result_.fill_seconds = std::chrono::duration<double>(Clock::now() - begin).count();
+    progress_.End(
+        absl::StrCat(options_.sessions, " sessions in ", Digits(result_.fill_seconds), " s"));
+    return absl::OkStatus();
+  }
+
+  /// Sends at exponentially distributed distances, whatever comes back.
+  void Send() {
+    progress_.Begin("sending requests",
+                    static_cast<int64_t>(options_.warmup_s + options_.duration_s));
+    std::mt19937_64 random(options_.seed);
+    std::exponential_distribution<double> distance(options_.rate);
+    std::uniform_int_distribution<size_t> pick_session(0, sessions_.size() - 1);
+    std::uniform_int_distribution<size_t> pick_query(0, queries_.size() - 1);
+    const Clock::time_point begin = Clock::now();
+    counted_from_ = begin + Seconds(options_.warmup_s);
+    last_ = counted_from_;
+    const Clock::time_point end = counted_from_ + Seconds(options_.duration_s);
+    Clock::time_point next_tick = begin + std::chrono::seconds(1);
+    Clock::time_point intended = begin + Seconds(distance(random));
+    while (intended < end) {
+      std::this_thread::sleep_until(intended);
+      SendOne(pick_session(random), pick_query(random), intended);
+      intended += Seconds(distance(random));
+      for (; next_tick < intended; next_tick += std::chrono::seconds(1)) progress_.Step();
+    }
+    progress_.End("");
+  }
+
+  void SendOne(size_t session, size_t query, Clock::time_point intended) {
+    const bool counted = intended >= counted_from_;
+    {
+      const std::lock_guard lock(mutex_);
+      ++waiting_;
+      if (counted) ++result_.offered;
+    }
+    QueryItem item;
+    item.session = sessions_[session];
+    item.layer = static_cast<uint32_t>(query / kDistinctSteps);
+    item.queries = AsBytes(absl::MakeConstSpan(queries_[query]));
+    const CallOptions call{.deadline = std::chrono::milliseconds(options_.deadline_ms)};
+    const auto done = [this, intended, counted](const absl::StatusOr<SearchResponse>& response) {
+      Done(intended, counted, response);
+    };
+    if (options_.topk) {
+      TopKRequest request;
+      request.items.push_back(std::move(item));
+      request.options = options_.search;
+      request.k = options_.k;
+      Client(session).TopKAsync(request, call, done);
+    } else {
+      AttendRequest request;
+      request.items.push_back(std::move(item));
+      request.options = options_.search;
+      Client(session).AttendAsync(request, call, done);
+    }
+  }
+
+  void Done(Clock::time_point intended, bool counted,
+            const absl::StatusOr<SearchResponse>& response) {
+    const Clock::time_point now = Clock::now();
+    const std::lock_guard lock(mutex_);
+    if (--waiting_ == 0) all_answered_.notify_all();
+    if (!counted) return;
+    last_ = std::max(last_, now);
+    if (!response.ok()) {
+      ++result_.errors[absl::StatusCodeToString(response.status().code())];
+      return;
+    }
+    ++result_.answered;
+    result_.micros.push_back(std::chrono::duration<double, std::micro>(now - intended).count());
+    result_.bytes_sent += response->bytes_sent;
+    result_.bytes_received += response->bytes_received;
+    for (const ItemResult& item : response->items) {
+      for (const Report& report : item.reports) {
+        result_.keys_scanned += report.keys_scanned;
+        result_.bytes_touched += report.bytes_touched;
+      }
+    }
+  }
+
+  const std::vector<std::unique_ptr<KvClient>>& clients_;
+  const BenchOptions& options_;
+  Progress& progress_;
+  SyntheticModel model_;
+  std::vector<Session> sessions_;
+  std::vector<std::vector<float>> queries_;  // (layers * kDistinctSteps)
+  Clock::time_point counted_from_;
+
+  std::mutex mutex_;
+  std::condition_variable all_answered_;
+  uint64_t waiting_ ABSL_GUARDED_BY(mutex_) = 0;
+  Clock::time_point last_ ABSL_GUARDED_BY(mutex_);
+  BenchResult result_;  // while requests are under way, guarded by mutex_
+};
+
+}  // namespace
+
+uint64_t BenchMemoryBytes(const BenchOptions& options) {
+  const ModelShape& model = options.shape;
+  const index::KvShape shape{.key_dim = static_cast<int>(model.key_dim),
+                             .value_dim = static_cast<int>(model.value_dim),
+                             .dtype = model.dtype,
+                             .softmax_scale = 1.0F,
+                             .scan_bits = static_cast<int>(options.scan_bits)};
+  const uint64_t segments = (options.tokens + index::kSegmentTokens - 1) / index::kSegmentTokens;
+  return uint64_t{options.sessions} * model.layers * model.kv_heads * segments *
+         index::Segment::Bytes(shape);
+}
+
+absl::StatusOr<BenchResult> RunBench(const std::vector<std::unique_ptr<KvClient>>& clients,
+                                     const BenchOptions& options, Progress& progress) {
+  return Bench(clients, options, progress).Run();
+}
+
+}  // namespace kvseek::cli

@@ -1,0 +1,60 @@
+// What `kvseek bench` does: fills a daemon's sessions with synthetic keys, then sends searches at
+// random times of a given rate and counts each latency from when its request should have left (open
+// loop: a slow daemon is not asked less).
+#ifndef KVSEEK_CLI_BENCH_H_
+#define KVSEEK_CLI_BENCH_H_
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "cli/progress.h"
+#include "client/kv_client.h"
+
+namespace kvseek::cli {
+
+struct BenchOptions {
+  ModelShape shape;
+  uint32_t sessions = 2;
+  uint32_t tokens = 16384;
+  uint32_t scan_bits = 2;
+  bool topk = false;  ///< TopK with rows and state; otherwise Attend
+  uint32_t k = 256;
+  SearchOptions search;
+  double rate =
+      100.0;  ///< requests a second; one is a layer of one session, one query token, all heads
+  double duration_s = 5.0;
+  double warmup_s = 0.5;  ///< requests of that time are sent and not counted
+  int deadline_ms = 1000;
+  uint64_t seed = 1;
+};
+
+/// Requests whose intended time lies in the counted part.
+struct BenchResult {
+  uint64_t offered = 0;
+  uint64_t answered = 0;
+  std::map<std::string, uint64_t> errors;  ///< by code
+  double seconds = 0.0;                    ///< until the last answer, at least the duration
+  double fill_seconds = 0.0;
+  std::vector<double> micros;  ///< of answers
+  uint64_t bytes_sent = 0;
+  uint64_t bytes_received = 0;
+  uint64_t keys_scanned = 0;
+  uint64_t bytes_touched = 0;
+};
+
+/// Bytes that the daemon needs for the sessions.
+uint64_t BenchMemoryBytes(const BenchOptions& options);
+
+/// Spreads sessions over `clients`, each a connection. Closes the sessions afterwards. Fails if
+/// filling fails; failed searches are counted.
+absl::StatusOr<BenchResult> RunBench(const std::vector<std::unique_ptr<KvClient>>& clients,
+                                     const BenchOptions& options, Progress& progress);
+
+}  // namespace kvseek::cli
+
+#endif  // KVSEEK_CLI_BENCH_H_

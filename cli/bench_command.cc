@@ -1,0 +1,339 @@
+// kvseek bench: measures a daemon under an open-loop load.
+#include <spdlog/sinks/stdout_sinks.h>
+#include <spdlog/spdlog.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <iostream>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "cli/bench.h"
+#include "cli/commands.h"
+#include "cli/connect.h"
+#include "cli/daemon_process.h"
+#include "cli/memory_roof.h"
+#include "cli/percentile.h"
+#include "cli/table.h"
+#include "index/key_index.h"
+#include "service/daemon.h"
+
+namespace kvseek::cli {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+constexpr double kMemoryShare = 0.8;  // of what is available; the rest is for everything else
+constexpr uint64_t kMemoryExtra = uint64_t{256} << 20;
+
+const std::map<std::string, ModelShape>& Presets() {
+  static const std::map<std::string, ModelShape> presets = {
+      {"llama3-8b", {.layers = 32, .kv_heads = 8, .query_heads = 32}},
+      {"qwen2.5-1.5b", {.layers = 28, .kv_heads = 2, .query_heads = 12}}};
+  return presets;
+}
+
+struct BenchFlags {
+  ConnectFlags connect;
+  BenchOptions bench;
+  std::string preset = "qwen2.5-1.5b";
+  std::optional<uint32_t> layers;
+  std::optional<uint32_t> kv_heads;
+  std::optional<uint32_t> query_heads;
+  std::optional<uint32_t> head_dim;
+  std::string op = "attend";
+  std::string index = "ladder";
+  uint32_t candidates = 4096;
+  uint32_t exact_rows = 64;
+  int connections = 4;
+  int workers = 0;
+  std::string format = "text";
+};
+
+constexpr char kHelp[] =
+    "Fills --sessions with --tokens synthetic keys and values in every layer (seeded; means, "
+    "drift,\n"
+    "spectrum and spread of scores resemble real heads; quality is measured by `kvseek eval` on "
+    "real\n"
+    "traces), then sends requests at random times (Poisson) of --rate for --duration seconds. A\n"
+    "request is one layer of one session: one query token, all heads. A decode step of a model "
+    "sends\n"
+    "one for each layer. The loop is open: a slow daemon is not asked less, and a latency counts "
+    "from\n"
+    "the time at which its request was to leave. Without --via a daemon is started in this process "
+    "on\n"
+    "a unix socket.\n"
+    "\n"
+    "What the numbers mean:\n"
+    "  offered, achieved  requests a second sent and answered; where achieved stays behind, the "
+    "rate\n"
+    "                     is past what the daemon can do and the latencies say nothing\n"
+    "  errors             requests that failed, by code: resource_exhausted is a full queue,\n"
+    "                     deadline_exceeded an answer later than --deadline-ms\n"
+    "  touched            bytes of codes and rows that searches read, beside what this machine's "
+    "memory\n"
+    "                     can deliver to as many threads (the roof; only without --via)\n"
+    "\n"
+    "Examples:\n"
+    "  kvseek bench\n"
+    "  kvseek bench --shape llama3-8b --layers 2 --sessions 8 --tokens 32768 --rate 300\n"
+    "  kvseek bench --via unix:/run/kvseek.sock --op topk --k 256 --format json";
+
+void ResolveFlags(BenchFlags& flags) {
+  BenchOptions& bench = flags.bench;
+  bench.shape = Presets().at(flags.preset);
+  bench.shape.layers = flags.layers.value_or(bench.shape.layers);
+  bench.shape.kv_heads = flags.kv_heads.value_or(bench.shape.kv_heads);
+  bench.shape.query_heads = flags.query_heads.value_or(bench.shape.query_heads);
+  bench.shape.key_dim = flags.head_dim.value_or(bench.shape.key_dim);
+  bench.shape.value_dim = bench.shape.key_dim;
+  if (bench.shape.query_heads % bench.shape.kv_heads != 0 ||
+      bench.shape.Group() > static_cast<uint32_t>(index::kMaxGroup)) {
+    FailUsage(absl::StrCat("--query-heads: must be a multiple of --kv-heads, at most ",
+                           index::kMaxGroup, " times as many"));
+  }
+  if (bench.shape.key_dim % 8 != 0) FailUsage("--head-dim: must be a multiple of 8");
+  if (!flags.connect.via.empty() && flags.workers != 0) {
+    FailUsage("--workers: is for the daemon started here; leave it out with --via");
+  }
+  bench.topk = flags.op == "topk";
+  bench.search.index = flags.index == "exact"    ? IndexKind::kExact
+                       : flags.index == "ladder" ? IndexKind::kLadder
+                                                 : IndexKind::kAuto;
+  bench.search.candidates = flags.candidates;
+  bench.search.exact_rows = flags.exact_rows;
+}
+
+/// The daemon to be measured, and connections to it; a daemon of this process goes with it.
+struct Subject {
+  std::unique_ptr<TemporaryDirectory> directory;
+  std::unique_ptr<service::Daemon> daemon;
+  std::vector<std::unique_ptr<KvClient>> clients;
+};
+
+absl::Status TooLarge(uint64_t need, uint64_t have, const std::string& whose) {
+  return absl::ResourceExhaustedError(
+      absl::StrCat("the sessions need ", ShortBytes(static_cast<double>(need)), ", but ", whose,
+                   " has ", ShortBytes(static_cast<double>(have)),
+                   " free; ask for fewer --sessions, --tokens or --layers"));
+}
+
+/// Starts a daemon that has just enough memory.
+absl::Status StartHere(BenchFlags& flags, Subject& subject) {
+  const uint64_t need = BenchMemoryBytes(flags.bench) + kMemoryExtra;
+  const auto have =
+      static_cast<uint64_t>(kMemoryShare * static_cast<double>(AvailableMemoryBytes()));
+  if (have != 0 && need > have) return TooLarge(need, have, "this machine");
+  absl::StatusOr<std::unique_ptr<TemporaryDirectory>> directory = TemporaryDirectory::Make();
+  if (!directory.ok()) return directory.status();
+  subject.directory = *std::move(directory);
+  spdlog::set_default_logger(spdlog::stderr_logger_mt("kvseekd"));
+  spdlog::set_level(spdlog::level::warn);
+  service::DaemonOptions options;
+  flags.connect.via = absl::StrCat("unix:", (subject.directory->path() / "kvseek.sock").string());
+  options.listen = {flags.connect.via};
+  options.memory_limit_bytes = need;
+  options.workers = flags.workers;
+  absl::StatusOr<std::unique_ptr<service::Daemon>> daemon = service::Daemon::Start(options);
+  if (!daemon.ok()) return daemon.status();
+  subject.daemon = *std::move(daemon);
+  return absl::OkStatus();
+}
+
+absl::Status ConnectAll(const BenchFlags& flags, Subject& subject) {
+  for (int i = 0; i < flags.connections; ++i) {
+    absl::StatusOr<std::unique_ptr<KvClient>> client = Connect(flags.connect);
+    if (!client.ok()) return client.status();
+    subject.clients.push_back(*std::move(client));
+  }
+  if (subject.daemon != nullptr) return absl::OkStatus();
+  const absl::StatusOr<DaemonStats> stats = subject.clients[0]->Stats(/*with_sessions=*/false);
+  if (!stats.ok()) return stats.status();
+  const uint64_t need = BenchMemoryBytes(flags.bench);
+  const uint64_t have =
+      stats->memory_limit_bytes - std::min(stats->memory_limit_bytes, stats->memory_used_bytes);
+  return need > have ? TooLarge(need, have, "the daemon") : absl::OkStatus();
+}
+
+Json ShapeJson(const ModelShape& shape) {
+  return {{"layers", shape.layers},
+          {"kv_heads", shape.kv_heads},
+          {"query_heads", shape.query_heads},
+          {"head_dim", shape.key_dim}};
+}
+
+void PrintJson(const BenchFlags& flags, const BenchResult& result, std::optional<double> roof) {
+  const BenchOptions& bench = flags.bench;
+  const double seconds = result.seconds;
+  const auto per_second = [&](uint64_t count) { return static_cast<double>(count) / seconds; };
+  std::cout << Json{{"settings",
+                     {{"shape", ShapeJson(bench.shape)},
+                      {"sessions", bench.sessions},
+                      {"tokens", bench.tokens},
+                      {"op", flags.op},
+                      {"index", flags.index},
+                      {"scan_bits", bench.scan_bits},
+                      {"candidates", flags.candidates},
+                      {"exact", flags.exact_rows},
+                      {"rate", bench.rate},
+                      {"duration_s", bench.duration_s},
+                      {"seed", bench.seed}}},
+                    {"fill_seconds", result.fill_seconds},
+                    {"offered_per_second", static_cast<double>(result.offered) / bench.duration_s},
+                    {"achieved_per_second", per_second(result.answered)},
+                    {"answered", result.answered},
+                    {"errors", result.errors},
+                    {"micros",
+                     {{"p50", Percentile(result.micros, 0.5)},
+                      {"p99", Percentile(result.micros, 0.99)},
+                      {"p999", Percentile(result.micros, 0.999)}}},
+                    {"wire_bytes",
+                     {{"sent", result.bytes_sent}, {"received", result.bytes_received}}},
+                    {"keys_scanned_per_second", per_second(result.keys_scanned)},
+                    {"bytes_touched_per_second", per_second(result.bytes_touched)},
+                    {"memory_roof_bytes_per_second", roof.has_value() ? Json(*roof) : Json()}}
+                   .dump(2)
+            << '\n';
+}
+
+void PrintText(const BenchFlags& flags, const BenchResult& result, std::optional<double> roof) {
+  const BenchOptions& bench = flags.bench;
+  const double seconds = result.seconds;
+  const auto answered = static_cast<double>(std::max<uint64_t>(1, result.answered));
+  const double touched = static_cast<double>(result.bytes_touched) / seconds;
+  Table table({flags.op + ", " + flags.index, ""});
+  table.Add({"sessions x tokens", absl::StrCat(bench.sessions, " x ", bench.tokens)});
+  table.Add({"layers, KV heads, query heads, dim",
+             absl::StrCat(bench.shape.layers, ", ", bench.shape.kv_heads, ", ",
+                          bench.shape.query_heads, ", ", bench.shape.key_dim)});
+  table.Add({"memory", ShortBytes(static_cast<double>(BenchMemoryBytes(bench)))});
+  table.Add({"offered", Digits(static_cast<double>(result.offered) / bench.duration_s) + " /s"});
+  table.Add({"achieved", Digits(static_cast<double>(result.answered) / seconds) + " /s"});
+  for (const auto& [code, count] : result.errors)
+    table.Add({"errors, " + code, absl::StrCat(count)});
+  table.Add({"latency p50", Digits(Percentile(result.micros, 0.5)) + " us"});
+  table.Add({"latency p99", Digits(Percentile(result.micros, 0.99)) + " us"});
+  table.Add({"latency p99.9", Digits(Percentile(result.micros, 0.999)) + " us"});
+  table.Add({"sent a request", ShortBytes(static_cast<double>(result.bytes_sent) / answered)});
+  table.Add({"received", ShortBytes(static_cast<double>(result.bytes_received) / answered)});
+  table.Add({"keys scanned", Short(static_cast<double>(result.keys_scanned) / seconds) + " /s"});
+  table.Add({"touched", Digits(touched / 1e9) + " GB/s"});
+  if (roof.has_value()) {
+    table.Add({"memory-read roof", Digits(*roof / 1e9) + " GB/s"});
+    table.Add({"touched of the roof", Digits(100.0 * touched / *roof) + " %"});
+  }
+  std::cout << table.Text();
+}
+
+absl::Status RunBenchCommand(BenchFlags flags) {
+  Progress progress(/*quiet=*/flags.format == "json");
+  Subject subject;
+  std::optional<double> roof;
+  if (flags.connect.via.empty()) {
+    if (absl::Status status = StartHere(flags, subject); !status.ok()) return status;
+    const auto cores = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
+    roof = MeasureMemoryRoof(flags.workers > 0 ? flags.workers : cores);
+  }
+  if (absl::Status status = ConnectAll(flags, subject); !status.ok()) return status;
+  const absl::StatusOr<BenchResult> result = RunBench(subject.clients, flags.bench, progress);
+  if (!result.ok()) return result.status();
+  if (flags.format == "json") {
+    PrintJson(flags, *result, roof);
+  } else {
+    PrintText(flags, *result, roof);
+  }
+  if (result->answered == 0) return absl::UnavailableError("no request was answered");
+  return absl::OkStatus();
+}
+
+void AddLoadFlags(CLI::App& command, BenchFlags& flags) {
+  BenchOptions& bench = flags.bench;
+  command.add_option("--sessions", bench.sessions, "Sessions to fill")
+      ->check(CLI::Range(1U, 1U << 16))
+      ->capture_default_str();
+  command.add_option("--tokens", bench.tokens, "Tokens of each session, in every layer")
+      ->check(CLI::Range(1U, 1U << 24))
+      ->capture_default_str();
+  std::vector<std::string> names;
+  for (const auto& [name, shape] : Presets()) names.push_back(name);
+  command.add_option("--shape", flags.preset, "Model whose shape to take")
+      ->check(CLI::IsMember(names))
+      ->capture_default_str();
+  command.add_option("--layers", flags.layers, "Layers, instead of the shape's")
+      ->check(CLI::Range(1U, 512U));
+  command.add_option("--kv-heads", flags.kv_heads, "KV heads, instead of the shape's")
+      ->check(CLI::Range(1U, 1024U));
+  command.add_option("--query-heads", flags.query_heads, "Query heads, instead of the shape's")
+      ->check(CLI::Range(1U, 65536U));
+  command.add_option("--head-dim", flags.head_dim, "Elements of a row, instead of the shape's")
+      ->check(CLI::Range(8U, 512U));
+  command.add_option("--rate", bench.rate, "Requests a second")
+      ->check(CLI::Range(0.01, 1e6))
+      ->capture_default_str();
+  command.add_option("--duration", bench.duration_s, "Seconds that are counted")
+      ->check(CLI::Range(0.1, 86400.0))
+      ->capture_default_str();
+  command.add_option("--warmup", bench.warmup_s, "Seconds before, not counted")
+      ->check(CLI::Range(0.0, 3600.0))
+      ->capture_default_str();
+  command.add_option("--deadline-ms", bench.deadline_ms, "Deadline of each request")
+      ->check(CLI::Range(1, 600000))
+      ->capture_default_str();
+  command.add_option("--seed", bench.seed, "Of keys, queries and times")->capture_default_str();
+}
+
+void AddSearchFlags(CLI::App& command, BenchFlags& flags) {
+  command
+      .add_option("--op", flags.op, "attend: finished attention; topk: rows and the rest's state")
+      ->check(CLI::IsMember({"attend", "topk"}))
+      ->capture_default_str();
+  command.add_option("--index", flags.index, "auto, exact or ladder")
+      ->check(CLI::IsMember({"auto", "exact", "ladder"}))
+      ->capture_default_str();
+  command
+      .add_option("--scan-bits", flags.bench.scan_bits, "ladder: bits a dimension of the scan code")
+      ->check(CLI::Range(1U, 2U))
+      ->capture_default_str();
+  command.add_option("--candidates", flags.candidates, "ladder: keys a group read at 4 bits")
+      ->check(CLI::Range(1U, static_cast<uint32_t>(index::kMaxCandidates)))
+      ->capture_default_str();
+  command.add_option("--exact", flags.exact_rows, "ladder: rows a head read exactly")
+      ->check(CLI::Range(0U, static_cast<uint32_t>(index::kMaxExactRows)))
+      ->capture_default_str();
+  command.add_option("--k", flags.bench.k, "topk: rows of each KV head")
+      ->check(CLI::Range(1U, static_cast<uint32_t>(index::kMaxK)))
+      ->capture_default_str();
+}
+
+}  // namespace
+
+void AddBenchCommand(CLI::App& program, Action& action) {
+  auto flags = std::make_shared<BenchFlags>();
+  CLI::App* command = program.add_subcommand("bench", "Measure a daemon under load");
+  command->footer(kHelp);
+  AddLoadFlags(*command, *flags);
+  AddSearchFlags(*command, *flags);
+  command->add_option("--connections", flags->connections, "Connections that share the sessions")
+      ->check(CLI::Range(1, 256))
+      ->capture_default_str();
+  command
+      ->add_option("--workers", flags->workers,
+                   "Compute threads of the daemon started here; 0: one a core")
+      ->check(CLI::Range(0, 4096))
+      ->capture_default_str();
+  AddConnectFlags(*command, flags->connect, /*required=*/false);
+  AddFormatFlag(*command, flags->format);
+  command->callback([flags, &action] {
+    ResolveFlags(*flags);
+    action = [flags] { return RunBenchCommand(*flags); };
+  });
+}
+
+}  // namespace kvseek::cli

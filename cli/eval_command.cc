@@ -1,0 +1,379 @@
+// kvseek eval: measures indexes on recorded attention heads.
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cstdio>
+#include <filesystem>
+#include <iostream>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "cli/commands.h"
+#include "cli/connect.h"
+#include "cli/daemon_search.h"
+#include "cli/evaluation.h"
+#include "cli/library_search.h"
+#include "cli/table.h"
+#include "kernels/cpu/simd_level.h"
+
+namespace kvseek::cli {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+struct EvalFlags {
+  std::vector<std::string> kv;
+  std::string queries;
+  std::vector<std::string> heads;
+  std::vector<std::string> indexes = {"exact", "ladder"};
+  std::vector<int> scan_bits = {2};
+  std::vector<int> candidates = {4096};
+  std::vector<int64_t> exact = {64};
+  int audit = 0;
+  int steps = 0;
+  uint64_t seed = 0;
+  int threads = 1;
+  ConnectFlags connect;
+  std::string format = "text";
+
+  bool Asks(const std::string& index) const {
+    return std::find(indexes.begin(), indexes.end(), index) != indexes.end();
+  }
+};
+
+/// One index with one choice of settings on one head.
+struct EvalResult {
+  std::string head;
+  std::string index;
+  Json settings;
+  Evaluation figures;
+};
+
+constexpr char kHelp[] =
+    "Reads stored keys and values (tensors `k`, `v` [tokens, head_dim] in bf16, fp16 or fp32; fp32 "
+    "is\n"
+    "rounded to bf16 for storage) and decode queries (`HEAD.q_decode` [steps, group, head_dim],\n"
+    "unscaled; every step sees all stored keys), asks each index for attention over all keys, and\n"
+    "compares with full attention over the stored rows in double precision.\n"
+    "\n"
+    "Indexes:\n"
+    "  exact   every key and value exactly\n"
+    "  ladder  --scan-bits codes of all keys, --candidates keys a group at 4 bits, --exact rows a\n"
+    "          head exactly, an estimate of the rest\n"
+    "  oracle  each query head's true top --exact keys and nothing else, softmax renormalised "
+    "over\n"
+    "          them: what a perfect top-k could do. One result for each number of --exact; a "
+    "ladder\n"
+    "          beside it takes the first number. It has no time: it is told the answer.\n"
+    "\n"
+    "What the numbers mean (each over all steps and query heads):\n"
+    "  output_error   ||o - o*|| / ||o*||: distance of the attention output from the true one\n"
+    "  recall_at_100  share of each head's true top 100 keys among those read at 4 bits or better\n"
+    "  keys_scanned   keys of the group of which anything was read in a step (oracle: the rows "
+    "that it\n"
+    "                 attends to, as if it knew them without a look)\n"
+    "  bytes_read     codes and rows read for the group in a step\n"
+    "  missed_mass    softmax mass of keys not read at 4 bits or better: as the answers estimate "
+    "it,\n"
+    "                 and the truth. With --audit: share of true values inside the answers' 95 %\n"
+    "                 intervals (interval_cover), and the intervals' median width over the "
+    "estimate\n"
+    "  micros         time of one step's answer, for the whole group, without audit\n"
+    "\n"
+    "Examples:\n"
+    "  kvseek eval --kv code8.layer15.kv1.safetensors --queries code8.queries.safetensors \\\n"
+    "      --head layer15.kv1 --index ladder --scan-bits 2 --candidates 4096 --exact 64 --format "
+    "json\n"
+    "  kvseek eval --kv code8.layer15.kv1.safetensors --queries code8.queries.safetensors \\\n"
+    "      --index ladder --scan-bits 1,2 --candidates 512,1024,2048 --audit 64 --steps 64\n"
+    "  kvseek eval --kv code8.layer15.kv1.safetensors --queries code8.queries.safetensors \\\n"
+    "      --index oracle --exact 256,1024,4096";
+
+void CheckFlags(const EvalFlags& flags) {
+  if (!flags.heads.empty() && flags.heads.size() != flags.kv.size()) {
+    FailUsage(absl::StrCat("--head: ", flags.heads.size(), " given for ", flags.kv.size(),
+                           " --kv; give one for each, in the same order, or none"));
+  }
+  if (flags.exact.size() > 1 && !flags.Asks("oracle")) {
+    FailUsage("--exact: several numbers are for --index oracle; ladder takes one");
+  }
+  const auto least = std::min_element(flags.exact.begin(), flags.exact.end());
+  if (*least < 1 && flags.Asks("oracle")) FailUsage("--exact: oracle needs 1 or more");
+  if (flags.Asks("ladder") && flags.exact[0] > index::kMaxExactRows) {
+    FailUsage(absl::StrCat("--exact: ladder takes at most ", index::kMaxExactRows));
+  }
+  if (!flags.connect.via.empty() && flags.threads != 1) {
+    FailUsage("--threads: the daemon has its own; leave it out with --via");
+  }
+}
+
+/// The head that a --kv file without --head means: the one its file name contains.
+absl::StatusOr<std::string> HeadOfFile(const std::string& kv,
+                                       const std::vector<std::string>& heads) {
+  const std::string file = std::filesystem::path(kv).filename().string();
+  std::string best;
+  for (const std::string& head : heads) {
+    if (file.find(head) != std::string::npos && head.size() > best.size()) best = head;
+  }
+  if (best.empty()) {
+    return absl::NotFoundError(absl::StrCat(kv, ": no head of the queries file (",
+                                            absl::StrJoin(heads, ", "),
+                                            ") is in its name; say which with --head"));
+  }
+  return best;
+}
+
+absl::Status ResolveHeads(EvalFlags& flags) {
+  if (!flags.heads.empty()) return absl::OkStatus();
+  const absl::StatusOr<std::vector<std::string>> heads = ListHeads(flags.queries);
+  if (!heads.ok()) return heads.status();
+  for (const std::string& kv : flags.kv) {
+    absl::StatusOr<std::string> head = HeadOfFile(kv, *heads);
+    if (!head.ok()) return head.status();
+    flags.heads.push_back(*std::move(head));
+  }
+  return absl::OkStatus();
+}
+
+/// Evaluates the indexes asked for on one head.
+class HeadRun {
+ public:
+  HeadRun(const EvalFlags& flags, const HeadTrace& trace, KvClient* client, PieceRunner& runner,
+          std::vector<EvalResult>& results)
+      : flags_(flags), trace_(trace), client_(client), runner_(runner), results_(results) {}
+
+  absl::Status Run() {
+    ReferenceOptions options;
+    if (flags_.Asks("oracle")) options.oracle_ks = flags_.exact;
+    reference_ = ComputeReference(trace_, SpreadSteps(trace_.steps, flags_.steps), options);
+    for (const std::string& index : flags_.indexes) {
+      if (absl::Status status = RunIndex(index); !status.ok()) return status;
+    }
+    return absl::OkStatus();
+  }
+
+ private:
+  absl::Status RunIndex(const std::string& index) {
+    if (index == "oracle") {
+      for (size_t i = 0; i < reference_.oracles.size(); ++i) {
+        Add(index, {{"exact", reference_.oracles[i].k}}, EvaluateOracle(trace_, reference_, i));
+      }
+      return absl::OkStatus();
+    }
+    if (index == "exact") return RunStored(index, flags_.scan_bits[0], {});
+    for (const int bits : flags_.scan_bits) {
+      if (absl::Status status = RunStored(index, bits, flags_.candidates); !status.ok()) {
+        return status;
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  /// Stores the head, here or in the daemon, and asks with each number of candidates; none: the
+  /// exact index.
+  absl::Status RunStored(const std::string& index, int scan_bits,
+                         const std::vector<int>& candidates) {
+    const bool exact = candidates.empty();
+    std::optional<StoredHead> stored;
+    std::unique_ptr<DaemonHead> remote;
+    SearchFunction search;
+    if (client_ != nullptr) {
+      absl::StatusOr<std::unique_ptr<DaemonHead>> opened =
+          DaemonHead::Open(*client_, trace_, scan_bits);
+      if (!opened.ok()) return opened.status();
+      remote = *std::move(opened);
+      search = remote->Search(exact ? IndexKind::kExact : IndexKind::kLadder);
+    } else {
+      stored.emplace(trace_, scan_bits);
+      search = SearchLibrary(trace_, *stored, exact ? index::ExactIndex() : index::LadderIndex(),
+                             runner_);
+    }
+    index::SearchOptions options;
+    options.audit_samples = flags_.audit;
+    options.seed = flags_.seed;
+    if (exact) return Evaluate(index, Json::object(), search, options);
+    for (const int count : candidates) {
+      options.candidates = count;
+      options.exact_rows = static_cast<int>(flags_.exact[0]);
+      const Json settings = {{"scan_bits", scan_bits},
+                             {"candidates", count},
+                             {"exact", options.exact_rows},
+                             {"audit", flags_.audit},
+                             {"seed", flags_.seed}};
+      if (absl::Status status = Evaluate(index, settings, search, options); !status.ok()) {
+        return status;
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status Evaluate(const std::string& index, const Json& settings,
+                        const SearchFunction& search, const index::SearchOptions& options) {
+    absl::StatusOr<Evaluation> figures = EvaluateSearch(trace_, reference_, search, options);
+    if (!figures.ok()) return figures.status();
+    Add(index, settings, *figures);
+    return absl::OkStatus();
+  }
+
+  void Add(const std::string& index, Json settings, const Evaluation& figures) {
+    settings["steps"] = reference_.steps.size();
+    settings["threads"] = flags_.threads;
+    results_.push_back({trace_.name, index, std::move(settings), figures});
+  }
+
+  const EvalFlags& flags_;
+  const HeadTrace& trace_;
+  KvClient* client_;
+  PieceRunner& runner_;
+  std::vector<EvalResult>& results_;
+  Reference reference_;
+};
+
+Json OrNull(const std::optional<double>& value) {
+  return value.has_value() ? Json(*value) : Json();
+}
+
+void PrintJson(const std::vector<EvalResult>& results, const std::string& simd_level) {
+  Json list = Json::array();
+  for (const EvalResult& result : results) {
+    const Evaluation& f = result.figures;
+    list.push_back(
+        {{"head", result.head},
+         {"index", result.index},
+         {"settings", result.settings},
+         {"output_error", {{"mean", f.error_mean}, {"p90", f.error_p90}, {"max", f.error_max}}},
+         {"recall_at_100", f.recall_at_100},
+         {"keys_scanned", f.keys_scanned},
+         {"bytes_read", f.bytes_read},
+         {"missed_mass",
+          {{"estimated", OrNull(f.missed_estimated)},
+           {"true", f.missed_true},
+           {"interval_cover", OrNull(f.interval_cover)},
+           {"interval_width", OrNull(f.interval_width)}}},
+         {"micros", {{"p50", OrNull(f.micros_p50)}, {"p99", OrNull(f.micros_p99)}}}});
+  }
+  std::cout << Json{{"simd_level", simd_level}, {"results", list}}.dump(2) << '\n';
+}
+
+std::string OrDash(const std::optional<double>& value) {
+  return value.has_value() ? Digits(*value) : "-";
+}
+
+std::string SettingsText(const EvalResult& result) {
+  if (result.index == "oracle")
+    return absl::StrCat("top ", result.settings["exact"].get<int64_t>());
+  if (result.index == "exact") return "all keys";
+  return absl::StrCat(result.settings["scan_bits"].get<int>(), " bit, ",
+                      result.settings["candidates"].get<int>(), ", ",
+                      result.settings["exact"].get<int>());
+}
+
+void PrintText(const std::vector<EvalResult>& results, const std::string& simd_level) {
+  Table table({"head", "index", "settings", "error mean", "p90", "max", "recall@100", "scanned",
+               "read", "missed est.", "true", "cover", "width", "us p50", "p99"});
+  for (const EvalResult& result : results) {
+    const Evaluation& f = result.figures;
+    table.Add({result.head, result.index, SettingsText(result), Digits(f.error_mean),
+               Digits(f.error_p90), Digits(f.error_max), Digits(f.recall_at_100),
+               Short(f.keys_scanned), ShortBytes(f.bytes_read), OrDash(f.missed_estimated),
+               Digits(f.missed_true), OrDash(f.interval_cover), OrDash(f.interval_width),
+               OrDash(f.micros_p50), OrDash(f.micros_p99)});
+  }
+  std::cout << table.Text() << "\nSIMD level " << simd_level
+            << ". Per group and step: scanned (keys), read, us. `kvseek eval --help` explains the "
+               "columns.\n";
+}
+
+absl::Status RunEval(EvalFlags flags) {
+  if (absl::Status status = ResolveHeads(flags); !status.ok()) return status;
+  std::unique_ptr<KvClient> client;
+  std::string simd_level = kernels::SimdLevel();
+  if (!flags.connect.via.empty()) {
+    absl::StatusOr<std::unique_ptr<KvClient>> connected = Connect(flags.connect);
+    if (!connected.ok()) return connected.status();
+    client = *std::move(connected);
+    simd_level = client->info().simd_level;
+  }
+  PieceRunner runner(flags.threads);
+  std::vector<EvalResult> results;
+  for (size_t i = 0; i < flags.kv.size(); ++i) {
+    const absl::StatusOr<HeadTrace> trace =
+        LoadHeadTrace(flags.kv[i], flags.queries, flags.heads[i]);
+    if (!trace.ok()) return trace.status();
+    if (trace->rounded) {
+      std::cerr << flags.kv[i] << ": fp32 keys and values were rounded to bf16 for storage\n";
+    }
+    absl::Status status = HeadRun(flags, *trace, client.get(), runner, results).Run();
+    if (!status.ok()) return status;
+  }
+  if (flags.format == "json") {
+    PrintJson(results, simd_level);
+  } else {
+    PrintText(results, simd_level);
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+void AddEvalCommand(CLI::App& program, Action& action) {
+  auto flags = std::make_shared<EvalFlags>();
+  CLI::App* command = program.add_subcommand("eval", "Measure indexes on recorded attention heads");
+  command->footer(kHelp);
+  command->add_option("--kv", flags->kv, "Keys and values of a head (.safetensors); repeatable")
+      ->required()
+      ->allow_extra_args(false);
+  command->add_option("--queries", flags->queries, "Decode queries (.safetensors)")->required();
+  command
+      ->add_option("--head", flags->heads,
+                   "Head of the --kv at the same place; default: the one its file name contains")
+      ->allow_extra_args(false);
+  command->add_option("--index", flags->indexes, "Comma list of exact, ladder, oracle")
+      ->delimiter(',')
+      ->check(CLI::IsMember({"exact", "ladder", "oracle"}))
+      ->capture_default_str();
+  command
+      ->add_option("--scan-bits", flags->scan_bits,
+                   "ladder: bits a dimension of the scan code; 1, 2 or 1,2")
+      ->delimiter(',')
+      ->check(CLI::Range(1, 2))
+      ->capture_default_str();
+  command
+      ->add_option("--candidates", flags->candidates,
+                   "ladder: keys a group read at 4 bits; a comma list tries each")
+      ->delimiter(',')
+      ->check(CLI::Range(1, index::kMaxCandidates))
+      ->capture_default_str();
+  command
+      ->add_option("--exact", flags->exact,
+                   "ladder: rows a head read exactly; oracle: keys a head, a comma list")
+      ->delimiter(',')
+      ->check(CLI::Range(int64_t{0}, int64_t{1} << 24))
+      ->capture_default_str();
+  command
+      ->add_option("--audit", flags->audit,
+                   "ladder: unread keys a head sampled for the report's interval")
+      ->check(CLI::Range(0, index::kMaxAuditSamples))
+      ->capture_default_str();
+  command->add_option("--steps", flags->steps, "How many steps, evenly spread; 0: all")
+      ->check(CLI::Range(0, 1 << 20))
+      ->capture_default_str();
+  command->add_option("--seed", flags->seed, "Of the audit's sampling")->capture_default_str();
+  command->add_option("--threads", flags->threads, "Threads of one search")
+      ->check(CLI::Range(1, 256))
+      ->capture_default_str();
+  AddConnectFlags(*command, flags->connect, /*required=*/false);
+  AddFormatFlag(*command, flags->format);
+  command->callback([flags, &action] {
+    CheckFlags(*flags);
+    action = [flags] { return RunEval(*flags); };
+  });
+}
+
+}  // namespace kvseek::cli

@@ -1,0 +1,161 @@
+// kvseek as a process: exit codes, help, and what eval prints.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <nlohmann/json.hpp>
+
+#include "tests/cli/run_program.h"
+
+namespace kvseek::cli {
+namespace {
+
+using nlohmann::json;
+using ::testing::HasSubstr;
+
+std::string Data(const std::string& name) { return KVSEEK_SOURCE_DIR "/tests/data/" + name; }
+std::string Kv(const std::string& head) {
+  return absl::StrCat(" --kv '", Data("code8."), head, ".safetensors'");
+}
+std::string Head15() { return Kv("layer15.kv1"); }
+std::string Head20() { return Kv("layer20.kv0"); }
+std::string Queries() {
+  return absl::StrCat(" --queries '", Data("code8.queries.safetensors"), "'");
+}
+
+void ExpectUsageError(const std::string& arguments, const std::string& named) {
+  const Ran ran = RunKvseek(arguments);
+  EXPECT_EQ(ran.exit_code, 2) << arguments;
+  EXPECT_THAT(ran.err, HasSubstr(named)) << arguments;
+  EXPECT_EQ(ran.out, "") << arguments;
+}
+
+void ExpectFailure(const std::string& arguments, const std::string& named) {
+  const Ran ran = RunKvseek(arguments);
+  EXPECT_EQ(ran.exit_code, 1) << arguments;
+  EXPECT_THAT(ran.err, HasSubstr(named)) << arguments;
+  EXPECT_EQ(ran.out, "") << arguments;
+}
+
+TEST(ProgramTest, HelpTeaches) {
+  const Ran help = RunKvseek("--help");
+  EXPECT_EQ(help.exit_code, 0);
+  for (const char* command : {"demo", "eval", "bench", "ping", "stats", "sessions"}) {
+    EXPECT_THAT(help.out, HasSubstr(command));
+    const Ran of_command = RunKvseek(absl::StrCat(command, " --help"));
+    EXPECT_EQ(of_command.exit_code, 0) << command;
+    EXPECT_THAT(of_command.out, HasSubstr("Example"));
+    EXPECT_THAT(of_command.out, HasSubstr("--format"));
+  }
+  EXPECT_THAT(RunKvseek("eval --help").out, HasSubstr("fp32 is\nrounded to bf16"));
+}
+
+TEST(ProgramTest, TellsItsVersion) {
+  const Ran ran = RunKvseek("--version");
+  EXPECT_EQ(ran.exit_code, 0);
+  EXPECT_THAT(ran.out, ::testing::StartsWith("kvseek "));
+}
+
+TEST(ProgramTest, WrongFlagsAreUsageErrors) {
+  ExpectUsageError("", "which command");
+  ExpectUsageError("fly", "fly");
+  ExpectUsageError("eval", "--kv");
+  ExpectUsageError("eval" + Head15(), "--queries");
+  ExpectUsageError("eval" + Head15() + Queries() + " --index magic", "magic");
+  ExpectUsageError("eval" + Head15() + Queries() + " --scan-bits 3", "--scan-bits");
+  ExpectUsageError("eval" + Head15() + Queries() + " --candidates 0", "--candidates");
+  ExpectUsageError("eval" + Head15() + Queries() + " --candidates x", "--candidates");
+  ExpectUsageError("eval" + Head15() + Queries() + " --index oracle --exact 0", "--exact");
+  ExpectUsageError("eval" + Head15() + Queries() + " --index ladder --exact 64,128", "--exact");
+  ExpectUsageError("eval" + Head15() + Head20() + Queries() + " --head layer15.kv1", "--head");
+  ExpectUsageError("eval" + Head15() + Queries() + " --format xml", "xml");
+  ExpectUsageError("ping", "--via");
+  ExpectUsageError("bench --kv-heads 3 --query-heads 8", "--query-heads");
+  ExpectUsageError("bench --rate 0", "--rate");
+}
+
+TEST(ProgramTest, BadInputIsAFailureThatNamesIt) {
+  ExpectFailure("eval --kv none.safetensors --head layer15.kv1" + Queries(), "none.safetensors");
+  ExpectFailure("eval" + Head15() + Queries() + " --head layer9.kv0", "layer9.kv0.q_decode");
+  const TempDir dir;
+  const std::string no_name = dir.Write("kv", "12345678{}");
+  ExpectFailure("eval --kv " + no_name + Queries(), "--head");
+  ExpectFailure("eval --head layer15.kv1 --kv " + no_name + Queries(), "header length");
+  const std::string no_values =
+      dir.Write("k", SafeTensorsFile({MakeTensor("k", "BF16", {2, 8}, RandomValues(16, 1))}));
+  ExpectFailure("eval --head layer15.kv1 --kv " + no_values + Queries(), "tensor \"v\"");
+  ExpectFailure("ping --via unix:" + dir.File("nobody"), dir.File("nobody"));
+  ExpectFailure("ping --via carrier-pigeon", "carrier-pigeon");
+}
+
+TEST(ProgramTest, RefusesABenchThatDoesNotFit) {
+  const Ran ran = RunKvseek("bench --sessions 65536 --tokens 1048576");
+  EXPECT_EQ(ran.exit_code, 1);
+  EXPECT_THAT(ran.err, HasSubstr("fewer --sessions"));
+}
+
+TEST(ProgramTest, EvalPrintsItsSchema) {
+  const Ran ran = RunKvseek("eval" + Head15() + Head20() + Queries() +
+                            " --index exact,ladder,oracle --scan-bits 1,2 --candidates 256,1024"
+                            " --exact 64,1024 --steps 6 --audit 16 --seed 7 --format json");
+  ASSERT_EQ(ran.exit_code, 0) << ran.err;
+  const json results = json::parse(ran.out).at("results");
+  ASSERT_EQ(results.size(), 2U * (1 + 4 + 2));
+  for (const json& result : results) {
+    const std::string index = result.at("index");
+    EXPECT_TRUE(result.at("head") == "layer15.kv1" || result.at("head") == "layer20.kv0");
+    EXPECT_EQ(result.at("settings").at("steps"), 6);
+    const json& error = result.at("output_error");
+    EXPECT_LE(error.at("mean").get<double>(), error.at("max").get<double>());
+    EXPECT_LE(error.at("p90").get<double>(), error.at("max").get<double>());
+    EXPECT_GE(error.at("mean").get<double>(), 0.0);
+    EXPECT_GT(result.at("recall_at_100").get<double>(), 0.0);
+    EXPECT_LE(result.at("recall_at_100").get<double>(), 1.0);
+    EXPECT_GT(result.at("keys_scanned").get<double>(), 0.0);
+    EXPECT_GT(result.at("bytes_read").get<double>(), 0.0);
+    const json& missed = result.at("missed_mass");
+    EXPECT_GE(missed.at("true").get<double>(), 0.0);
+    EXPECT_EQ(missed.at("estimated").is_null(), index == "oracle");
+    EXPECT_EQ(missed.at("interval_cover").is_null(), index == "oracle");
+    EXPECT_EQ(missed.at("interval_width").is_null(), index != "ladder");
+    EXPECT_EQ(result.at("micros").at("p50").is_null(), index == "oracle");
+    EXPECT_EQ(result.at("micros").at("p99").is_null(), index == "oracle");
+  }
+  const json& ladder = results.at(1);
+  EXPECT_EQ(ladder.at("settings").at("scan_bits"), 1);
+  EXPECT_EQ(ladder.at("settings").at("candidates"), 256);
+  EXPECT_EQ(ladder.at("settings").at("exact"), 64);
+  EXPECT_EQ(ladder.at("settings").at("seed"), 7);
+  EXPECT_EQ(results.at(6).at("settings").at("exact"), 1024);
+}
+
+TEST(ProgramTest, EvalWithoutAuditHasNoInterval) {
+  const Ran ran =
+      RunKvseek("eval" + Head20() + Queries() + " --index ladder --steps 2 --format json");
+  ASSERT_EQ(ran.exit_code, 0) << ran.err;
+  const json missed = json::parse(ran.out).at("results").at(0).at("missed_mass");
+  EXPECT_TRUE(missed.at("interval_cover").is_null());
+  EXPECT_TRUE(missed.at("interval_width").is_null());
+}
+
+TEST(ProgramTest, EvalPrintsATable) {
+  const Ran ran =
+      RunKvseek("eval" + Head20() + Queries() + " --index exact,oracle --exact 512 --steps 2");
+  ASSERT_EQ(ran.exit_code, 0) << ran.err;
+  EXPECT_THAT(ran.out, HasSubstr("recall@100"));
+  EXPECT_THAT(ran.out, HasSubstr("top 512"));
+}
+
+TEST(ProgramTest, EvalSaysThatItRounded) {
+  const TempDir dir;
+  const std::string kv = dir.Write(
+      "h.safetensors", SafeTensorsFile({MakeTensor("k", "F32", {90, 8}, RandomValues(720, 1)),
+                                        MakeTensor("v", "F32", {90, 8}, RandomValues(720, 2))}));
+  const std::string q = dir.Write(
+      "q", SafeTensorsFile({MakeTensor("h.q_decode", "F32", {2, 3, 8}, RandomValues(48, 3))}));
+  const Ran ran = RunKvseek("eval --kv " + kv + " --queries " + q + " --index exact,ladder");
+  EXPECT_EQ(ran.exit_code, 0) << ran.err;
+  EXPECT_THAT(ran.err, HasSubstr("rounded to bf16"));
+}
+
+}  // namespace
+}  // namespace kvseek::cli

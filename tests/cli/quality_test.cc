@@ -1,0 +1,111 @@
+// Floors of the indexes' quality on recorded attention heads.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <map>
+#include <string>
+
+#include "cli/evaluation.h"
+#include "cli/library_search.h"
+
+namespace kvseek::cli {
+namespace {
+
+constexpr int kSteps = 64;
+constexpr int64_t kShort = 1024;  ///< candidates at 8K tokens
+constexpr int64_t kLong = 4096;   ///< candidates at 32K tokens
+
+/// A trace with its reference.
+struct Subject {
+  HeadTrace trace;
+  Reference reference;
+
+  Subject(const std::string& directory, const std::string& text, const std::string& head,
+          int64_t k) {
+    auto loaded = LoadHeadTrace(directory + "/" + text + "." + head + ".safetensors",
+                                directory + "/" + text + ".queries.safetensors", head);
+    if (!loaded.ok()) ADD_FAILURE() << loaded.status();
+    if (!loaded.ok()) return;
+    trace = *std::move(loaded);
+    reference = ComputeReference(trace, SpreadSteps(trace.steps, kSteps), {.oracle_ks = {k}});
+  }
+
+  Evaluation Ask(const index::KeyIndex& index, int scan_bits, int64_t candidates, int audit) const {
+    const StoredHead head(trace, scan_bits);
+    PieceRunner runner(1);
+    index::SearchOptions options;
+    options.candidates = static_cast<int>(candidates);
+    options.exact_rows = 64;
+    options.audit_samples = audit;
+    const auto figures =
+        EvaluateSearch(trace, reference, SearchLibrary(trace, head, index, runner), options);
+    EXPECT_TRUE(figures.ok()) << figures.status();
+    return figures.value_or(Evaluation{});
+  }
+};
+
+class ShortTraceTest : public ::testing::TestWithParam<const char*> {
+ protected:
+  const Subject subject_{KVSEEK_SOURCE_DIR "/tests/data", "code8", GetParam(), kShort};
+};
+
+TEST_P(ShortTraceTest, ExactIsExact) {
+  const Evaluation exact = subject_.Ask(index::ExactIndex(), 2, kShort, 0);
+  EXPECT_LT(exact.error_max, 1e-3);
+  EXPECT_EQ(exact.recall_at_100, 1.0);
+  EXPECT_EQ(exact.missed_true, 0.0);
+  EXPECT_EQ(exact.keys_scanned, 7680.0);
+}
+
+TEST_P(ShortTraceTest, LadderIsAsGoodAsAnOracle) {
+  const Evaluation oracle = EvaluateOracle(subject_.trace, subject_.reference, 0);
+  const Evaluation ladder = subject_.Ask(index::LadderIndex(), 2, kShort, 0);
+  EXPECT_LE(ladder.error_mean, 1.1 * oracle.error_mean);
+  EXPECT_GE(ladder.recall_at_100, 0.93);
+  EXPECT_LT(ladder.bytes_read, 0.5 * 7680.0 * 512.0);
+}
+
+TEST_P(ShortTraceTest, AuditIsHonest) {
+  const Evaluation ladder = subject_.Ask(index::LadderIndex(), 2, kShort, 64);
+  ASSERT_TRUE(ladder.interval_cover.has_value());
+  EXPECT_GE(*ladder.interval_cover, 0.85);
+  EXPECT_NEAR(*ladder.missed_estimated, ladder.missed_true, 0.25 * ladder.missed_true);
+}
+
+INSTANTIATE_TEST_SUITE_P(Code8, ShortTraceTest, ::testing::Values("layer15.kv1", "layer20.kv0"));
+
+/// Where the 32K traces are: KVSEEK_TRACES, or shared/traces beside the repository.
+std::string LongTraces() {
+  const char* given = std::getenv("KVSEEK_TRACES");
+  return given != nullptr ? given : KVSEEK_SOURCE_DIR "/../shared/traces";
+}
+
+class LongTraceTest : public ::testing::TestWithParam<const char*> {
+ protected:
+  void SetUp() override {
+    const std::string file = LongTraces() + "/code32." + GetParam() + ".safetensors";
+    if (!std::filesystem::exists(file)) {
+      GTEST_SKIP() << "no 32K traces: set KVSEEK_TRACES to the directory of code32.*.safetensors";
+    }
+  }
+};
+
+TEST_P(LongTraceTest, LadderIsAsGoodAsAnOracle) {
+  const std::map<std::string, double> one_bit_error = {
+      {"layer2.kv1", 0.155}, {"layer15.kv1", 0.072}, {"layer20.kv0", 0.079}};
+  const Subject subject(LongTraces(), "code32", GetParam(), kLong);
+  const Evaluation oracle = EvaluateOracle(subject.trace, subject.reference, 0);
+  const Evaluation two_bits = subject.Ask(index::LadderIndex(), 2, kLong, 0);
+  EXPECT_LE(two_bits.error_mean, 1.15 * oracle.error_mean);
+  EXPECT_GE(two_bits.recall_at_100, 0.985);
+  const Evaluation one_bit = subject.Ask(index::LadderIndex(), 1, kLong, 0);
+  EXPECT_LE(one_bit.error_mean, 1.15 * one_bit_error.at(GetParam()));
+}
+
+INSTANTIATE_TEST_SUITE_P(Code32, LongTraceTest,
+                         ::testing::Values("layer2.kv1", "layer15.kv1", "layer20.kv0"));
+
+}  // namespace
+}  // namespace kvseek::cli
