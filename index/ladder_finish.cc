@@ -5,6 +5,7 @@
 #include "index/ladder_audit.h"
 #include "index/ladder_plan.h"
 #include "kernels/cpu/attention.h"
+#include "kernels/cpu/prefetch.h"
 
 namespace kvseek::index {
 namespace {
@@ -24,6 +25,9 @@ SearchResult LadderPlan::Finish(Scratch& scratch) {
   OwnedState state(group_, view_.shape.value_dim);
   ScoredKeys candidates;
   kernels::MergeState(state.view(), exact_state_.view());
+  size_t keys = 0;
+  for (const Piece& piece : pieces_) keys += piece.candidates.positions.size();
+  candidates.Reserve(keys, group_);
   for (const Piece& piece : pieces_) {
     kernels::MergeState(state.view(), piece.state.view());
     candidates.Append(piece.candidates);
@@ -53,34 +57,45 @@ SearchResult LadderPlan::Finish(Scratch& scratch) {
 
 void LadderPlan::RefineBest(const ScoredKeys& candidates, OwnedState& state, Scratch& scratch) {
   std::vector<bool> read(candidates.positions.size());
+  std::vector<std::vector<uint32_t>> picks;
   for (int h = 0; h < group_; ++h) {
-    const std::vector<uint32_t> picks =
-        BestIndices(HeadScores(candidates, h, group_), options_.exact_rows);
-    if (picks.empty()) continue;
-    scratch.Reset();
-    const auto count = static_cast<int>(picks.size());
-    auto* keys = scratch.Take<const uint16_t*>(picks.size());
-    auto* values = scratch.Take<const uint16_t*>(picks.size());
-    auto* scores = scratch.Take<float>(picks.size());
-    for (size_t i = 0; i < picks.size(); ++i) {
-      const RowPointers row = FindRow(view_, candidates.positions[picks[i]]);
-      keys[i] = row.key;
-      values[i] = row.value;
-      read[picks[i]] = true;
+    picks.push_back(BestIndices(HeadScores(candidates, h, group_), options_.exact_rows));
+    // Rows arrive from memory while the next head's are chosen.
+    for (const uint32_t i : picks.back()) {
+      const RowPointers row = FindRow(view_, candidates.positions[i]);
+      kernels::PrefetchRange(row.key, view_.shape.KeyRowBytes());
+      kernels::PrefetchRange(row.value, view_.shape.ValueRowBytes());
+      read[i] = true;
     }
-    const float* query = scaled_.get() + static_cast<ptrdiff_t>(h) * view_.shape.key_dim;
-    kernels::ScoreGathered(query, 1, keys, view_.shape.dtype, count, view_.shape.key_dim, scores,
-                           count);
-    OwnedState exact(1, view_.shape.value_dim);
-    kernels::AccumulateScoredGathered(scores, count, values, view_.shape.dtype, count,
-                                      exact.view());
-    OwnedState fine(1, view_.shape.value_dim);
-    AddFine(candidates, picks, h, fine.view(), scratch);
-    const kernels::GroupState head = HeadState(state.view(), h);
-    kernels::MergeState(head, exact.view());
-    SubtractState(head, fine.view());
   }
   exact_rows_read_ = std::count(read.begin(), read.end(), true);
+  for (int h = 0; h < group_; ++h) {
+    RefineHead(candidates, picks[static_cast<size_t>(h)], h, HeadState(state.view(), h), scratch);
+  }
+}
+
+void LadderPlan::RefineHead(const ScoredKeys& candidates, absl::Span<const uint32_t> picks,
+                            int head, const kernels::GroupState& state, Scratch& scratch) const {
+  if (picks.empty()) return;
+  scratch.Reset();
+  const auto count = static_cast<int>(picks.size());
+  auto* keys = scratch.Take<const uint16_t*>(picks.size());
+  auto* values = scratch.Take<const uint16_t*>(picks.size());
+  auto* scores = scratch.Take<float>(picks.size());
+  for (size_t i = 0; i < picks.size(); ++i) {
+    const RowPointers row = FindRow(view_, candidates.positions[picks[i]]);
+    keys[i] = row.key;
+    values[i] = row.value;
+  }
+  const float* query = scaled_.get() + static_cast<ptrdiff_t>(head) * view_.shape.key_dim;
+  kernels::ScoreGathered(query, 1, keys, view_.shape.dtype, count, view_.shape.key_dim, scores,
+                         count);
+  OwnedState exact(1, view_.shape.value_dim);
+  kernels::AccumulateScoredGathered(scores, count, values, view_.shape.dtype, count, exact.view());
+  OwnedState fine(1, view_.shape.value_dim);
+  AddFine(candidates, picks, head, fine.view(), scratch);
+  kernels::MergeState(state, exact.view());
+  SubtractState(state, fine.view());
 }
 
 void LadderPlan::TakeTopK(const ScoredKeys& candidates, OwnedState& state, SearchResult& result,

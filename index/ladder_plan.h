@@ -85,14 +85,17 @@ class LadderPlan final : public SearchPlan {
   };
   void ScanSegmentPart(Piece& piece, int64_t begin_block, int64_t end_block,
                        const kernels::GroupState& rest, const ScanBuffers& buffers, Chosen& chosen);
-  /// Where the next `blocks` blocks of the piece start, or null if it has not so many.
-  const uint8_t* NextCodes(const Piece& piece, int64_t end_block, int blocks) const;
+  /// Where the next `blocks` blocks of the range start, or null if it has not so many. A piece that
+  /// ends fetches for the one after it, which the same worker is likely to run.
+  const uint8_t* NextCodes(int64_t end_block, int blocks) const;
   void PrefetchRecords(const Chosen& chosen) const;
   void ReadCandidates(Piece& piece, const Chosen& chosen, const ScanBuffers& buffers);
 
   // ---- finish (ladder_finish.cc)
   /// Replaces the 4-bit parts of each head's best candidates by exact ones.
   void RefineBest(const ScoredKeys& candidates, OwnedState& state, Scratch& scratch);
+  void RefineHead(const ScoredKeys& candidates, absl::Span<const uint32_t> picks, int head,
+                  const kernels::GroupState& state, Scratch& scratch) const;
   /// Chooses the keys to return and takes their parts out of `state`.
   void TakeTopK(const ScoredKeys& candidates, OwnedState& state, SearchResult& result,
                 Scratch& scratch);

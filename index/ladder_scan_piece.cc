@@ -24,6 +24,12 @@ void LadderPlan::Run(int index, Scratch& scratch) {
   const auto piece_blocks = static_cast<size_t>(piece.last_block - piece.first_block);
   piece.rest.assign(group, 0.0F);
   if (options_.audit_samples > 0) piece.block_weights.resize(piece_blocks * group);
+  // Room for half as many again as the budget's even share.
+  const int64_t budget = std::max(options_.candidates, options_.k);
+  const auto blocks = piece.last_block - piece.first_block;
+  const int64_t share = blocks * budget / (last_block_ - first_block_);
+  piece.candidates.Reserve(static_cast<size_t>(std::min(share + share / 2, blocks * kScanBlock)),
+                           group_);
   scratch.Reset();
   ScanBuffers buffers = {
       scratch.Take<int16_t>(group * kSegmentTokens), scratch.Take<kernels::ScanHead>(group),
@@ -60,15 +66,16 @@ void LadderPlan::ScanSegmentPart(Piece& piece, int64_t begin_block, int64_t end_
 
   chosen.segment = begin_block / kSegmentBlocks;
   FillScanHeads(chosen.segment, !full, buffers.scan_heads);
+  const uint8_t* next = NextCodes(end_block, blocks);
   kernels::ScanCodes(Block(begin_block), blocks, symbols_, planes, tables_.get(), group_,
-                     buffers.sums, keys, NextCodes(piece, end_block, blocks));
+                     buffers.sums, keys, next);
   const int value_dim = view_.shape.value_dim;
   const uint16_t* means = view_.segments[static_cast<size_t>(chosen.segment)]->block_means() +
                           (begin_block % kSegmentBlocks) * value_dim;
   kernels::PrefetchRange(means, static_cast<size_t>(blocks) * view_.shape.ValueRowBytes());
   chosen.count = kernels::SelectAndWeigh(buffers.sums, keys, Block(begin_block), blocks, symbols_,
                                          planes, buffers.scan_heads, group_, first_in_segment,
-                                         chosen.keys, buffers.block_weights, blocks);
+                                         chosen.keys, buffers.block_weights, blocks, next);
 
   kernels::AddWeightedRows(buffers.block_weights, blocks, group_, means, blocks, value_dim,
                            rest.acc);
@@ -85,8 +92,8 @@ void LadderPlan::ScanSegmentPart(Piece& piece, int64_t begin_block, int64_t end_
   }
 }
 
-const uint8_t* LadderPlan::NextCodes(const Piece& piece, int64_t end_block, int blocks) const {
-  return end_block + blocks <= piece.last_block ? Block(end_block) : nullptr;
+const uint8_t* LadderPlan::NextCodes(int64_t end_block, int blocks) const {
+  return end_block + blocks <= last_block_ ? Block(end_block) : nullptr;
 }
 
 void LadderPlan::PrefetchRecords(const Chosen& chosen) const {

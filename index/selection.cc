@@ -16,12 +16,21 @@ constexpr float kSubtractionNoise = 2e-6F;
 
 void ScoredKeys::Add(int64_t position, const float* head_scores, int stride, int group) {
   positions.push_back(position);
-  for (int h = 0; h < group; ++h) scores.push_back(head_scores[static_cast<ptrdiff_t>(h) * stride]);
+  const size_t at = scores.size();
+  scores.resize(at + static_cast<size_t>(group));
+  for (int h = 0; h < group; ++h) {
+    scores[at + static_cast<size_t>(h)] = head_scores[static_cast<ptrdiff_t>(h) * stride];
+  }
 }
 
 void ScoredKeys::Append(const ScoredKeys& other) {
   positions.insert(positions.end(), other.positions.begin(), other.positions.end());
   scores.insert(scores.end(), other.scores.begin(), other.scores.end());
+}
+
+void ScoredKeys::Reserve(size_t keys, int group) {
+  positions.reserve(keys);
+  scores.reserve(keys * static_cast<size_t>(group));
 }
 
 std::vector<uint32_t> BestIndices(absl::Span<const float> values, int64_t count) {

@@ -196,12 +196,17 @@ HWY_INLINE int SelectInBlock(const int16_t* sums, int sums_stride, const uint16_
 int SelectAndWeighImpl(const int16_t* sums, int sums_stride, const uint8_t* codes, int blocks,
                        int symbols, int planes, const ScanHead* scan_heads, int heads,
                        uint32_t first_index, uint32_t* chosen, float* block_weights,
-                       int weights_stride) {
+                       int weights_stride, const uint8_t* next_codes) {
+  const int block_bytes = ScanBlockBytes(symbols, planes);
   WeightHead weight_heads[kHeadsMax];
   for (int h = 0; h < heads; ++h) weight_heads[h] = WeightHead(scan_heads[h]);
   codes += ScanGainOffset(symbols, planes);
   int count = 0;
-  for (int b = 0; b < blocks; ++b, codes += ScanBlockBytes(symbols, planes)) {
+  for (int b = 0; b < blocks; ++b, codes += block_bytes) {
+    if (next_codes != nullptr) {  // the half that ScanCodes left
+      const uint8_t* block = next_codes + static_cast<ptrdiff_t>(b) * block_bytes;
+      for (int i = block_bytes / 2; i < block_bytes; i += 64) __builtin_prefetch(block + i, 0, 2);
+    }
     count += SelectInBlock(sums + b * kScanBlock, sums_stride,
                            reinterpret_cast<const uint16_t*>(codes), scan_heads, weight_heads,
                            heads, first_index + static_cast<uint32_t>(b * kScanBlock),
@@ -246,12 +251,12 @@ void EstimateScores(const int16_t* sums, int sums_stride, const uint8_t* codes, 
 
 int SelectAndWeigh(const int16_t* sums, int sums_stride, const uint8_t* codes, int blocks,
                    int symbols, int planes, const ScanHead* scan_heads, int heads,
-                   uint32_t first_index, uint32_t* chosen, float* block_weights,
-                   int weights_stride) noexcept {
+                   uint32_t first_index, uint32_t* chosen, float* block_weights, int weights_stride,
+                   const uint8_t* next_codes) noexcept {
   assert(heads <= 64);
   return HWY_DYNAMIC_DISPATCH(SelectAndWeighImpl)(sums, sums_stride, codes, blocks, symbols, planes,
                                                   scan_heads, heads, first_index, chosen,
-                                                  block_weights, weights_stride);
+                                                  block_weights, weights_stride, next_codes);
 }
 
 }  // namespace kvseek::kernels

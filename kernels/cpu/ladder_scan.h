@@ -22,7 +22,8 @@ void BuildTables(const float* rotated_queries, int heads, int padded_dim, int8_t
 /// 64 * blocks. The same bits at every level. Tables may lie anywhere, but are read faster from a
 /// 64-byte boundary, and a call of many blocks is cheaper than many calls: each call prepares a
 /// quarter of the tables.
-/// `next_codes`: as many blocks again that will be scanned next, to be fetched meanwhile; or null.
+/// `next_codes`: as many blocks again that will be scanned next, or null. ScanCodes fetches one
+/// half of them meanwhile, SelectAndWeigh the other, so that memory is busy all the time.
 void ScanCodes(const uint8_t* codes, int blocks, int symbols, int planes, const int8_t* tables,
                int heads, int16_t* sums, int sums_stride,
                const uint8_t* next_codes = nullptr) noexcept;
@@ -47,11 +48,11 @@ void EstimateScores(const int16_t* sums, int sums_stride, const uint8_t* codes, 
 /// The same without writing scores: appends first_index + key of every chosen key to `chosen`
 /// (ascending; room for blocks * 64 more is needed), and writes for every block and head the summed
 /// weight of the keys not chosen: block_weights[h * weights_stride + block]. Returns how many were
-/// chosen.
+/// chosen. `next_codes`: see ScanCodes.
 int SelectAndWeigh(const int16_t* sums, int sums_stride, const uint8_t* codes, int blocks,
                    int symbols, int planes, const ScanHead* scan_heads, int heads,
-                   uint32_t first_index, uint32_t* chosen, float* block_weights,
-                   int weights_stride) noexcept;
+                   uint32_t first_index, uint32_t* chosen, float* block_weights, int weights_stride,
+                   const uint8_t* next_codes = nullptr) noexcept;
 
 }  // namespace kvseek::kernels
 
