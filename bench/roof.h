@@ -10,8 +10,7 @@ namespace kvseek::bench {
 /// nothing.
 bool Tiny();
 
-/// Bytes a second that one thread reads from memory here: the best of several sums over a buffer
-/// larger than the last cache. Measured at the first call.
+/// Bytes a second that one thread reads from memory here. Measured at the first call.
 double Roof();
 
 /// Adds GB/s, of_roof (its ratio to Roof) and ns/key to a line whose iterations each touched that

@@ -35,7 +35,7 @@ struct EvalFlags {
   std::vector<int> scan_bits = {2};
   std::vector<int> candidates = {4096};
   std::vector<int64_t> exact = {64};
-  int audit = 0;
+  int audit = 128;
   int steps = 0;
   uint64_t seed = 0;
   int threads = 1;
@@ -81,7 +81,8 @@ constexpr char kHelp[] =
     "  bytes_read     codes and rows read for the group in a step\n"
     "  missed_mass    softmax mass of keys not read at 4 bits or better: as the answers estimate "
     "it,\n"
-    "                 and the truth. With --audit: share of true values inside the answers' 95 %\n"
+    "                 and the truth; unless --audit is 0, share of true values inside the answers' "
+    "95 %\n"
     "                 intervals (interval_cover), and the intervals' median width over the "
     "estimate\n"
     "  micros         time of one step's answer, for the whole group, without audit\n"
@@ -91,7 +92,7 @@ constexpr char kHelp[] =
     "      --head layer15.kv1 --index ladder --scan-bits 2 --candidates 4096 --exact 64 --format "
     "json\n"
     "  kvseek eval --kv code8.layer15.kv1.safetensors --queries code8.queries.safetensors \\\n"
-    "      --index ladder --scan-bits 1,2 --candidates 512,1024,2048 --audit 64 --steps 64\n"
+    "      --index ladder --scan-bits 1,2 --candidates 512,1024,2048 --audit 256 --steps 64\n"
     "  kvseek eval --kv code8.layer15.kv1.safetensors --queries code8.queries.safetensors \\\n"
     "      --index oracle --exact 256,1024,4096";
 

@@ -6,8 +6,8 @@
 
 namespace kvseek::cli {
 
-/// Bytes a second that `threads` threads read together from buffers larger than the caches. Takes
-/// about half a second and 128 MiB a thread (512 MiB at most).
+/// Bytes a second that `threads` threads read together from buffers larger than the caches: the
+/// best of a few access patterns. Takes about a second and 256 MiB a thread (2 GiB at most).
 double MeasureMemoryRoof(int threads);
 
 /// Memory that can still be taken without swapping, in bytes; 0 if unknown.

@@ -79,7 +79,6 @@ absl::Status ReadError(const std::string& metadata) {
 }
 
 // ---- frames
-// --------------------------------------------------------------------------------------------------------
 
 OutFrame OutFrame::Prepare(Message message, Clock::time_point deadline) {
   OutFrame frame;
@@ -137,7 +136,6 @@ std::array<asio::const_buffer, 3> OutFrame::Rest() const {
 }
 
 // ---- reading
-// -------------------------------------------------------------------------------------------------------
 
 Link::Link(asio::io_context& io) : socket(io), timer(io), buffer(new uint8_t[kBufferBytes]) {}
 
@@ -194,7 +192,6 @@ absl::StatusOr<FrameHeader> Link::TakeHeader(const proto::FrameLimits& frame_lim
 }
 
 // ---- connecting
-// ----------------------------------------------------------------------------------------------------
 
 Link::Awaitable<absl::Status> Link::ConnectSocket(const std::string& address) {
   const auto endpoints = co_await Resolve(address, socket.get_executor());

@@ -364,7 +364,6 @@ absl::StatusOr<SearchResponse> DecodeTopKAnswer(const SearchShape& shape, const 
 }  // namespace
 
 // ---- sessions
-// ------------------------------------------------------------------------------------------------------
 
 absl::StatusOr<Message> EncodeOpen(const ModelShape& shape, const OpenOptions& options) {
   const absl::Status status = CheckShape(shape, "shape.");
@@ -462,7 +461,6 @@ absl::Status DecodeClose(const Answer& answer) {
 }
 
 // ---- searches and rows
-// ---------------------------------------------------------------------------------------------
 
 absl::StatusOr<Message> EncodeAttend(const AttendRequest& request) {
   proto::AttendRequest message;
@@ -547,7 +545,6 @@ absl::StatusOr<Rows> DecodeFetchRows(const ModelShape& shape, size_t count, cons
 }
 
 // ---- the daemon
-// ----------------------------------------------------------------------------------------------------
 
 Message EncodeStats(bool with_sessions) {
   proto::StatsRequest request;

@@ -96,7 +96,6 @@ void Connection::Close() {
 }
 
 // ---- answers
-// -------------------------------------------------------------------------------------------------------
 
 Connection::OutFrame Connection::MakeFrame(Op op, uint64_t request_id, Response response) {
   FrameHeader header;
@@ -190,7 +189,6 @@ Connection::Awaitable<void> Connection::Write(std::shared_ptr<Connection> self) 
 }
 
 // ---- time
-// ----------------------------------------------------------------------------------------------------------
 
 Connection::Awaitable<void> Connection::Watch(std::shared_ptr<Connection> self) {
   Connection& c = *self;
@@ -219,7 +217,6 @@ Connection::Awaitable<void> Connection::Watch(std::shared_ptr<Connection> self) 
 }
 
 // ---- requests
-// ------------------------------------------------------------------------------------------------------
 
 Connection::Awaitable<bool> Connection::Fill(size_t bytes) {
   if (kBufferBytes - buffer_begin_ < bytes || Buffered() == 0) {
@@ -375,21 +372,23 @@ void Connection::Accept(const FrameHeader& header, Request request, uint64_t hel
   request.cancelled = std::make_shared<std::atomic<bool>>(false);
   under_way_.emplace(header.request_id, request.cancelled);
   ++outstanding_;
-  // The guard keeps the io threads alive until the answer has come, whatever happens to the
-  // connection.
-  context_.dispatch(std::move(request),
-                    [self = shared_from_this(), op = header.op, id = header.request_id, held_bytes,
-                     work = asio::make_work_guard(stream_.get_executor())](Response response) {
-                      OutFrame frame = MakeFrame(op, id, std::move(response));
-                      asio::dispatch(self->stream_.get_executor(),
-                                     [self, id, held_bytes, frame = std::move(frame)]() mutable {
-                                       self->Finish(id, held_bytes, std::move(frame));
-                                     });
-                    });
+  // The guard keeps the io threads, and with them what the connection is made of, until the answer
+  // has come. It is dropped after the connection, and both on an io thread: the worker that calls
+  // has nothing left of either.
+  context_.dispatch(
+      std::move(request),
+      [work = asio::make_work_guard(stream_.get_executor()), self = shared_from_this(),
+       op = header.op, id = header.request_id, held_bytes](Response response) mutable {
+        OutFrame frame = MakeFrame(op, id, std::move(response));
+        const auto executor = self->stream_.get_executor();
+        asio::dispatch(executor, [work = std::move(work), self = std::move(self), id, held_bytes,
+                                  frame = std::move(frame)]() mutable {
+          self->Finish(id, held_bytes, std::move(frame));
+        });
+      });
 }
 
 // ---- the connection's life
-// -----------------------------------------------------------------------------------------
 
 std::optional<Connection::Ending> Connection::CheckHello(const FrameHeader& header,
                                                          const std::string& metadata) {

@@ -1,10 +1,4 @@
-// What the daemon counts since its start; Stats reports it by name (docs/operations.md).
-//
-//   requests_<op>      requests taken, by operation            errors_<code>   requests refused or
-//   failed, by status code bytes_in           payload bytes of requests               bytes_out
-//   payload bytes of answers tokens_appended    tokens of appends that succeeded       searches one
-//   query token of one KV head each keys_scanned, keys_fine, keys_exact, bytes_touched         sums
-//   over the reports of all searches
+// What the daemon counts since its start. Stats reports it by name; docs/operations.md says what each name means.
 #ifndef KVSEEK_SERVICE_REQUEST_COUNTERS_H_
 #define KVSEEK_SERVICE_REQUEST_COUNTERS_H_
 

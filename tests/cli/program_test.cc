@@ -129,8 +129,8 @@ TEST(ProgramTest, EvalPrintsItsSchema) {
 }
 
 TEST(ProgramTest, EvalWithoutAuditHasNoInterval) {
-  const Ran ran =
-      RunKvseek("eval" + Head20() + Queries() + " --index ladder --steps 2 --format json");
+  const Ran ran = RunKvseek("eval" + Head20() + Queries() +
+                            " --index ladder --steps 2 --audit 0 --format json");
   ASSERT_EQ(ran.exit_code, 0) << ran.err;
   const json missed = json::parse(ran.out).at("results").at(0).at("missed_mass");
   EXPECT_TRUE(missed.at("interval_cover").is_null());
