@@ -1,14 +1,14 @@
 // The client of a kvseek daemon: what an inference engine calls.
 //
 //   auto client = kvseek::KvClient::Connect({.address = "unix:/run/kvseek.sock"});
-//   if (!client.ok()) ...                                  // unreachable is a value, within the
-//   deadline kvseek::ModelShape shape{.layers = 28, .kv_heads = 2, .query_heads = 12, .key_dim =
-//   128, .value_dim = 128}; auto session = (*client)->Open(shape, {});
+//   if (!client.ok()) ...              // unreachable is a value, within the deadline
+//   kvseek::ModelShape shape{.layers = 28, .kv_heads = 2, .query_heads = 12};
+//   auto session = (*client)->Open(shape, {});
 //   (*client)->Append(*session, layer, /*start=*/0, tokens, keys, values);
-//   auto answer = (*client)->Attend({.items = {{.session = *session, .layer = layer, .queries =
-//   q}}});
-//   // answer->items[0].out (tokens, query_heads, value_dim), .lse: merge with the decoder's own
-//   part (attention_state.h)
+//   auto answer = (*client)->Attend({.items = {{.session = *session, .layer = layer,
+//                                               .queries = kvseek::AsBytes(queries)}}});
+//   // answer->items[0].out (tokens, query_heads, value_dim) and .lse are to be merged with the
+//   // decoder's own part: MergeFinished in kernels/attention_state.h.
 //
 // Every call has a deadline (CallOptions, or the client's default) and returns by then: with an
 // answer, or with an error. Nothing throws. Codes: invalid_argument, not_found, resource_exhausted
@@ -29,6 +29,7 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <optional>
@@ -245,10 +246,12 @@ class KvClient {
   std::unique_ptr<Impl> impl_;
 };
 
-/// The bytes of a tensor, for QueryItem::queries.
-template <typename T>
-absl::Span<const uint8_t> AsBytes(absl::Span<const T> tensor) {
-  return {reinterpret_cast<const uint8_t*>(tensor.data()), tensor.size() * sizeof(T)};
+/// The bytes of a tensor (a span, vector or array of elements), for QueryItem::queries. Copies
+/// nothing.
+template <typename Tensor>
+absl::Span<const uint8_t> AsBytes(const Tensor& tensor) {
+  return {reinterpret_cast<const uint8_t*>(std::data(tensor)),
+          std::size(tensor) * sizeof(*std::data(tensor))};
 }
 
 /// When the daemon said to come again, with resource_exhausted; 0 if it did not.

@@ -5,8 +5,9 @@
 // cut into pieces that any threads may run in any order, and finished once:
 //
 //   std::unique_ptr<SearchPlan> plan = index.Plan(view, query, options, scratch);
-//   for (int i = 0; i < plan->pieces(); ++i) plan->Run(i, scratch);   // in parallel, each with its
-//   worker's scratch SearchResult result = plan->Finish(scratch);
+//   for (int i = 0; i < plan->pieces(); ++i) plan->Run(i, scratch);  // in parallel, each with
+//                                                                    // its worker's scratch
+//   SearchResult result = plan->Finish(scratch);
 //
 // The cut depends on the range and the options only, and results of pieces are merged in their
 // order: the same search gives the same bits at the same SIMD level, however many threads run it.

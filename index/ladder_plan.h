@@ -7,15 +7,12 @@
 // heads:
 //
 //   prepare  rotate the queries and make their tables; attend to the exact part; estimate a fixed
-//   sample of blocks; from it
-//            each head's lse and the one threshold on score - lse that about `candidates` keys of
-//            the group exceed in any head
-//   pieces   scan all codes; keys over the threshold are candidates, read at 4 bits; all others add
-//   exp(estimate - variance/2)
-//            of weight to their block's mean value
-//   finish   merge in order; replace the best candidates' 4-bit parts by exact ones (Attend) or
-//   take the returned keys' parts
-//            out (TopK); report
+//            sample of blocks; from it each head's lse, and thresholds that about `candidates` keys
+//            of the group exceed (docs/adr/0004)
+//   pieces   scan all codes; keys over a threshold are candidates, read at 4 bits; all others add
+//            exp(estimate - variance / 2) of weight to their block's mean value
+//   finish   merge in order; replace the best candidates' 4-bit parts by exact ones (Attend), or
+//            take the returned keys' parts out (TopK); report
 #ifndef KVSEEK_INDEX_LADDER_PLAN_H_
 #define KVSEEK_INDEX_LADDER_PLAN_H_
 
