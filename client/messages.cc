@@ -565,7 +565,9 @@ absl::StatusOr<DaemonStats> DecodeStats(const Answer& answer) {
   stats.queue_limit = message->queue_limit();
   stats.workers = message->workers();
   stats.simd_level = message->simd_level();
-  stats.counters.insert(message->counters().begin(), message->counters().end());
+  for (const proto::Counter& counter : message->counters()) {
+    stats.counters[counter.name()] = counter.value();
+  }
   for (const proto::SessionInfo& from : message->sessions()) {
     SessionStats& to = stats.sessions.emplace_back();
     ModelShape shape;

@@ -298,8 +298,13 @@ absl::StatusOr<Response> RequestHandler::Impl::Stats(const proto::StatsRequest& 
   response.set_queue_limit(pool_.requests_max());
   response.set_workers(static_cast<uint32_t>(pool_.workers()));
   response.set_simd_level(kernels::SimdLevel());
-  for (const auto& [name, value] : counters_.Values()) (*response.mutable_counters())[name] = value;
-  (*response.mutable_counters())["sessions_expired"] = store_.expired();
+  const auto add_counter = [&response](const std::string& name, uint64_t value) {
+    proto::Counter* counter = response.add_counters();
+    counter->set_name(name);
+    counter->set_value(value);
+  };
+  for (const auto& [name, value] : counters_.Values()) add_counter(name, value);
+  add_counter("sessions_expired", store_.expired());
   if (!message.with_sessions()) return MakeResponse(response);
 
   constexpr size_t kTagAndLength = 8;

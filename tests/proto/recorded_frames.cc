@@ -304,8 +304,11 @@ void RecordObservation(Recorder& recorder) {
   found.set_queue_depth(3);
   found.set_queue_limit(1024);
   found.set_workers(16);
-  (*found.mutable_counters())["requests"] = 1000;
-  (*found.mutable_counters())["errors"] = 4;
+  for (const auto& [name, value] : {std::pair("errors", 4), std::pair("requests", 1000)}) {
+    proto::Counter* counter = found.add_counters();
+    counter->set_name(name);
+    counter->set_value(static_cast<uint64_t>(value));
+  }
   SessionInfo* session = found.add_sessions();
   SetSession(7, session->mutable_session());
   session->set_name("caf\xc3\xa9");

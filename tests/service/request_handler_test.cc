@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <latch>
+#include <map>
 #include <set>
 
 #include "tests/service/service_fixture.h"
@@ -486,7 +487,8 @@ TEST_F(RequestHandlerTest, StatsCount) {
   request.set_with_sessions(true);
   const auto answer = service.Call(request);
   ASSERT_TRUE(answer.ok());
-  const auto& counters = answer.message.counters();
+  std::map<std::string, uint64_t> counters;
+  for (const auto& counter : answer.message.counters()) counters[counter.name()] = counter.value();
   EXPECT_EQ(counters.at("requests_open_session"), 1U);
   EXPECT_EQ(counters.at("requests_append"), 2U);
   EXPECT_EQ(counters.at("requests_attend"), 2U);
