@@ -108,9 +108,11 @@ class Daemon::Impl {
   MemoryBudget budget_;
   SessionStore store_;
   ComputePool pool_;
-  RequestHandler handler_;
+  // Before the handler: that one's end waits for the last calls, which hold connections of the
+  // server.
   std::unique_ptr<Server> server_;
   std::atomic<const Server*> server_view_{nullptr};
+  RequestHandler handler_;
 
   std::mutex mutex_;
   std::condition_variable stop_reaping_;
