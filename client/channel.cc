@@ -144,6 +144,8 @@ class Channel::Impl {
     pending.done(std::move(answer));
   }
 
+  // By value: it may drop the last other reference.
+  // NOLINTNEXTLINE(performance-unnecessary-value-param)
   void Break(std::shared_ptr<Link> link, const absl::Status& status) {
     if (link->broken) return;
     link->broken = true;
@@ -203,6 +205,8 @@ class Channel::Impl {
 
   // ---- writing
 
+  // By value: it may drop the last other reference.
+  // NOLINTNEXTLINE(performance-unnecessary-value-param)
   void Pump(std::shared_ptr<Link> link) {
     while (!link->queue.empty() && !link->waiting && !link->broken) {
       OutFrame& frame = link->queue.front();

@@ -188,8 +188,7 @@ absl::Status FillSearch(const Request& request, Proto& message, Message& out) {
   std::vector<absl::Span<const uint8_t>> parts;
   for (size_t i = 0; i < request.items.size(); ++i) {
     const QueryItem& item = request.items[i];
-    const absl::Status status =
-        CheckItem(item, request.query_dtype, absl::StrCat("items[", i, "]."));
+    absl::Status status = CheckItem(item, request.query_dtype, absl::StrCat("items[", i, "]."));
     if (!status.ok()) return status;
     proto::QueryItem& to = *message.add_items();
     SetSession(item.session, to.mutable_session());

@@ -1,5 +1,6 @@
 // The daemon's program: command line, logging, signals. Exit codes: 0 stopped by a signal, 1
 // failure, 2 bad usage.
+#include <google/protobuf/stubs/logging.h>
 #include <pthread.h>
 #include <spdlog/sinks/stdout_sinks.h>
 #include <spdlog/spdlog.h>
@@ -115,6 +116,8 @@ int main(int argc, char** argv) {
   }
   spdlog::set_default_logger(spdlog::stderr_logger_mt("kvseekd"));
   spdlog::set_level(spdlog::level::from_str(arguments.log_level));
+  // It writes a line for every string that is not UTF-8: a client could fill the log.
+  google::protobuf::SetLogHandler(nullptr);
   if (!arguments.token_file.empty() && !ReadToken(arguments.token_file, arguments.options.token)) {
     spdlog::error("no token in {}", arguments.token_file);
     return kBadUsage;

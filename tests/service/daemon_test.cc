@@ -122,11 +122,14 @@ TEST_F(DaemonTest, StopWhileManyAreBusy) {
   const auto session = Connect()->Open(kShape, {});
   ASSERT_TRUE(session.ok()) << session.status();
   std::atomic<int> calls{0};
-  std::vector<std::thread> threads;
+  std::vector<std::unique_ptr<KvClient>> clients;
   for (int i = 0; i < 4; ++i) {
+    clients.push_back(Connect());
+    ASSERT_NE(clients.back(), nullptr);
+  }
+  std::vector<std::thread> threads;
+  for (const auto& client : clients) {
     threads.emplace_back([&] {
-      const auto client = Connect();
-      ASSERT_NE(client, nullptr);
       for (;;) {
         const auto held = Append(*client, *session, 0, 2000);
         ++calls;

@@ -12,7 +12,7 @@ cleanup() {
 }
 trap cleanup EXIT
 "$cmake" --install "$build" --prefix "$work/prefix" >/dev/null
-"$cmake" -S "$source/tests/client/consumer" -B "$work/build" -DCMAKE_PREFIX_PATH="$work/prefix" \
+"$cmake" -S "$source/tests/client/consumer" -B "$work/build" -G Ninja -DCMAKE_PREFIX_PATH="$work/prefix" \
   -DCMAKE_CXX_COMPILER="$compiler" -DCMAKE_BUILD_TYPE=Release >/dev/null
 "$cmake" --build "$work/build" >"$work/log" 2>&1 || { cat "$work/log"; exit 1; }
 "$work/prefix/bin/kvseekd" --listen "unix:$work/socket" --workers 1 --log-level warn &
