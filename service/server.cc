@@ -137,19 +137,16 @@ class Server::Impl {
   }
 
   void Admit(Stream stream) {
-    std::shared_ptr<Connection> connection;
-    {
-      const std::lock_guard lock(mutex_);
-      if (stopped_) return;
-      if (connections_.size() < context_.options.connections_max) {
-        connection = std::make_shared<Connection>(std::move(stream), context_);
-        connections_.emplace(connection.get(), connection);
-      }
-    }
-    if (connection != nullptr) {
+    std::unique_lock lock(mutex_);
+    if (stopped_) return;
+    if (connections_.size() < context_.options.connections_max) {
+      const auto connection = std::make_shared<Connection>(std::move(stream), context_);
+      connections_.emplace(connection.get(), connection);
+      lock.unlock();
       connection->Start();
       return;
     }
+    lock.unlock();
     spdlog::warn("connection refused: {} are open", context_.options.connections_max);
     if (refusals_.fetch_add(1) >= kRefusalsMax) {
       refusals_.fetch_sub(1);
