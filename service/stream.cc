@@ -92,7 +92,7 @@ absl::StatusOr<std::unique_ptr<Listener>> Listener::Open(const asio::any_io_exec
 }
 
 absl::Status Listener::OpenUnix(const std::string& path) {
-  const absl::Status free = RemoveStale(path, acceptor_.get_executor());
+  absl::Status free = RemoveStale(path, acceptor_.get_executor());
   if (!free.ok()) return free;
   const std::string what = absl::StrCat("listening on unix:", path);
   const asio::local::stream_protocol::endpoint endpoint(path);

@@ -20,7 +20,6 @@ using proto::Op;
 using std::chrono::milliseconds;
 using test::FakeServer;
 using test::MakeFrame;
-using test::RawFrame;
 using test::RawSocket;
 using Clock = std::chrono::steady_clock;
 
@@ -61,7 +60,7 @@ class KvClientTest : public testing::Test {
     const auto client = Connect();
     if (client == nullptr) return absl::UnknownError("no client");
     const auto before = Clock::now();
-    const absl::Status status = client->Health();
+    absl::Status status = client->Health();
     EXPECT_LT(Clock::now() - before, milliseconds(2000));
     unlink(path().c_str());
     return status;
@@ -341,7 +340,7 @@ TEST_F(KvClientTest, TheNextCallConnectsAgain) {
   const auto client = Connect();
   int served = 0;
   for (int i = 0; i < 20; ++i) {
-    const absl::Status status = client->Health();
+    absl::Status status = client->Health();
     if (status.ok()) ++served;
     // A call that is sent just as the daemon hangs up is lost, and says so.
     EXPECT_TRUE(status.ok() || status.code() == absl::StatusCode::kUnavailable) << status;
@@ -364,7 +363,7 @@ TEST_F(KvClientTest, ABreakFailsAllThatIsUnderWay) {
   std::atomic<int> left{kCalls};
   for (int i = 0; i < kCalls; ++i) {
     client->AppendAsync(session, 0, 0, 1, rows, rows, {.deadline = std::chrono::seconds(20)},
-                        [&](absl::StatusOr<uint64_t> held) {
+                        [&](const absl::StatusOr<uint64_t>& held) {
                           if (held.status().code() == absl::StatusCode::kUnavailable) ++unavailable;
                           if (--left == 0) all.set_value();
                         });
@@ -386,7 +385,7 @@ TEST_F(KvClientTest, TheEndOfTheClientCancels) {
   {
     const auto client = Connect();
     client->AppendAsync(session, 0, 0, 1, rows, rows, {.deadline = std::chrono::seconds(20)},
-                        [&](absl::StatusOr<uint64_t> held) { ended = held.status(); });
+                        [&](const absl::StatusOr<uint64_t>& held) { ended = held.status(); });
     ASSERT_TRUE(asked.get_future().wait_for(std::chrono::seconds(10)) == std::future_status::ready);
   }
   EXPECT_EQ(ended.code(), absl::StatusCode::kCancelled);
@@ -407,7 +406,7 @@ TEST_F(KvClientTest, CallsAtOnceAreBounded) {
     const auto client = Connect(few);
     for (int i = 0; i < 5; ++i) {
       client->AppendAsync(session, 0, 0, 1, rows, rows, {.deadline = std::chrono::seconds(20)},
-                          [&](absl::StatusOr<uint64_t> held) {
+                          [&](const absl::StatusOr<uint64_t>& held) {
                             if (held.status().code() == absl::StatusCode::kResourceExhausted) {
                               ++exhausted;
                             }

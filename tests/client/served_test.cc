@@ -340,6 +340,7 @@ TEST_P(ServedTest, ManyClientsAtOnceGetTheSameBits) {
   const auto expected = client_->Attend(request);
   ASSERT_TRUE(expected.ok()) << expected.status();
   std::vector<std::thread> threads;
+  threads.reserve(6);
   for (int i = 0; i < 6; ++i) {
     threads.emplace_back([&] {
       const auto client = KvClient::Connect(

@@ -268,6 +268,7 @@ TEST(LadderIndexTest, EverySimdLevelAgrees) {
 
 TEST(LadderAuditTest, IntervalShrinksWithSamplesAndHoldsTheMean) {
   std::vector<float> ratios;
+  ratios.reserve(64);
   for (int i = 0; i < 64; ++i) ratios.push_back(i % 2 == 0 ? 0.5F : 2.0F);
   const RestRatio few = EstimateRatio(absl::MakeConstSpan(ratios).subspan(0, 16), 0.5);
   const RestRatio many = EstimateRatio(ratios, 0.5);
