@@ -17,7 +17,7 @@ using kernels::kScanBlock;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // The sample that sets the threshold: one block in kSampleStride, but at least kSampleBlocksMin.
-constexpr int64_t kSampleStride = 16;
+constexpr int64_t kSampleStride = 32;
 constexpr int64_t kSampleBlocksMin = 64;
 // One part in so many of the candidates is each head's own. Without it, heads with much noise or
 // little mass left in the range find few of their best keys; a larger share changes little.
