@@ -105,7 +105,8 @@ __attribute__((target("f16c"))) uint16_t HardwareFp16(float value) {
 }
 
 TEST(Dtype, AgreesWithTheHardware) {
-  if (!__builtin_cpu_supports("f16c")) GTEST_SKIP() << "needs F16C";
+  // clang 14 has no name for F16C; every processor with AVX2 has it.
+  if (!__builtin_cpu_supports("avx2")) GTEST_SKIP() << "needs F16C";
   std::mt19937 generator(1);
   for (int i = 0; i < 2'000'000; ++i) {
     // Random bits, and random magnitudes in the range of fp16.

@@ -117,20 +117,22 @@ std::vector<uint8_t> Repaired(Bytes bytes) {
   return frame;
 }
 
-}  // namespace
-}  // namespace kvseek::proto
-
-extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  using namespace kvseek::proto;
+void CheckInput(const Bytes& bytes) {
   [[maybe_unused]] static const auto log =
       google::protobuf::SetLogHandler(nullptr);  // it logs each bad string
-  const Bytes bytes(data, size);
   CheckFrame(bytes);
-  if (size < kHeaderBytes) return 0;
+  if (bytes.size() < kHeaderBytes) return;
   const Bytes rest = bytes.subspan(kHeaderBytes);
   CheckErrorConversion(Text(rest));
   CheckErrorOfAnyText(rest);
   const std::vector<uint8_t> repaired = Repaired(bytes);
   CheckFrame(repaired);
+}
+
+}  // namespace
+}  // namespace kvseek::proto
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  kvseek::proto::CheckInput({data, size});
   return 0;
 }
