@@ -1,4 +1,5 @@
-// What the daemon counts since its start. Stats reports it by name; docs/operations.md says what each name means.
+// What the daemon counts since its start. Stats reports it by name; docs/operations.md says what
+// each name means.
 #ifndef KVSEEK_SERVICE_REQUEST_COUNTERS_H_
 #define KVSEEK_SERVICE_REQUEST_COUNTERS_H_
 
