@@ -11,8 +11,8 @@ namespace kvseek::kernels {
 /// count. Values are not NaN; -infinity is allowed. `work` has room for `count` more.
 ///
 /// Bisection on the values' bit patterns: some twenty counting passes, vectorised, whatever the
-/// order. A radix select and nth_element took several times as long at 4K-16K values. The same bits
-/// at every SIMD level. Pure; thread-safe.
+/// order. A radix select took several times as long at 4K-16K values. The same bits at every SIMD
+/// level. Pure; thread-safe.
 float RankThreshold(const float* values, int64_t count, int64_t rank, int32_t* work) noexcept;
 
 }  // namespace kvseek::kernels
