@@ -5,7 +5,8 @@
 #include <utility>
 
 #include "client/channel.h"
-#include "client/messages.h"
+#include "client/decode_answers.h"
+#include "client/encode_requests.h"
 #include "proto/status_code.h"
 
 namespace kvseek {

@@ -1,6 +1,6 @@
 // Answers taken apart: whatever the bytes say, there is a result of the promised shape or
 // data_loss.
-#include "client/messages.h"
+#include "client/decode_answers.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -85,7 +85,7 @@ struct TopK {
   }
 };
 
-TEST(MessagesTest, TopKIsTakenApart) {
+TEST(DecodeAnswersTest, TopKIsTakenApart) {
   const auto response = TopK().Decode();
   ASSERT_TRUE(response.ok()) << response.status();
   ASSERT_EQ(response->items.size(), 2U);
@@ -106,7 +106,7 @@ TEST(MessagesTest, TopKIsTakenApart) {
   EXPECT_THAT(second.reports[3].missed_mass, testing::ElementsAre(0.25F, 0.5F));
 }
 
-TEST(MessagesTest, PayloadsOfAnyOtherLengthAreDataLoss) {
+TEST(DecodeAnswersTest, PayloadsOfAnyOtherLengthAreDataLoss) {
   TopK top;
   const std::string whole = top.payload;
   for (size_t bytes = 0; bytes < whole.size() + 70; ++bytes) {
@@ -117,7 +117,7 @@ TEST(MessagesTest, PayloadsOfAnyOtherLengthAreDataLoss) {
   }
 }
 
-TEST(MessagesTest, CountsThatDoNotFitAreDataLoss) {
+TEST(DecodeAnswersTest, CountsThatDoNotFitAreDataLoss) {
   const auto code = [](const std::function<void(TopK&)>& change) {
     TopK top;
     change(top);
@@ -140,7 +140,7 @@ TEST(MessagesTest, CountsThatDoNotFitAreDataLoss) {
   EXPECT_EQ(code([](TopK& top) { top.payload[7] = '\x80'; }), kDataLoss);  // negative
 }
 
-TEST(MessagesTest, ShapesBeyondAllBoundsAreDataLoss) {
+TEST(DecodeAnswersTest, ShapesBeyondAllBoundsAreDataLoss) {
   TopK top;
   top.shape.k = 0xffffffffU;
   for (SearchShape::Item& item : top.shape.items) item.shape.key_dim = 0xffffffffU;
@@ -152,7 +152,7 @@ TEST(MessagesTest, ShapesBeyondAllBoundsAreDataLoss) {
             absl::StatusCode::kDataLoss);
 }
 
-TEST(MessagesTest, AttendWithAndWithoutTheListOfKeysRead) {
+TEST(DecodeAnswersTest, AttendWithAndWithoutTheListOfKeysRead) {
   SearchShape shape{.items = {{1, kShape}}};
   proto::AttendResponse message;
   for (int i = 0; i < 2; ++i) message.add_reports();
@@ -173,7 +173,7 @@ TEST(MessagesTest, AttendWithAndWithoutTheListOfKeysRead) {
   EXPECT_THAT(listed->items[0].selections[1].positions, testing::ElementsAre(1, 2, 3));
 }
 
-TEST(MessagesTest, BytesAtRandomNeverDoHarm) {
+TEST(DecodeAnswersTest, BytesAtRandomNeverDoHarm) {
   std::mt19937_64 random(11);
   const TopK whole;
   const std::string metadata = whole.message.SerializeAsString();
@@ -199,58 +199,6 @@ TEST(MessagesTest, BytesAtRandomNeverDoHarm) {
     DecodeAppend(answer).status().IgnoreError();
     DecodeHealth(answer).IgnoreError();
   }
-}
-
-TEST(MessagesTest, OnePartIsSentFromWhereItIs) {
-  const std::vector<float> queries(4 * 8);
-  const auto bytes = AsBytes(absl::MakeConstSpan(queries));
-  const AttendRequest one{.items = {{.session = {.shape = kShape}, .queries = bytes}}};
-  const auto message = EncodeAttend(one);
-  ASSERT_TRUE(message.ok()) << message.status();
-  EXPECT_EQ(message->payload.data(), bytes.data());
-  EXPECT_EQ(message->owned, nullptr);
-}
-
-TEST(MessagesTest, PartsStartAtBoundaries) {
-  const std::vector<uint16_t> keys = Counting<uint16_t>(3 * 2 * 8, 1);
-  const std::vector<uint16_t> values = Counting<uint16_t>(3 * 2 * 16, 100);
-  const auto message = EncodeAppend({.shape = kShape}, 0, 0, 3, keys, values);
-  ASSERT_TRUE(message.ok()) << message.status();
-  ASSERT_EQ(message->payload.size(), 128U + 192U);
-  EXPECT_EQ(std::memcmp(message->payload.data(), keys.data(), 96), 0);
-  for (size_t i = 96; i < 128; ++i) EXPECT_EQ(message->payload[i], 0);
-  EXPECT_EQ(std::memcmp(message->payload.data() + 128, values.data(), 192), 0);
-}
-
-TEST(MessagesTest, FieldsTravel) {
-  TopKRequest request;
-  const std::vector<float> queries(2 * 4 * 8);
-  request.items.push_back({.session = {.boot_id = 3, .session_id = 4, .shape = kShape},
-                           .tokens = 2,
-                           .queries = AsBytes(absl::MakeConstSpan(queries)),
-                           .range_begin = 5,
-                           .range_end = {6, 7}});
-  request.options = {.index = IndexKind::kLadder, .candidates = 0, .audit_samples = 8, .seed = 9};
-  request.k = 10;
-  const auto message = EncodeTopK(request);
-  ASSERT_TRUE(message.ok()) << message.status();
-  proto::TopKRequest sent;
-  ASSERT_TRUE(sent.ParseFromString(message->metadata));
-  EXPECT_EQ(sent.items(0).session().boot_id(), 3U);
-  EXPECT_EQ(sent.items(0).session().session_id(), 4U);
-  EXPECT_EQ(sent.items(0).tokens(), 2U);
-  EXPECT_EQ(sent.items(0).range_begin(), 5U);
-  EXPECT_THAT(sent.items(0).range_end(), testing::ElementsAre(6, 7));
-  EXPECT_EQ(sent.query_dtype(), proto::DTYPE_FP32);
-  EXPECT_EQ(sent.options().index(), proto::INDEX_LADDER);
-  EXPECT_TRUE(sent.options().has_candidates());
-  EXPECT_EQ(sent.options().candidates(), 0U);
-  EXPECT_FALSE(sent.options().has_exact_rows());
-  EXPECT_EQ(sent.options().audit_samples(), 8U);
-  EXPECT_EQ(sent.options().seed(), 9U);
-  EXPECT_EQ(sent.k(), 10U);
-  EXPECT_TRUE(sent.with_rows());
-  EXPECT_TRUE(sent.with_state());
 }
 
 }  // namespace

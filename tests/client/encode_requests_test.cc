@@ -1,0 +1,78 @@
+// Requests laid out: fields travel, parts start where the protocol wants them.
+#include "client/encode_requests.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <numeric>
+
+#include "proto/kvseek.pb.h"
+
+namespace kvseek::client {
+namespace {
+
+constexpr ModelShape kShape{
+    .layers = 1, .kv_heads = 2, .query_heads = 4, .key_dim = 8, .value_dim = 16};
+
+template <typename T>
+std::vector<T> Counting(size_t count, T first = 0) {
+  std::vector<T> values(count);
+  std::iota(values.begin(), values.end(), first);
+  return values;
+}
+
+TEST(EncodeRequestsTest, OnePartIsSentFromWhereItIs) {
+  const std::vector<float> queries(4 * 8);
+  const auto bytes = AsBytes(absl::MakeConstSpan(queries));
+  const AttendRequest one{.items = {{.session = {.shape = kShape}, .queries = bytes}}};
+  const auto message = EncodeAttend(one);
+  ASSERT_TRUE(message.ok()) << message.status();
+  EXPECT_EQ(message->payload.data(), bytes.data());
+  EXPECT_EQ(message->owned, nullptr);
+}
+
+TEST(EncodeRequestsTest, PartsStartAtBoundaries) {
+  const std::vector<uint16_t> keys = Counting<uint16_t>(3 * 2 * 8, 1);
+  const std::vector<uint16_t> values = Counting<uint16_t>(3 * 2 * 16, 100);
+  const auto message = EncodeAppend({.shape = kShape}, 0, 0, 3, keys, values);
+  ASSERT_TRUE(message.ok()) << message.status();
+  ASSERT_EQ(message->payload.size(), 128U + 192U);
+  EXPECT_EQ(std::memcmp(message->payload.data(), keys.data(), 96), 0);
+  for (size_t i = 96; i < 128; ++i) EXPECT_EQ(message->payload[i], 0);
+  EXPECT_EQ(std::memcmp(message->payload.data() + 128, values.data(), 192), 0);
+}
+
+TEST(EncodeRequestsTest, FieldsTravel) {
+  TopKRequest request;
+  const std::vector<float> queries(2 * 4 * 8);
+  request.items.push_back({.session = {.boot_id = 3, .session_id = 4, .shape = kShape},
+                           .tokens = 2,
+                           .queries = AsBytes(absl::MakeConstSpan(queries)),
+                           .range_begin = 5,
+                           .range_end = {6, 7}});
+  request.options = {.index = IndexKind::kLadder, .candidates = 0, .audit_samples = 8, .seed = 9};
+  request.k = 10;
+  const auto message = EncodeTopK(request);
+  ASSERT_TRUE(message.ok()) << message.status();
+  proto::TopKRequest sent;
+  ASSERT_TRUE(sent.ParseFromString(message->metadata));
+  EXPECT_EQ(sent.items(0).session().boot_id(), 3U);
+  EXPECT_EQ(sent.items(0).session().session_id(), 4U);
+  EXPECT_EQ(sent.items(0).tokens(), 2U);
+  EXPECT_EQ(sent.items(0).range_begin(), 5U);
+  EXPECT_THAT(sent.items(0).range_end(), testing::ElementsAre(6, 7));
+  EXPECT_EQ(sent.query_dtype(), proto::DTYPE_FP32);
+  EXPECT_EQ(sent.options().index(), proto::INDEX_LADDER);
+  EXPECT_TRUE(sent.options().has_candidates());
+  EXPECT_EQ(sent.options().candidates(), 0U);
+  EXPECT_FALSE(sent.options().has_exact_rows());
+  EXPECT_EQ(sent.options().audit_samples(), 8U);
+  EXPECT_EQ(sent.options().seed(), 9U);
+  EXPECT_EQ(sent.k(), 10U);
+  EXPECT_TRUE(sent.with_rows());
+  EXPECT_TRUE(sent.with_state());
+}
+
+}  // namespace
+}  // namespace kvseek::client
