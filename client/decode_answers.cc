@@ -73,7 +73,9 @@ template <typename Request>
 std::vector<SearchShape::Item> ItemsOf(const Request& request) {
   std::vector<SearchShape::Item> items;
   items.reserve(request.items.size());
-  for (const QueryItem& item : request.items) items.push_back({item.tokens, item.session.shape});
+  for (const QueryItem& item : request.items) {
+    items.push_back({item.tokens, item.KvHeads(), item.session.shape});
+  }
   return items;
 }
 
@@ -100,7 +102,7 @@ absl::StatusOr<Report> MakeReport(const proto::Report& from, uint32_t group) {
 template <typename Proto>
 absl::Status MakeItems(const SearchShape& shape, const Proto& message, SearchResponse& out) {
   uint64_t results = 0;
-  for (const auto& item : shape.items) results += uint64_t{item.tokens} * item.shape.kv_heads;
+  for (const auto& item : shape.items) results += uint64_t{item.tokens} * item.kv_heads;
   if (static_cast<uint64_t>(message.reports_size()) != results) return Malformed("reports");
   if (static_cast<uint64_t>(message.position_counts_size()) !=
       (shape.with_positions ? results : 0)) {
@@ -109,7 +111,7 @@ absl::Status MakeItems(const SearchShape& shape, const Proto& message, SearchRes
   int next = 0;
   for (const auto& item : shape.items) {
     ItemResult& result = out.items.emplace_back();
-    const uint64_t count = uint64_t{item.tokens} * item.shape.kv_heads;
+    const uint64_t count = uint64_t{item.tokens} * item.kv_heads;
     result.reports.reserve(count);
     for (uint64_t i = 0; i < count; ++i, ++next) {
       auto report = MakeReport(message.reports(next), item.shape.Group());
@@ -127,7 +129,7 @@ absl::Status MakeItems(const SearchShape& shape, const Proto& message, SearchRes
 bool TakeState(const SearchShape& shape, PayloadReader& payload, SearchResponse& out) {
   for (size_t i = 0; i < shape.items.size(); ++i) {
     const SearchShape::Item& item = shape.items[i];
-    const uint64_t heads = Product({item.tokens, item.shape.query_heads});
+    const uint64_t heads = Product({item.tokens, item.kv_heads, item.shape.Group()});
     if (!payload.Take(Product({heads, item.shape.value_dim}), out.items[i].out)) return false;
     if (!payload.Take(heads, out.items[i].lse)) return false;
   }

@@ -18,6 +18,7 @@ namespace kvseek::client {
 struct SearchShape {
   struct Item {
     uint32_t tokens = 0;
+    uint32_t kv_heads = 0;  ///< asked for
     ModelShape shape;
   };
   std::vector<Item> items;

@@ -77,8 +77,17 @@ absl::Status CheckItem(const QueryItem& item, DType query_dtype, absl::string_vi
   status = CheckLayer(item.session, item.layer, prefix);
   if (!status.ok()) return status;
   if (item.tokens == 0) return Invalid(absl::StrCat(prefix, "tokens"), "must not be 0");
-  const uint64_t bytes = Product({item.tokens, item.session.shape.query_heads,
-                                  item.session.shape.key_dim, kernels::DTypeBytes(query_dtype)});
+  for (size_t i = 0; i < item.kv_heads.size(); ++i) {
+    if (item.kv_heads[i] < item.session.shape.kv_heads &&
+        (i == 0 || item.kv_heads[i] > item.kv_heads[i - 1])) {
+      continue;
+    }
+    return Invalid(absl::StrCat(prefix, "kv_heads[", i, "]"),
+                   absl::StrCat("must be more than the one before and one of the ",
+                                item.session.shape.kv_heads, " KV heads, not ", item.kv_heads[i]));
+  }
+  const uint64_t bytes = Product({item.tokens, item.QueryHeads(), item.session.shape.key_dim,
+                                  kernels::DTypeBytes(query_dtype)});
   if (item.queries.size() != bytes) {
     return Invalid(absl::StrCat(prefix, "queries"),
                    absl::StrCat(item.queries.size(), " bytes, its shape has ", bytes));
@@ -109,7 +118,8 @@ absl::Status FillSearch(const Request& request, Proto& message, Message& out) {
     to.set_layer(item.layer);
     to.set_tokens(item.tokens);
     to.set_range_begin(item.range_begin);
-    for (const uint64_t end : item.range_end) to.add_range_end(end);
+    to.mutable_range_end()->Add(item.range_end.begin(), item.range_end.end());
+    to.mutable_kv_heads()->Add(item.kv_heads.begin(), item.kv_heads.end());
     parts.push_back(item.queries);
   }
   message.set_query_dtype(static_cast<proto::DType>(request.query_dtype));

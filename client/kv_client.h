@@ -98,15 +98,23 @@ struct SearchOptions {
   bool list_read = false;  ///< Attend: also return the positions read at 4 bits or better
 };
 
-/// One session's part of a request: `tokens` query tokens of one layer, all query heads.
+/// One session's part of a request: `tokens` query tokens of one layer, for all KV heads or for
+/// some. What belongs to heads, in queries and answers, is there for the heads asked for only, in
+/// their order: KvHeads() and QueryHeads() are their numbers.
 struct QueryItem {
   Session session{};
   uint32_t layer = 0;
   uint32_t tokens = 1;
   absl::Span<const uint8_t>
-      queries{};  ///< (tokens, query_heads, key_dim) in the request's query_dtype; see AsBytes
+      queries{};  ///< (tokens, QueryHeads(), key_dim) in the request's query_dtype; see AsBytes
   uint64_t range_begin = 0;
   std::vector<uint64_t> range_end{};  ///< one a token, or one for all; empty: all tokens held
+  std::vector<uint32_t> kv_heads{};   ///< ascending, without repeats; empty: all
+
+  uint32_t KvHeads() const {
+    return kv_heads.empty() ? session.shape.kv_heads : static_cast<uint32_t>(kv_heads.size());
+  }
+  uint32_t QueryHeads() const { return KvHeads() * session.shape.Group(); }
 };
 
 struct AttendRequest {
@@ -143,7 +151,7 @@ struct Selection {
   std::vector<uint16_t> values;    ///< (positions, value_dim)
 };
 
-/// Answer to one item.
+/// Answer to one item. kv_heads and query_heads are those asked for.
 struct ItemResult {
   std::vector<float> out;  ///< (tokens, query_heads, value_dim)
   std::vector<float> lse;  ///< (tokens, query_heads); -infinity: empty

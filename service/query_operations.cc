@@ -78,7 +78,7 @@ AnswerLayout LayOut(const CheckedSearch& search, absl::Span<const size_t> counts
   }
   for (size_t i = 0; i < search.items.size() && search.with_state; ++i) {
     const CheckedItem& item = search.items[i];
-    const size_t heads = item.tokens * item.settings().query_heads;
+    const size_t heads = item.tokens * item.QueryHeads();
     const auto value_dim = static_cast<size_t>(item.settings().kv.value_dim);
     layout.items[i].out = layout.payload.Add(heads * value_dim * sizeof(float));
     layout.items[i].lse = layout.payload.Add(heads * sizeof(float));
@@ -109,7 +109,7 @@ absl::Status TooLarge(absl::string_view field, absl::string_view what, size_t by
 struct Place {
   size_t item = 0;
   size_t token = 0;
-  size_t kv_head = 0;
+  size_t head = 0;              ///< index into the item's kv_heads
   size_t positions_before = 0;  ///< of all results
   size_t rows_before = 0;       ///< of the results of its item
 };
@@ -121,7 +121,7 @@ std::vector<Place> MakePlaces(const CheckedSearch& search, absl::Span<const size
   for (size_t i = 0; i < search.items.size(); ++i) {
     const size_t item_begin = positions;
     for (size_t t = 0; t < search.items[i].tokens; ++t) {
-      for (size_t h = 0; h < search.items[i].settings().kv_heads; ++h) {
+      for (size_t h = 0; h < search.items[i].kv_heads.size(); ++h) {
         places.push_back({i, t, h, positions, positions - item_begin});
         positions += counts[places.size() - 1];
       }
@@ -155,14 +155,14 @@ void PlaceResult(const CheckedSearch& search, const AnswerLayout& layout, const 
                 result.positions.data(), result.positions.size() * sizeof(int64_t));
   }
   if (search.with_rows) {
-    CopyRows(item.layer->heads[place.kv_head], result.positions,
+    CopyRows(item.layer->heads[item.kv_heads[place.head]], result.positions,
              payload + parts.keys + place.rows_before * settings.kv.KeyRowBytes(),
              payload + parts.values + place.rows_before * settings.kv.ValueRowBytes());
   }
   if (search.with_state) {
     const auto group = static_cast<size_t>(settings.Group());
     const auto value_dim = static_cast<size_t>(settings.kv.value_dim);
-    const size_t first_head = place.token * settings.query_heads + place.kv_head * group;
+    const size_t first_head = place.token * item.QueryHeads() + place.head * group;
     std::memcpy(payload + parts.out + first_head * value_dim * sizeof(float), result.out.data(),
                 group * value_dim * sizeof(float));
     std::memcpy(payload + parts.lse + first_head * sizeof(float), result.lse.data(),
@@ -221,11 +221,12 @@ std::vector<SearchTask> MakeTasks(const CheckedSearch& search) {
     const float* queries = item.queries;
     for (size_t t = 0; t < item.tokens; ++t) {
       const bool exact = ChooseIndex(search.index, item.ends[t] - item.begin) == proto::INDEX_EXACT;
-      for (size_t h = 0; h < settings.kv_heads; ++h, queries += group_elements) {
+      for (const uint32_t head : item.kv_heads) {
         tasks.push_back({exact ? &index::ExactIndex() : &index::LadderIndex(),
-                         item.layer->heads[h].View(),
+                         item.layer->heads[head].View(),
                          {queries, group, item.begin, item.ends[t]},
                          search.options});
+        queries += group_elements;
       }
     }
   }
@@ -245,7 +246,7 @@ absl::Status CheckAnswerFits(const CheckedSearch& search, const DaemonOptions& o
     for (const int64_t end : item.ends) {
       const int64_t range = end - item.begin;
       const int64_t count = search.topk() ? std::min<int64_t>(search.options.k, range) : 0;
-      counts.insert(counts.end(), item.settings().kv_heads, static_cast<size_t>(count));
+      counts.insert(counts.end(), item.kv_heads.size(), static_cast<size_t>(count));
     }
   }
   const size_t bytes = LayOut(search, counts).payload.bytes();

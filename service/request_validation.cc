@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -53,6 +54,63 @@ DType QueryDType(proto::DType dtype) {
     default:
       return DType{};
   }
+}
+
+/// Fills item.kv_heads.
+absl::Status CheckHeads(const proto::QueryItem& message, const std::string& field,
+                        CheckedItem& item) {
+  const uint32_t all = item.settings().kv_heads;
+  if (message.kv_heads().empty()) {
+    item.kv_heads.resize(all);
+    std::iota(item.kv_heads.begin(), item.kv_heads.end(), 0U);
+    return absl::OkStatus();
+  }
+  uint32_t lowest = 0;
+  for (const uint32_t head : message.kv_heads()) {
+    if (head < lowest || head >= all) {
+      return Invalid(absl::StrCat(field, ".kv_heads[", item.kv_heads.size(), "]"),
+                     absl::StrCat("must be more than the one before and one of the ", all,
+                                  " KV heads, not ", head));
+    }
+    item.kv_heads.push_back(head);
+    lowest = head + 1;
+  }
+  return absl::OkStatus();
+}
+
+/// Fills item.begin and item.ends.
+absl::Status CheckRange(const proto::QueryItem& message, const std::string& field,
+                        CheckedItem& item) {
+  const auto held = static_cast<uint64_t>(item.layer->tokens);
+  absl::Status status =
+      CheckBetween(absl::StrCat(field, ".range_begin"), message.range_begin(), 0, held);
+  if (!status.ok()) return status;
+  item.begin = static_cast<int64_t>(message.range_begin());
+  const int ends = message.range_end_size();
+  if (ends > 1 && static_cast<uint32_t>(ends) != message.tokens()) {
+    return Invalid(absl::StrCat(field, ".range_end"),
+                   absl::StrCat("must have one end for each of the ", message.tokens(),
+                                " tokens, one for all or none, not ", ends));
+  }
+  for (int i = 0; i < ends; ++i) {
+    status = CheckBetween(absl::StrCat(field, ".range_end[", i, "]"), message.range_end(i),
+                          message.range_begin(), held);
+    if (!status.ok()) return status;
+    item.ends.push_back(static_cast<int64_t>(message.range_end(i)));
+  }
+  if (ends <= 1) item.ends.resize(item.tokens, ends == 0 ? item.layer->tokens : item.ends[0]);
+  return absl::OkStatus();
+}
+
+/// Which element of an item's queries stands at `index`.
+std::string Describe(const CheckedItem& item, int64_t index) {
+  const auto dim = static_cast<size_t>(item.settings().kv.key_dim);
+  const auto group = static_cast<size_t>(item.settings().Group());
+  const size_t row = static_cast<size_t>(index) / dim;
+  const size_t head = row % item.QueryHeads();
+  return absl::StrCat("token ", row / item.QueryHeads(), ", query head ",
+                      item.kv_heads[head / group] * group + head % group, ", element ",
+                      static_cast<size_t>(index) % dim);
 }
 
 }  // namespace
@@ -221,23 +279,9 @@ absl::StatusOr<CheckedItem> RequestValidator::CheckItem(const proto::QueryItem& 
   item.layer = (*session)->State(message.layer());
   item.session = *std::move(session);
   item.tokens = message.tokens();
-  const auto held = static_cast<uint64_t>(item.layer->tokens);
-  status = CheckBetween(absl::StrCat(field, ".range_begin"), message.range_begin(), 0, held);
+  status = CheckHeads(message, field, item);
+  status.Update(CheckRange(message, field, item));
   if (!status.ok()) return status;
-  item.begin = static_cast<int64_t>(message.range_begin());
-  const int ends = message.range_end_size();
-  if (ends > 1 && static_cast<uint32_t>(ends) != message.tokens()) {
-    return Invalid(absl::StrCat(field, ".range_end"),
-                   absl::StrCat("must have one end for each of the ", message.tokens(),
-                                " tokens, one for all or none, not ", ends));
-  }
-  for (int i = 0; i < ends; ++i) {
-    status = CheckBetween(absl::StrCat(field, ".range_end[", i, "]"), message.range_end(i),
-                          message.range_begin(), held);
-    if (!status.ok()) return status;
-    item.ends.push_back(static_cast<int64_t>(message.range_end(i)));
-  }
-  if (ends <= 1) item.ends.resize(item.tokens, ends == 0 ? item.layer->tokens : item.ends[0]);
   return item;
 }
 
@@ -258,7 +302,7 @@ absl::Status RequestValidator::CheckItems(const Message& message, absl::Span<con
   for (int i = 0; i < message.items_size(); ++i) {
     auto item = CheckItem(message.items(i), absl::StrCat("items[", i, "]"), now);
     if (!item.ok()) return item.status();
-    counts.push_back(item->tokens * item->settings().query_heads *
+    counts.push_back(item->tokens * item->QueryHeads() *
                      static_cast<size_t>(item->settings().kv.key_dim));
     offsets.push_back(layout.Add(counts.back() * element_bytes));
     elements += counts.back();
@@ -274,12 +318,8 @@ absl::Status RequestValidator::CheckItems(const Message& message, absl::Span<con
     const uint8_t* queries = payload.data() + offsets[i];
     const int64_t bad = kernels::FindBadElement(queries, dtype, static_cast<int64_t>(counts[i]));
     if (bad >= 0) {
-      const int64_t dim = item.settings().kv.key_dim;
-      const int64_t heads = item.settings().query_heads;
-      return Invalid("payload",
-                     absl::StrCat("query of items[", i, "], token ", bad / dim / heads,
-                                  ", query head ", bad / dim % heads, ", element ", bad % dim,
-                                  " is not finite or its magnitude exceeds 65504"));
+      return Invalid("payload", absl::StrCat("query of items[", i, "], ", Describe(item, bad),
+                                             " is not finite or its magnitude exceeds 65504"));
     }
     if (dtype == DType::kFp32) {
       item.queries = reinterpret_cast<const float*>(queries);

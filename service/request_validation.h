@@ -34,10 +34,13 @@ struct CheckedItem {
   size_t tokens = 0;
   int64_t begin = 0;
   std::vector<int64_t> ends;       ///< (tokens), each in [begin, layer->tokens]
-  const float* queries = nullptr;  ///< (tokens, query_heads, key_dim)
+  std::vector<uint32_t> kv_heads;  ///< those asked for, ascending
+  const float* queries = nullptr;  ///< (tokens, QueryHeads(), key_dim)
 
   const SessionSettings& settings() const { return session->settings(); }
-  size_t Results() const { return tokens * settings().kv_heads; }
+  /// Query heads of the KV heads asked for.
+  size_t QueryHeads() const { return kv_heads.size() * static_cast<size_t>(settings().Group()); }
+  size_t Results() const { return tokens * kv_heads.size(); }
 };
 
 /// An Attend or a TopK. `queries` point into the request's payload or into `converted`.

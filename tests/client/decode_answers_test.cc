@@ -54,7 +54,7 @@ std::vector<T> Counting(size_t count, T first = 0) {
 
 /// TopK of two items, of one and of two tokens: six results.
 struct TopK {
-  SearchShape shape{.items = {{1, kShape}, {2, kShape}},
+  SearchShape shape{.items = {{1, 2, kShape}, {2, 2, kShape}},
                     .k = 3,
                     .with_positions = true,
                     .with_rows = true,
@@ -153,7 +153,7 @@ TEST(DecodeAnswersTest, ShapesBeyondAllBoundsAreDataLoss) {
 }
 
 TEST(DecodeAnswersTest, AttendWithAndWithoutTheListOfKeysRead) {
-  SearchShape shape{.items = {{1, kShape}}};
+  SearchShape shape{.items = {{1, 2, kShape}}};
   proto::AttendResponse message;
   for (int i = 0; i < 2; ++i) message.add_reports();
   PayloadMaker maker;
@@ -171,6 +171,23 @@ TEST(DecodeAnswersTest, AttendWithAndWithoutTheListOfKeysRead) {
   ASSERT_TRUE(listed.ok()) << listed.status();
   EXPECT_THAT(listed->items[0].selections[0].positions, testing::ElementsAre(4, 5));
   EXPECT_THAT(listed->items[0].selections[1].positions, testing::ElementsAre(1, 2, 3));
+}
+
+TEST(DecodeAnswersTest, AnswersOfSomeHeadsHaveNoOthers) {
+  const SearchShape shape{.items = {{3, 1, kShape}}};
+  proto::AttendResponse message;
+  for (int i = 0; i < 3; ++i) message.add_reports();
+  PayloadMaker maker;
+  maker.Add(Counting<float>(3 * 2 * 16)).Add(Counting<float>(3 * 2));
+  const auto response = DecodeSearch(shape, MakeAnswer(message.SerializeAsString(), maker.bytes()));
+  ASSERT_TRUE(response.ok()) << response.status();
+  EXPECT_EQ(response->items[0].out, Counting<float>(96));
+  EXPECT_EQ(response->items[0].lse, Counting<float>(6));
+  EXPECT_EQ(response->items[0].reports.size(), 3U);
+  message.add_reports();
+  EXPECT_EQ(
+      DecodeSearch(shape, MakeAnswer(message.SerializeAsString(), maker.bytes())).status().code(),
+      absl::StatusCode::kDataLoss);
 }
 
 TEST(DecodeAnswersTest, BytesAtRandomNeverDoHarm) {

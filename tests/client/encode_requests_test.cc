@@ -43,6 +43,29 @@ TEST(EncodeRequestsTest, PartsStartAtBoundaries) {
   EXPECT_EQ(std::memcmp(message->payload.data() + 128, values.data(), 192), 0);
 }
 
+TEST(EncodeRequestsTest, HeadsAskedForTravelAndSizeTheQueries) {
+  const std::vector<float> queries(3 * 2 * 8);
+  QueryItem item{.session = {.shape = kShape}, .tokens = 3, .queries = AsBytes(queries)};
+  item.kv_heads = {1};
+  EXPECT_EQ(item.KvHeads(), 1U);
+  EXPECT_EQ(item.QueryHeads(), 2U);
+  const auto message = EncodeAttend({.items = {item}});
+  ASSERT_TRUE(message.ok()) << message.status();
+  proto::AttendRequest sent;
+  ASSERT_TRUE(sent.ParseFromString(message->metadata));
+  EXPECT_THAT(sent.items(0).kv_heads(), testing::ElementsAre(1));
+
+  const auto refused = [&](std::vector<uint32_t> kv_heads) {
+    item.kv_heads = std::move(kv_heads);
+    return ErrorField(EncodeAttend({.items = {item}}).status());
+  };
+  EXPECT_EQ(refused({}), "items[0].queries");
+  EXPECT_EQ(refused({0, 1}), "items[0].queries");
+  EXPECT_EQ(refused({2}), "items[0].kv_heads[0]");
+  EXPECT_EQ(refused({1, 0}), "items[0].kv_heads[1]");
+  EXPECT_EQ(refused({0, 0}), "items[0].kv_heads[1]");
+}
+
 TEST(EncodeRequestsTest, FieldsTravel) {
   TopKRequest request;
   const std::vector<float> queries(2 * 4 * 8);

@@ -220,8 +220,13 @@ class RequestFuzzTest : public testing::Test {
       item->set_layer(1);
       item->set_tokens(++tokens);
       item->set_range_begin(3);
-      if (tokens > 1) item->add_range_end(1000);
-      parts.Add(RandomBf16(size_t{tokens} * kQueryHeads * kKeyDim, random));
+      size_t heads = kQueryHeads;
+      if (tokens > 1) {  // the second item: a range's end, and one KV head only
+        item->add_range_end(1000);
+        item->add_kv_heads(1);
+        heads /= kKvHeads;
+      }
+      parts.Add(RandomBf16(tokens * heads * kKeyDim, random));
     }
     message.set_query_dtype(proto::DTYPE_BF16);
     message.mutable_options()->set_index(index);

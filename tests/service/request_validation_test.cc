@@ -218,6 +218,29 @@ TEST_F(RequestValidationTest, Items) {
   EXPECT_EQ(RefusedItem([](auto& m) { m.set_tokens(1); }), invalid + "payload");
 }
 
+TEST_F(RequestValidationTest, HeadsOfItems) {
+  const std::string invalid = "INVALID_ARGUMENT ";
+  const auto refused = [&](const std::vector<uint32_t>& heads) {
+    return RefusedItem([&](auto& m) { m.mutable_kv_heads()->Add(heads.begin(), heads.end()); });
+  };
+  EXPECT_EQ(refused({2}), invalid + "items[1].kv_heads[0]");
+  EXPECT_EQ(refused({0, ~0U}), invalid + "items[1].kv_heads[1]");
+  EXPECT_EQ(refused({1, 0}), invalid + "items[1].kv_heads[1]");
+  EXPECT_EQ(refused({0, 1, 1}), invalid + "items[1].kv_heads[2]");
+  EXPECT_EQ(RefusedAttend([](auto& m) { m.mutable_items(0)->add_kv_heads(1); }),
+            invalid + "payload")
+      << "queries of heads that are not asked for";
+
+  proto::AttendRequest request = Attend();
+  request.mutable_items(0)->set_tokens(2);
+  request.mutable_items(0)->add_kv_heads(1);
+  std::vector<float> queries = reference::RandomFloats(5, size_t{2} * 3 * 16, 1.0F);
+  queries[(1 * 3 + 2) * 16 + 7] = NAN;
+  const absl::Status status = service_.Call(request, Tensors().Add(queries)).status;
+  EXPECT_NE(status.message().find("items[0], token 1, query head 5, element 7"), std::string::npos)
+      << status;
+}
+
 TEST_F(RequestValidationTest, OptionsAndQueries) {
   const std::string invalid = "INVALID_ARGUMENT ";
   EXPECT_EQ(RefusedAttend(
