@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <cstring>
 #include <functional>
+#include <numeric>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/types/span.h"
 #include "client/shape_checks.h"
 #include "proto/kvseek.pb.h"
 
@@ -29,14 +31,22 @@ class PayloadReader {
   explicit PayloadReader(const Answer& answer)
       : data_(answer.payload.get()), bytes_(answer.payload_bytes) {}
 
-  /// The next part, `count` elements of T; false if the payload does not have so many.
+  /// The next part, `count` elements of T, where it stands; false if the payload does not have so
+  /// many. Parts begin at multiples of 64 bytes of memory that `new` has aligned.
   template <typename T>
-  bool Take(uint64_t count, std::vector<T>& out) {
+  bool View(uint64_t count, absl::Span<const T>& part) {
     if (count > bytes_ / sizeof(T)) return false;
     const size_t offset = layout_.Add(count * sizeof(T));
     if (layout_.bytes() > bytes_) return false;
-    out.resize(count);
-    if (count != 0) std::memcpy(out.data(), data_ + offset, count * sizeof(T));
+    part = {reinterpret_cast<const T*>(data_ + offset), count};
+    return true;
+  }
+  /// The same, copied.
+  template <typename T>
+  bool Take(uint64_t count, std::vector<T>& out) {
+    absl::Span<const T> part;
+    if (!View(count, part)) return false;
+    out.assign(part.begin(), part.end());
     return true;
   }
   bool AtEnd() const { return layout_.bytes() == bytes_; }
@@ -74,7 +84,7 @@ std::vector<SearchShape::Item> ItemsOf(const Request& request) {
   std::vector<SearchShape::Item> items;
   items.reserve(request.items.size());
   for (const QueryItem& item : request.items) {
-    items.push_back({item.tokens, item.KvHeads(), item.session.shape});
+    items.push_back({item.tokens, item.KvHeads(), item.session.shape, item.held, item.held_counts});
   }
   return items;
 }
@@ -109,6 +119,7 @@ absl::Status MakeItems(const SearchShape& shape, const Proto& message, SearchRes
     return Malformed("position_counts");
   }
   int next = 0;
+  out.items.reserve(shape.items.size());
   for (const auto& item : shape.items) {
     ItemResult& result = out.items.emplace_back();
     const uint64_t count = uint64_t{item.tokens} * item.kv_heads;
@@ -136,21 +147,46 @@ bool TakeState(const SearchShape& shape, PayloadReader& payload, SearchResponse&
   return true;
 }
 
-bool TakeRows(const SearchShape& shape, PayloadReader& payload, uint32_t ModelShape::*dim,
+/// For each item and selection the number of positions that are not held.
+std::vector<std::vector<size_t>> CountRows(const SearchShape& shape, const SearchResponse& out) {
+  std::vector<std::vector<size_t>> rows(shape.items.size());
+  for (size_t i = 0; i < shape.items.size(); ++i) {
+    const SearchShape::Item& item = shape.items[i];
+    const uint32_t* held = item.held.data();
+    for (const Selection& selection : out.items[i].selections) {
+      const std::vector<int64_t>& positions = selection.positions;
+      size_t common = 0;
+      if (!item.held_counts.empty()) {
+        const uint32_t* const end = held + item.held_counts[rows[i].size()];
+        for (auto position = positions.begin(); position != positions.end() && held != end;) {
+          if (*position == *held) ++common;
+          if (*position < *held) {
+            ++position;
+          } else {
+            ++held;
+          }
+        }
+        held = end;
+      }
+      rows[i].push_back(positions.size() - common);
+    }
+  }
+  return rows;
+}
+
+bool TakeRows(const SearchShape& shape, const std::vector<std::vector<size_t>>& rows,
+              PayloadReader& payload, uint32_t ModelShape::*dim,
               std::vector<uint16_t> Selection::*member, SearchResponse& out) {
-  std::vector<uint16_t> rows;
   for (size_t i = 0; i < shape.items.size(); ++i) {
     const uint32_t width = shape.items[i].shape.*dim;
-    uint64_t positions = 0;
-    for (const Selection& selection : out.items[i].selections) {
-      positions += selection.positions.size();
-    }
-    if (!payload.Take(Product({positions, width}), rows)) return false;
-    const uint16_t* from = rows.data();
-    for (Selection& selection : out.items[i].selections) {
-      const size_t count = selection.positions.size() * width;
-      (selection.*member).assign(from, from + count);
-      from += count;
+    const uint64_t all = std::accumulate(rows[i].begin(), rows[i].end(), uint64_t{0});
+    absl::Span<const uint16_t> part;
+    if (!payload.View(Product({all, width}), part)) return false;
+    const uint16_t* from = part.data();
+    for (size_t s = 0; s < rows[i].size(); ++s) {
+      const size_t elements = rows[i][s] * width;
+      (out.items[i].selections[s].*member).assign(from, from + elements);
+      from += elements;
     }
   }
   return true;
@@ -174,8 +210,8 @@ template <typename Counts>
 bool TakePositions(const Counts& counts, PayloadReader& payload, SearchResponse& out) {
   uint64_t sum = 0;
   for (const uint32_t count : counts) sum += count;
-  std::vector<int64_t> all;
-  if (!payload.Take(sum, all)) return false;
+  absl::Span<const int64_t> all;
+  if (!payload.View(sum, all)) return false;
   const int64_t* from = all.data();
   int next = 0;
   for (ItemResult& item : out.items) {
@@ -213,8 +249,9 @@ absl::StatusOr<SearchResponse> DecodeTopKAnswer(const SearchShape& shape, const 
   bool whole = SumFits(message->position_counts(), answer) &&
                TakePositions(message->position_counts(), payload, response);
   if (whole && shape.with_rows) {
-    whole = TakeRows(shape, payload, &ModelShape::key_dim, &Selection::keys, response) &&
-            TakeRows(shape, payload, &ModelShape::value_dim, &Selection::values, response);
+    const std::vector<std::vector<size_t>> rows = CountRows(shape, response);
+    whole = TakeRows(shape, rows, payload, &ModelShape::key_dim, &Selection::keys, response) &&
+            TakeRows(shape, rows, payload, &ModelShape::value_dim, &Selection::values, response);
   }
   if (whole && shape.with_state) whole = TakeState(shape, payload, response);
   if (!whole || !payload.AtEnd()) return Malformed("payload");

@@ -9,6 +9,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 #include "client/channel.h"
 #include "client/kv_client.h"
 
@@ -20,6 +21,8 @@ struct SearchShape {
     uint32_t tokens = 0;
     uint32_t kv_heads = 0;  ///< asked for
     ModelShape shape;
+    absl::Span<const uint32_t> held{};  ///< as in the request, whose memory this is
+    std::vector<uint32_t> held_counts{};
   };
   std::vector<Item> items;
   std::optional<uint32_t> k{};  ///< TopK only

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <numeric>
 
 #include "absl/strings/str_cat.h"
 #include "client/shape_checks.h"
@@ -71,27 +72,35 @@ uint64_t Milliseconds(std::chrono::milliseconds duration) {
   return static_cast<uint64_t>(std::max<int64_t>(0, duration.count()));
 }
 
-absl::Status CheckItem(const QueryItem& item, DType query_dtype, absl::string_view prefix) {
-  absl::Status status = CheckShape(item.session.shape, absl::StrCat(prefix, "session.shape."));
-  if (!status.ok()) return status;
-  status = CheckLayer(item.session, item.layer, prefix);
-  if (!status.ok()) return status;
-  if (item.tokens == 0) return Invalid(absl::StrCat(prefix, "tokens"), "must not be 0");
+absl::Status CheckHeads(const QueryItem& item, absl::string_view prefix) {
+  uint32_t lowest = 0;
   for (size_t i = 0; i < item.kv_heads.size(); ++i) {
-    if (item.kv_heads[i] < item.session.shape.kv_heads &&
-        (i == 0 || item.kv_heads[i] > item.kv_heads[i - 1])) {
-      continue;
+    const uint32_t head = item.kv_heads[i];
+    if (head < lowest || head >= item.session.shape.kv_heads) {
+      return Invalid(absl::StrCat(prefix, "kv_heads[", i, "]"),
+                     absl::StrCat("must be more than the one before and one of the ",
+                                  item.session.shape.kv_heads, " KV heads, not ", head));
     }
-    return Invalid(absl::StrCat(prefix, "kv_heads[", i, "]"),
-                   absl::StrCat("must be more than the one before and one of the ",
-                                item.session.shape.kv_heads, " KV heads, not ", item.kv_heads[i]));
+    lowest = head + 1;
   }
-  const uint64_t bytes = Product({item.tokens, item.QueryHeads(), item.session.shape.key_dim,
-                                  kernels::DTypeBytes(query_dtype)});
-  if (item.queries.size() != bytes) {
-    return Invalid(absl::StrCat(prefix, "queries"),
-                   absl::StrCat(item.queries.size(), " bytes, its shape has ", bytes));
+  return absl::OkStatus();
+}
+
+/// Lengths only; what stands in the lists, the daemon checks.
+absl::Status CheckHeld(const QueryItem& item, absl::string_view prefix) {
+  const uint64_t lists = Product({item.tokens, item.KvHeads()});
+  if (!item.held_counts.empty() && item.held_counts.size() != lists) {
+    return Invalid(absl::StrCat(prefix, "held_counts"),
+                   absl::StrCat("must have none or ", lists, ", one for each (token, KV head)"));
   }
+  const uint64_t sum =
+      std::accumulate(item.held_counts.begin(), item.held_counts.end(), uint64_t{0});
+  if (item.held.size() == sum) return absl::OkStatus();
+  return Invalid(absl::StrCat(prefix, "held"),
+                 absl::StrCat(item.held.size(), " positions, held_counts has ", sum));
+}
+
+absl::Status CheckRange(const QueryItem& item, absl::string_view prefix) {
   if (item.range_end.size() > 1 && item.range_end.size() != item.tokens) {
     return Invalid(absl::StrCat(prefix, "range_end"), "must have none, one, or one a token");
   }
@@ -101,6 +110,25 @@ absl::Status CheckItem(const QueryItem& item, DType query_dtype, absl::string_vi
     }
   }
   return absl::OkStatus();
+}
+
+absl::Status CheckItem(const QueryItem& item, DType query_dtype, absl::string_view prefix) {
+  absl::Status status = CheckShape(item.session.shape, absl::StrCat(prefix, "session.shape."));
+  if (!status.ok()) return status;
+  status = CheckLayer(item.session, item.layer, prefix);
+  if (!status.ok()) return status;
+  if (item.tokens == 0) return Invalid(absl::StrCat(prefix, "tokens"), "must not be 0");
+  status = CheckHeads(item, prefix);
+  if (!status.ok()) return status;
+  const uint64_t bytes = Product({item.tokens, item.QueryHeads(), item.session.shape.key_dim,
+                                  kernels::DTypeBytes(query_dtype)});
+  if (item.queries.size() != bytes) {
+    return Invalid(absl::StrCat(prefix, "queries"),
+                   absl::StrCat(item.queries.size(), " bytes, its shape has ", bytes));
+  }
+  status = CheckRange(item, prefix);
+  status.Update(CheckHeld(item, prefix));
+  return status;
 }
 
 /// Fills what AttendRequest and TopKRequest have in common.
@@ -120,7 +148,9 @@ absl::Status FillSearch(const Request& request, Proto& message, Message& out) {
     to.set_range_begin(item.range_begin);
     to.mutable_range_end()->Add(item.range_end.begin(), item.range_end.end());
     to.mutable_kv_heads()->Add(item.kv_heads.begin(), item.kv_heads.end());
+    to.mutable_held_counts()->Add(item.held_counts.begin(), item.held_counts.end());
     parts.push_back(item.queries);
+    if (!item.held.empty()) parts.push_back(AsBytes(item.held));
   }
   message.set_query_dtype(static_cast<proto::DType>(request.query_dtype));
   const SearchOptions& options = request.options;
@@ -184,6 +214,10 @@ absl::StatusOr<Message> EncodeAppend(const Session& session, uint32_t layer, uin
 }
 
 absl::StatusOr<Message> EncodeAttend(const AttendRequest& request) {
+  for (size_t i = 0; i < request.items.size(); ++i) {
+    if (request.items[i].held_counts.empty()) continue;
+    return Invalid(absl::StrCat("items[", i, "].held_counts"), "is for TopK only");
+  }
   proto::AttendRequest message;
   Message out;
   const absl::Status status = FillSearch(request, message, out);

@@ -110,6 +110,10 @@ struct QueryItem {
   uint64_t range_begin = 0;
   std::vector<uint64_t> range_end{};  ///< one a token, or one for all; empty: all tokens held
   std::vector<uint32_t> kv_heads{};   ///< ascending, without repeats; empty: all
+  /// TopK with rows: positions whose rows the caller has and which need not travel, one list for
+  /// each (token, KV head asked for), ascending and without repeats, one list after the other.
+  absl::Span<const uint32_t> held{};
+  std::vector<uint32_t> held_counts{};  ///< lengths of the lists; empty: none is held
 
   uint32_t KvHeads() const {
     return kv_heads.empty() ? session.shape.kv_heads : static_cast<uint32_t>(kv_heads.size());
@@ -144,11 +148,12 @@ struct Report {
   IndexKind index = IndexKind::kAuto;
 };
 
-/// Keys chosen for one query token and KV head.
+/// Keys chosen for one query token and KV head. Rows, with_rows only, are those of `positions` that
+/// are not in the request's list of held ones, in the order of `positions`.
 struct Selection {
-  std::vector<int64_t> positions;  ///< ascending
-  std::vector<uint16_t> keys;      ///< (positions, key_dim), with_rows only
-  std::vector<uint16_t> values;    ///< (positions, value_dim)
+  std::vector<int64_t> positions;  ///< ascending; held ones too
+  std::vector<uint16_t> keys;      ///< (rows, key_dim)
+  std::vector<uint16_t> values;    ///< (rows, value_dim)
 };
 
 /// Answer to one item. kv_heads and query_heads are those asked for.

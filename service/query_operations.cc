@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <string>
 #include <utility>
 
@@ -52,21 +53,49 @@ struct AnswerLayout {
   PayloadBuilder payload;
 };
 
-/// `counts`: positions of each result.
-AnswerLayout LayOut(const CheckedSearch& search, absl::Span<const size_t> counts) {
+/// Where one result goes.
+struct Place {
+  size_t item = 0;
+  size_t token = 0;
+  size_t head = 0;              ///< index into the item's kv_heads
+  size_t positions = 0;         ///< how many the result has
+  size_t rows = 0;              ///< and how many of their rows travel
+  size_t positions_before = 0;  ///< of all results
+  size_t rows_before = 0;       ///< of the results of its item
+};
+
+/// Places of all results, whose sizes are not known yet.
+std::vector<Place> MakePlaces(const CheckedSearch& search) {
+  std::vector<Place> places;
+  for (size_t i = 0; i < search.items.size(); ++i) {
+    for (size_t t = 0; t < search.items[i].tokens; ++t) {
+      for (size_t h = 0; h < search.items[i].kv_heads.size(); ++h) {
+        places.push_back({.item = i, .token = t, .head = h});
+      }
+    }
+  }
+  return places;
+}
+
+/// Lays out results of these sizes, and finds what stands before each.
+AnswerLayout LayOut(const CheckedSearch& search, absl::Span<Place> places) {
   AnswerLayout layout;
   layout.items.resize(search.items.size());
-  size_t all = 0;
-  for (const size_t count : counts) all += count;
-
-  const auto add_positions = [&] { layout.positions = layout.payload.Add(all * sizeof(int64_t)); };
+  size_t positions = 0;
+  std::vector<size_t> rows(search.items.size());
+  for (Place& place : places) {
+    place.positions_before = positions;
+    place.rows_before = rows[place.item];
+    positions += place.positions;
+    rows[place.item] += place.rows;
+  }
+  const auto add_positions = [&] {
+    layout.positions = layout.payload.Add(positions * sizeof(int64_t));
+  };
   const auto add_rows = [&](size_t AnswerLayout::Item::*part, auto row_bytes) {
-    size_t next = 0;
     for (size_t i = 0; i < search.items.size(); ++i) {
-      const CheckedItem& item = search.items[i];
-      size_t rows = 0;
-      for (size_t r = 0; r < item.Results(); ++r) rows += counts[next++];
-      layout.items[i].*part = layout.payload.Add(rows * (item.settings().kv.*row_bytes)());
+      const size_t bytes = (search.items[i].settings().kv.*row_bytes)();
+      layout.items[i].*part = layout.payload.Add(rows[i] * bytes);
     }
   };
   if (search.topk()) {
@@ -105,31 +134,6 @@ absl::Status TooLarge(absl::string_view field, absl::string_view what, size_t by
       absl::StrCat("the answer's ", what, " may have ", bytes, " bytes; the limit is ", limit));
 }
 
-/// Where one result goes.
-struct Place {
-  size_t item = 0;
-  size_t token = 0;
-  size_t head = 0;              ///< index into the item's kv_heads
-  size_t positions_before = 0;  ///< of all results
-  size_t rows_before = 0;       ///< of the results of its item
-};
-
-std::vector<Place> MakePlaces(const CheckedSearch& search, absl::Span<const size_t> counts) {
-  std::vector<Place> places;
-  places.reserve(counts.size());
-  size_t positions = 0;
-  for (size_t i = 0; i < search.items.size(); ++i) {
-    const size_t item_begin = positions;
-    for (size_t t = 0; t < search.items[i].tokens; ++t) {
-      for (size_t h = 0; h < search.items[i].kv_heads.size(); ++h) {
-        places.push_back({i, t, h, positions, positions - item_begin});
-        positions += counts[places.size() - 1];
-      }
-    }
-  }
-  return places;
-}
-
 void CopyRows(const HeadCache& cache, absl::Span<const int64_t> positions, uint8_t* keys,
               uint8_t* values) {
   const size_t key_bytes = cache.shape().KeyRowBytes();
@@ -146,7 +150,7 @@ void CopyRows(const HeadCache& cache, absl::Span<const int64_t> positions, uint8
 }
 
 void PlaceResult(const CheckedSearch& search, const AnswerLayout& layout, const Place& place,
-                 const SearchResult& result, uint8_t* payload) {
+                 const SearchResult& result, absl::Span<const int64_t> rows, uint8_t* payload) {
   const CheckedItem& item = search.items[place.item];
   const AnswerLayout::Item& parts = layout.items[place.item];
   const SessionSettings& settings = item.settings();
@@ -155,7 +159,7 @@ void PlaceResult(const CheckedSearch& search, const AnswerLayout& layout, const 
                 result.positions.data(), result.positions.size() * sizeof(int64_t));
   }
   if (search.with_rows) {
-    CopyRows(item.layer->heads[item.kv_heads[place.head]], result.positions,
+    CopyRows(item.layer->heads[item.kv_heads[place.head]], rows,
              payload + parts.keys + place.rows_before * settings.kv.KeyRowBytes(),
              payload + parts.values + place.rows_before * settings.kv.ValueRowBytes());
   }
@@ -209,6 +213,32 @@ void ForStripes(size_t count, size_t bytes, Worker worker, const Work& work) {
       worker.scratch);
 }
 
+/// Positions of each result without those whose rows the client holds; empty if it holds none.
+std::vector<std::vector<int64_t>> NotHeld(const CheckedSearch& search,
+                                          absl::Span<const Place> places,
+                                          const std::vector<SearchResult>& results, Worker worker) {
+  size_t held = 0;
+  for (const CheckedItem& item : search.items) {
+    for (const auto& list : item.held) held += list.size();
+  }
+  if (held == 0 || !search.with_rows) return {};
+  std::vector<std::vector<int64_t>> left(results.size());
+  ForStripes(results.size(), held * sizeof(uint32_t), worker, [&](size_t begin, size_t end) {
+    for (size_t r = begin; r < end; ++r) {
+      const CheckedItem& item = search.items[places[r].item];
+      const std::vector<int64_t>& positions = results[r].positions;
+      absl::Span<const uint32_t> list;
+      if (!item.held.empty()) {
+        list = item.held[places[r].token * item.kv_heads.size() + places[r].head];
+      }
+      left[r].reserve(positions.size());
+      std::set_difference(positions.begin(), positions.end(), list.begin(), list.end(),
+                          std::back_inserter(left[r]));
+    }
+  });
+  return left;
+}
+
 }  // namespace
 
 std::vector<SearchTask> MakeTasks(const CheckedSearch& search) {
@@ -241,17 +271,17 @@ absl::Status CheckAnswerFits(const CheckedSearch& search, const DaemonOptions& o
   if (metadata_bytes > options.metadata_bytes_max) {
     return TooLarge("items", "metadata", metadata_bytes, options.metadata_bytes_max);
   }
-  std::vector<size_t> counts;
-  for (const CheckedItem& item : search.items) {
-    for (const int64_t end : item.ends) {
-      const int64_t range = end - item.begin;
-      const int64_t count = search.topk() ? std::min<int64_t>(search.options.k, range) : 0;
-      counts.insert(counts.end(), item.kv_heads.size(), static_cast<size_t>(count));
-    }
+  std::vector<Place> places = MakePlaces(search);
+  for (Place& place : places) {
+    const CheckedItem& item = search.items[place.item];
+    const int64_t range = item.ends[place.token] - item.begin;
+    const int64_t count = search.topk() ? std::min<int64_t>(search.options.k, range) : 0;
+    place.positions = place.rows = static_cast<size_t>(count);
   }
-  const size_t bytes = LayOut(search, counts).payload.bytes();
+  const size_t bytes = LayOut(search, absl::MakeSpan(places)).payload.bytes();
   if (bytes <= options.payload_bytes_max) return absl::OkStatus();
-  const size_t without = LayOut(search, std::vector<size_t>(counts.size())).payload.bytes();
+  for (Place& place : places) place.positions = place.rows = 0;
+  const size_t without = LayOut(search, absl::MakeSpan(places)).payload.bytes();
   return TooLarge(without <= options.payload_bytes_max ? "k" : "items", "payload", bytes,
                   options.payload_bytes_max);
 }
@@ -259,20 +289,25 @@ absl::Status CheckAnswerFits(const CheckedSearch& search, const DaemonOptions& o
 absl::StatusOr<Response> MakeAnswer(const CheckedSearch& search,
                                     const std::vector<SearchResult>& results,
                                     const DaemonOptions& options, Worker worker) {
-  std::vector<size_t> counts;
-  counts.reserve(results.size());
-  for (const SearchResult& result : results) counts.push_back(result.positions.size());
-  const AnswerLayout layout = LayOut(search, counts);
+  std::vector<Place> places = MakePlaces(search);
+  const std::vector<std::vector<int64_t>> not_held = NotHeld(search, places, results, worker);
+  const auto rows = [&](size_t r) -> absl::Span<const int64_t> {
+    return not_held.empty() ? results[r].positions : not_held[r];
+  };
+  for (size_t r = 0; r < results.size(); ++r) {
+    places[r].positions = results[r].positions.size();
+    places[r].rows = rows(r).size();
+  }
+  const AnswerLayout layout = LayOut(search, absl::MakeSpan(places));
   const size_t bytes = layout.payload.bytes();
   if (bytes > options.payload_bytes_max) {
     return TooLarge("options.list_read", "payload", bytes, options.payload_bytes_max);
   }
-  const std::vector<Place> places = MakePlaces(search, counts);
   Response response;
   response.payload = layout.payload.Allocate();
   ForStripes(results.size(), bytes, worker, [&](size_t begin, size_t end) {
     for (size_t r = begin; r < end; ++r) {
-      PlaceResult(search, layout, places[r], results[r], response.payload.data.get());
+      PlaceResult(search, layout, places[r], results[r], rows(r), response.payload.data.get());
     }
   });
   response.metadata = search.topk() ? MakeMetadata<proto::TopKResponse>(search, places, results)

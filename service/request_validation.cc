@@ -102,6 +102,44 @@ absl::Status CheckRange(const proto::QueryItem& message, const std::string& fiel
   return absl::OkStatus();
 }
 
+/// Gives item.held lists of the lengths that the message says.
+absl::Status CheckHeldCounts(const proto::QueryItem& message, const std::string& field,
+                             CheckedItem& item) {
+  const auto counts = static_cast<size_t>(message.held_counts_size());
+  if (counts != 0 && counts != item.Results()) {
+    return Invalid(absl::StrCat(field, ".held_counts"),
+                   absl::StrCat("must have none or one for each of the ", item.Results(),
+                                " (token, KV head), not ", counts));
+  }
+  for (const uint32_t count : message.held_counts()) {
+    absl::Status status = CheckBetween(absl::StrCat(field, ".held_counts[", item.held.size(), "]"),
+                                       count, 0, index::kMaxK);
+    if (!status.ok()) return status;
+    item.held.emplace_back(static_cast<const uint32_t*>(nullptr), count);
+  }
+  return absl::OkStatus();
+}
+
+/// Points item.held, whose lengths are known, into `positions` and checks what stands there.
+absl::Status CheckHeld(const uint32_t* positions, const std::string& field, CheckedItem& item) {
+  size_t begin = 0;
+  for (absl::Span<const uint32_t>& list : item.held) {
+    list = {positions + begin, list.size()};
+    int64_t lowest = 0;
+    for (size_t i = 0; i < list.size(); ++i) {
+      if (list[i] >= lowest && list[i] < item.layer->tokens) {
+        lowest = int64_t{list[i]} + 1;
+        continue;
+      }
+      return Invalid(absl::StrCat(field, ".held[", begin + i, "]"),
+                     absl::StrCat("must be more than the one before of its list and one of the ",
+                                  item.layer->tokens, " tokens held, not ", list[i]));
+    }
+    begin += list.size();
+  }
+  return absl::OkStatus();
+}
+
 /// Which element of an item's queries stands at `index`.
 std::string Describe(const CheckedItem& item, int64_t index) {
   const auto dim = static_cast<size_t>(item.settings().kv.key_dim);
@@ -281,6 +319,7 @@ absl::StatusOr<CheckedItem> RequestValidator::CheckItem(const proto::QueryItem& 
   item.tokens = message.tokens();
   status = CheckHeads(message, field, item);
   status.Update(CheckRange(message, field, item));
+  if (status.ok()) status = CheckHeldCounts(message, field, item);
   if (!status.ok()) return status;
   return item;
 }
@@ -296,15 +335,23 @@ absl::Status RequestValidator::CheckItems(const Message& message, absl::Span<con
   if (!status.ok()) return status;
 
   proto::PayloadLayout layout;
-  std::vector<size_t> offsets;
+  std::vector<size_t> offsets;  // of an item's queries, and of the positions that it holds
+  std::vector<size_t> held_offsets;
   std::vector<size_t> counts;
   size_t elements = 0;
   for (int i = 0; i < message.items_size(); ++i) {
-    auto item = CheckItem(message.items(i), absl::StrCat("items[", i, "]"), now);
+    const std::string field = absl::StrCat("items[", i, "]");
+    auto item = CheckItem(message.items(i), field, now);
     if (!item.ok()) return item.status();
+    if (!search.topk() && !item->held.empty()) {
+      return Invalid(field + ".held_counts", "is for top_k only");
+    }
     counts.push_back(item->tokens * item->QueryHeads() *
                      static_cast<size_t>(item->settings().kv.key_dim));
     offsets.push_back(layout.Add(counts.back() * element_bytes));
+    size_t held = 0;
+    for (const auto& list : item->held) held += list.size();
+    held_offsets.push_back(layout.Add(held * sizeof(uint32_t)));
     elements += counts.back();
     search.items.push_back(*std::move(item));
   }
@@ -315,6 +362,9 @@ absl::Status RequestValidator::CheckItems(const Message& message, absl::Span<con
   float* converted = search.converted.get();
   for (size_t i = 0; i < search.items.size(); ++i) {
     CheckedItem& item = search.items[i];
+    status = CheckHeld(reinterpret_cast<const uint32_t*>(payload.data() + held_offsets[i]),
+                       absl::StrCat("items[", i, "]"), item);
+    if (!status.ok()) return status;
     const uint8_t* queries = payload.data() + offsets[i];
     const int64_t bad = kernels::FindBadElement(queries, dtype, static_cast<int64_t>(counts[i]));
     if (bad >= 0) {
@@ -349,10 +399,11 @@ absl::StatusOr<CheckedSearch> RequestValidator::Check(const proto::TopKRequest& 
   CheckedSearch search;
   absl::Status status = CheckOptions(message.options(), search);
   status.Update(CheckBetween("k", message.k(), 0, index::kMaxK));
-  if (status.ok()) status = CheckItems(message, payload, now, search);
   if (!status.ok()) return status;
   search.options.k = static_cast<int>(message.k());
   search.options.list_read = false;
+  status = CheckItems(message, payload, now, search);
+  if (!status.ok()) return status;
   search.with_rows = message.with_rows();
   search.with_state = message.with_state();
   return search;

@@ -36,6 +36,8 @@ struct CheckedItem {
   std::vector<int64_t> ends;       ///< (tokens), each in [begin, layer->tokens]
   std::vector<uint32_t> kv_heads;  ///< those asked for, ascending
   const float* queries = nullptr;  ///< (tokens, QueryHeads(), key_dim)
+  /// TopK: (Results()) the positions whose rows the client holds, ascending; empty: none.
+  std::vector<absl::Span<const uint32_t>> held;
 
   const SessionSettings& settings() const { return session->settings(); }
   /// Query heads of the KV heads asked for.
@@ -43,7 +45,8 @@ struct CheckedItem {
   size_t Results() const { return tokens * kv_heads.size(); }
 };
 
-/// An Attend or a TopK. `queries` point into the request's payload or into `converted`.
+/// An Attend or a TopK. `queries` point into the request's payload or into `converted`, `held` into
+/// the payload.
 struct CheckedSearch {
   std::vector<CheckedItem> items;
   index::SearchOptions options;  ///< k < 0: Attend

@@ -190,6 +190,36 @@ TEST(DecodeAnswersTest, AnswersOfSomeHeadsHaveNoOthers) {
       absl::StatusCode::kDataLoss);
 }
 
+TEST(DecodeAnswersTest, RowsOfPositionsHeldDoNotCome) {
+  TopK top;
+  const std::vector<uint32_t> held = {0, 2, 3, 8, 9, 10, 6};  // of {1, 2, 3} and {7, 9}
+  top.shape.items[0].held = held;
+  top.shape.items[0].held_counts = {3, 4};
+  top.payload = PayloadMaker()
+                    .Add(top.positions)
+                    .Add(Counting<uint16_t>(2 * 8))
+                    .Add(Counting<uint16_t>(7 * 8, 1000))
+                    .Add(Counting<uint16_t>(2 * 16, 2000))
+                    .Add(Counting<uint16_t>(7 * 16, 3000))
+                    .Add(Counting<float>(1 * 4 * 16))
+                    .Add(Counting<float>(4, 500))
+                    .Add(Counting<float>(2 * 4 * 16, 1000))
+                    .Add(Counting<float>(8, 600))
+                    .bytes();
+  const auto response = top.Decode();
+  ASSERT_TRUE(response.ok()) << response.status();
+  const std::vector<Selection>& first = response->items[0].selections;
+  EXPECT_THAT(first[0].positions, testing::ElementsAre(1, 2, 3));
+  EXPECT_EQ(first[0].keys, Counting<uint16_t>(8));
+  EXPECT_THAT(first[1].positions, testing::ElementsAre(7, 9));
+  EXPECT_EQ(first[1].keys, Counting<uint16_t>(8, 8));
+  EXPECT_EQ(first[1].values, Counting<uint16_t>(16, 2016));
+  EXPECT_EQ(response->items[1].selections[1].keys, Counting<uint16_t>(8, 1000));
+  EXPECT_EQ(response->items[1].lse, Counting<float>(8, 600));
+  top.payload = TopK().payload;  // rows of all positions
+  EXPECT_EQ(top.Decode().status().code(), absl::StatusCode::kDataLoss);
+}
+
 TEST(DecodeAnswersTest, BytesAtRandomNeverDoHarm) {
   std::mt19937_64 random(11);
   const TopK whole;

@@ -66,6 +66,33 @@ TEST(EncodeRequestsTest, HeadsAskedForTravelAndSizeTheQueries) {
   EXPECT_EQ(refused({0, 0}), "items[0].kv_heads[1]");
 }
 
+TEST(EncodeRequestsTest, PositionsHeldFollowTheirItemsQueries) {
+  const std::vector<float> queries(2 * 4 * 8, 1.5F);
+  const std::vector<uint32_t> held = {7, 9, 4};
+  QueryItem item{.session = {.shape = kShape}, .tokens = 2, .queries = AsBytes(queries)};
+  item.held = held;
+  item.held_counts = {2, 0, 1, 0};
+  const auto message = EncodeTopK({.items = {item, item}});
+  ASSERT_TRUE(message.ok()) << message.status();
+  proto::TopKRequest sent;
+  ASSERT_TRUE(sent.ParseFromString(message->metadata));
+  EXPECT_THAT(sent.items(1).held_counts(), testing::ElementsAre(2, 0, 1, 0));
+  ASSERT_EQ(message->payload.size(), 256U + 64 + 256 + 12);
+  EXPECT_EQ(std::memcmp(message->payload.data() + 256, held.data(), 12), 0);
+  EXPECT_EQ(std::memcmp(message->payload.data() + 320, queries.data(), 256), 0);
+  EXPECT_EQ(std::memcmp(message->payload.data() + 576, held.data(), 12), 0);
+
+  EXPECT_EQ(ErrorField(EncodeAttend({.items = {item}}).status()), "items[0].held_counts");
+  const auto refused = [&](std::vector<uint32_t> counts) {
+    item.held_counts = std::move(counts);
+    return ErrorField(EncodeTopK({.items = {item}}).status());
+  };
+  EXPECT_EQ(refused({}), "items[0].held");
+  EXPECT_EQ(refused({2, 0, 1}), "items[0].held_counts");
+  EXPECT_EQ(refused({2, 0, 1, 1}), "items[0].held");
+  EXPECT_EQ(refused({~0U, ~0U, 0, 5}), "items[0].held");
+}
+
 TEST(EncodeRequestsTest, FieldsTravel) {
   TopKRequest request;
   const std::vector<float> queries(2 * 4 * 8);

@@ -197,6 +197,21 @@ TEST_F(CompatibilityTest, PayloadsOfSearchesAreAsLongAsTheirMessagesSay) {
                  t0 * kQueryHeads * 4, t1 * kQueryHeads * kValueDim * 4, t1 * kQueryHeads * 4}));
 }
 
+TEST_F(CompatibilityTest, PayloadsOfSomeHeadsAreAsLongAsTheirMessagesSay) {
+  const auto request = MessageOf<TopKRequest>("top_k_of_some_request");
+  std::vector<size_t> queries;
+  std::vector<size_t> held(2);
+  for (size_t i = 0; i < 2; ++i) {
+    const QueryItem& item = request.items(static_cast<int>(i));
+    const auto heads = static_cast<size_t>(item.kv_heads_size());
+    ASSERT_EQ(static_cast<size_t>(item.held_counts_size()), item.tokens() * heads);
+    queries.push_back(item.tokens() * heads * (kQueryHeads / kGroups) * kKeyDim * 2);
+    for (const uint32_t count : item.held_counts()) held[i] += count * 4;
+  }
+  EXPECT_EQ(PayloadBytes("top_k_of_some_request"),
+            PaddedSum({queries[0], held[0], queries[1], held[1]}));
+}
+
 TEST_F(CompatibilityTest, PayloadsOfRowsAreAsLongAsTheirMessagesSay) {
   const size_t tokens = MessageOf<AppendRequest>("append_request").tokens();
   EXPECT_EQ(PayloadBytes("append_request"),

@@ -21,6 +21,7 @@ constexpr uint64_t kBootId = 0x0123456789abcdefU;
 // Model of all recorded frames: 2 KV heads of 2 query heads, key_dim 8, value_dim 16.
 constexpr uint32_t kKvHeads = 2;
 constexpr uint32_t kQueryHeads = 4;
+constexpr uint32_t kGroup = kQueryHeads / kKvHeads;
 constexpr uint32_t kKeyDim = 8;
 constexpr uint32_t kValueDim = 16;
 
@@ -278,6 +279,27 @@ void RecordTopK(Recorder& recorder) {
                         .Take());
 }
 
+// The same two sessions, asked for their second KV head only; rows of five positions are held.
+void RecordTopKOfSome(Recorder& recorder) {
+  TopKRequest request;
+  AddItems(request);
+  for (QueryItem& item : *request.mutable_items()) item.add_kv_heads(1);
+  request.mutable_items(0)->add_held_counts(3);
+  request.mutable_items(0)->add_held_counts(0);
+  request.mutable_items(1)->add_held_counts(2);
+  SetOptions(request.mutable_options());
+  request.set_query_dtype(DTYPE_FP16);
+  request.set_k(3);
+  request.set_with_rows(true);
+  recorder.Request("top_k_of_some_request", Op::kTopK, request,
+                   PayloadWriter()
+                       .Part(std::vector<uint16_t>(size_t{2} * kGroup * kKeyDim, 0x3c00))
+                       .Part(std::vector<uint32_t>{16, 70, 69999})
+                       .Part(std::vector<uint16_t>(size_t{1} * kGroup * kKeyDim, 0x4000))
+                       .Part(std::vector<uint32_t>{0, 4})
+                       .Take());
+}
+
 void RecordFetchRows(Recorder& recorder) {
   FetchRowsRequest request;
   SetSession(7, request.mutable_session());
@@ -376,6 +398,7 @@ std::vector<RecordedFrame> RecordedFrames() {
   RecordAppend(recorder);
   RecordAttend(recorder);
   RecordTopK(recorder);
+  RecordTopKOfSome(recorder);
   RecordFetchRows(recorder);
   RecordObservation(recorder);
   RecordErrors(recorder);

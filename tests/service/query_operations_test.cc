@@ -7,6 +7,8 @@
 #include <cstring>
 #include <deque>
 #include <random>
+#include <set>
+#include <utility>
 
 #include "client/decode_answers.h"
 #include "client/encode_requests.h"
@@ -212,6 +214,73 @@ TEST_P(QueryOperationsTest, TopKForSomeHeadsIsThatPartOfTopKForAll) {
                  PartOf(whole.items[i], some.items[i].tokens, some.items[i].kv_heads));
     }
   }
+}
+
+/// Lists of held positions for an item: some of those that it is going to get, and some others.
+struct Held {
+  std::vector<uint32_t> positions;
+  std::vector<uint32_t> counts;
+};
+
+TEST_P(QueryOperationsTest, RowsHeldDoNotTravelAndTheRestIsAsBefore) {
+  for (int round = 0; round < 8; ++round) {
+    TopKRequest full{.items = {AnyItem(), AnyItem(), AnyItem()},
+                     .options = AnyOptions(),
+                     .k = Below(4) == 0 ? kTokens : Below(300)};
+    full.items[1] = ForHeads(full.items[1], SomeHeads());
+    const SearchResponse whole = Ask(full);
+    TopKRequest request = full;
+    std::vector<Held> held(3);
+    for (size_t i = 0; i < 3; ++i) {
+      if (i == 2 && Below(2) == 0) continue;  // an item that holds nothing
+      for (const Selection& selection : whole.items[i].selections) {
+        std::set<uint32_t> list;
+        const uint32_t share = 1 + Below(4);
+        for (const int64_t position : selection.positions) {
+          if (Below(share) == 0) list.insert(static_cast<uint32_t>(position));
+        }
+        for (uint32_t others = Below(50); others > 0; --others) list.insert(Below(kTokens));
+        if (Below(6) == 0) list.clear();
+        held[i].positions.insert(held[i].positions.end(), list.begin(), list.end());
+        held[i].counts.push_back(static_cast<uint32_t>(list.size()));
+      }
+      request.items[i].held = held[i].positions;
+      request.items[i].held_counts = held[i].counts;
+    }
+    const SearchResponse part = Ask(request);
+    ASSERT_EQ(part.items.size(), 3U);
+    for (size_t i = 0; i < 3; ++i) {
+      ItemResult expected = whole.items[i];
+      auto next = held[i].positions.begin();
+      for (size_t s = 0; s < held[i].counts.size(); ++s) {
+        const std::set<int64_t> list(next, next + held[i].counts[s]);
+        next += held[i].counts[s];
+        const Selection all = std::exchange(expected.selections[s], {});
+        expected.selections[s].positions = all.positions;
+        for (size_t p = 0; p < all.positions.size(); ++p) {
+          if (list.contains(all.positions[p])) continue;
+          const auto row = [p](const std::vector<uint16_t>& from, size_t width,
+                               std::vector<uint16_t>& to) {
+            const auto begin = from.begin() + static_cast<ptrdiff_t>(p * width);
+            to.insert(to.end(), begin, begin + static_cast<ptrdiff_t>(width));
+          };
+          row(all.keys, kShape.key_dim, expected.selections[s].keys);
+          row(all.values, kShape.value_dim, expected.selections[s].values);
+        }
+      }
+      ExpectSame(part.items[i], expected);
+    }
+  }
+}
+
+TEST_P(QueryOperationsTest, PositionsHeldChangeNothingWithoutRows) {
+  TopKRequest request{.items = {AnyItem()}, .options = AnyOptions(), .k = 20, .with_rows = false};
+  const SearchResponse whole = Ask(request);
+  const std::vector<uint32_t> counts(request.items[0].tokens * kShape.kv_heads, 1);
+  const std::vector<uint32_t> held(counts.size(), kTokens - 1);
+  request.items[0].held = held;
+  request.items[0].held_counts = counts;
+  ExpectSame(Ask(request).items[0], whole.items[0]);
 }
 
 INSTANTIATE_TEST_SUITE_P(Seeds, QueryOperationsTest, testing::Values(1, 2, 3));

@@ -227,6 +227,16 @@ class RequestFuzzTest : public testing::Test {
         heads /= kKvHeads;
       }
       parts.Add(RandomBf16(tokens * heads * kKeyDim, random));
+      if (op != Op::kTopK) continue;
+      const size_t lists = tokens * heads * kKvHeads / kQueryHeads;
+      std::string held;
+      for (size_t list = 0; list < lists; ++list) {
+        item->add_held_counts(2);
+        for (const uint32_t position : {500U, 600U}) {
+          held.append(reinterpret_cast<const char*>(&position), sizeof(position));
+        }
+      }
+      parts.Add(held);
     }
     message.set_query_dtype(proto::DTYPE_BF16);
     message.mutable_options()->set_index(index);

@@ -241,6 +241,38 @@ TEST_F(RequestValidationTest, HeadsOfItems) {
       << status;
 }
 
+TEST_F(RequestValidationTest, HeldRows) {
+  const std::string invalid = "INVALID_ARGUMENT ";
+  const auto refused = [&](const std::vector<uint32_t>& counts,
+                           const std::vector<uint32_t>& positions) {
+    proto::TopKRequest request = TopK(5);
+    *request.add_items() = request.items(0);
+    request.mutable_items(1)->mutable_held_counts()->Add(counts.begin(), counts.end());
+    const Tensors payload = Tensors().Add(Queries()).Add(Queries()).Add(positions);
+    return Describe(service_.Call(request, payload).status);
+  };
+  EXPECT_EQ(refused({}, {}), "OK");
+  EXPECT_EQ(refused({0, 0}, {}), "OK");
+  EXPECT_EQ(refused({3, 2}, {0, 1, 99, 0, 99}), "OK");
+  EXPECT_EQ(refused({3}, {0, 1, 2}), invalid + "items[1].held_counts");
+  EXPECT_EQ(refused({1, 1, 1}, {0, 1, 2}), invalid + "items[1].held_counts");
+  EXPECT_EQ(refused({1, (1U << 16) + 1}, {0}), invalid + "items[1].held_counts[1]");
+  EXPECT_EQ(refused({~0U, 1}, {0}), invalid + "items[1].held_counts[0]");
+  EXPECT_EQ(refused({3, 2}, {0, 1, 2, 3}), invalid + "payload");
+  EXPECT_EQ(refused({3, 2}, {0, 1, 2, 3, 4, 5}), invalid + "payload");
+  EXPECT_EQ(refused({}, {1}), invalid + "payload");
+  EXPECT_EQ(refused({3, 2}, {0, 1, 1, 3, 4}), invalid + "items[1].held[2]") << "a repeat";
+  EXPECT_EQ(refused({3, 2}, {5, 4, 6, 3, 4}), invalid + "items[1].held[1]") << "not ascending";
+  EXPECT_EQ(refused({3, 2}, {0, 1, 2, 3, kTokens}), invalid + "items[1].held[4]");
+  EXPECT_EQ(refused({3, 2}, {0, 1, ~0U, 3, 4}), invalid + "items[1].held[2]");
+  EXPECT_EQ(RefusedItem([](auto& m) {
+              m.add_held_counts(0);
+              m.add_held_counts(0);
+            }),
+            invalid + "items[1].held_counts")
+      << "an attend";
+}
+
 TEST_F(RequestValidationTest, OptionsAndQueries) {
   const std::string invalid = "INVALID_ARGUMENT ";
   EXPECT_EQ(RefusedAttend(
