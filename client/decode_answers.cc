@@ -107,8 +107,8 @@ absl::StatusOr<Report> MakeReport(const proto::Report& from, uint32_t group) {
   return report;
 }
 
-/// Checks the counts of an answer and makes its items, with reports and empty selections of the
-/// right sizes.
+/// Takes over what an answer says as a whole, checks its counts and makes its items, with reports
+/// and empty selections of the right sizes.
 template <typename Proto>
 absl::Status MakeItems(const SearchShape& shape, const Proto& message, SearchResponse& out) {
   uint64_t results = 0;
@@ -118,6 +118,7 @@ absl::Status MakeItems(const SearchShape& shape, const Proto& message, SearchRes
       (shape.with_positions ? results : 0)) {
     return Malformed("position_counts");
   }
+  out.daemon_us = message.compute_us();
   int next = 0;
   out.items.reserve(shape.items.size());
   for (const auto& item : shape.items) {

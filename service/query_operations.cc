@@ -1,8 +1,10 @@
 #include "service/query_operations.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <iterator>
+#include <limits>
 #include <string>
 #include <utility>
 
@@ -174,11 +176,20 @@ void PlaceResult(const CheckedSearch& search, const AnswerLayout& layout, const 
   }
 }
 
+/// At least 1: 0 means that a daemon does not say.
+uint32_t MicrosSince(TimePoint begin) {
+  const auto micros = std::chrono::duration_cast<std::chrono::microseconds>(
+      std::chrono::steady_clock::now() - begin);
+  return static_cast<uint32_t>(
+      std::clamp<int64_t>(micros.count(), 1, std::numeric_limits<uint32_t>::max()));
+}
+
 /// The messages of both operations have the same fields.
 template <typename Message>
 std::string MakeMetadata(const CheckedSearch& search, absl::Span<const Place> places,
-                         const std::vector<SearchResult>& results) {
+                         const std::vector<SearchResult>& results, uint32_t compute_us) {
   Message message;
+  message.set_compute_us(compute_us);
   for (size_t r = 0; r < results.size(); ++r) {
     const index::SearchReport& from = results[r].report;
     const CheckedItem& item = search.items[places[r].item];
@@ -287,7 +298,7 @@ absl::Status CheckAnswerFits(const CheckedSearch& search, const DaemonOptions& o
 }
 
 absl::StatusOr<Response> MakeAnswer(const CheckedSearch& search,
-                                    const std::vector<SearchResult>& results,
+                                    const std::vector<SearchResult>& results, TimePoint arrived,
                                     const DaemonOptions& options, Worker worker) {
   std::vector<Place> places = MakePlaces(search);
   const std::vector<std::vector<int64_t>> not_held = NotHeld(search, places, results, worker);
@@ -310,8 +321,10 @@ absl::StatusOr<Response> MakeAnswer(const CheckedSearch& search,
       PlaceResult(search, layout, places[r], results[r], rows(r), response.payload.data.get());
     }
   });
-  response.metadata = search.topk() ? MakeMetadata<proto::TopKResponse>(search, places, results)
-                                    : MakeMetadata<proto::AttendResponse>(search, places, results);
+  const uint32_t micros = MicrosSince(arrived);
+  response.metadata = search.topk()
+                          ? MakeMetadata<proto::TopKResponse>(search, places, results, micros)
+                          : MakeMetadata<proto::AttendResponse>(search, places, results, micros);
   return response;
 }
 

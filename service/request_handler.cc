@@ -66,6 +66,7 @@ class RequestHandler::Impl {
     ~Call();
 
     const Request& request() const { return request_; }
+    TimePoint arrived() const { return arrived_; }
     absl::Span<const uint8_t> payload() const {
       return {request_.payload.data.get(), request_.payload.bytes};
     }
@@ -76,6 +77,7 @@ class RequestHandler::Impl {
 
    private:
     Impl& impl_;
+    const TimePoint arrived_ = Clock::now();
     Request request_;
     std::function<void(Response)> done_;
     ComputePool::Admission admission_;
@@ -385,7 +387,7 @@ void RequestHandler::Impl::Search(const CallPtr& call) {
           if (!results.ok()) return call->Finish(results.status());
           counters_.CountSearches(*results);
           try {
-            call->Finish(MakeAnswer(*search, *results, options_, {pool_, own}));
+            call->Finish(MakeAnswer(*search, *results, call->arrived(), options_, {pool_, own}));
           } catch (...) {
             call->Finish(StatusOfException());
           }

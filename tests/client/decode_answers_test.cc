@@ -65,6 +65,7 @@ struct TopK {
   std::string payload;
 
   TopK() {
+    message.set_compute_us(321);
     for (const uint32_t count : counts) {
       message.add_position_counts(count);
       proto::Report& report = *message.add_reports();
@@ -88,6 +89,7 @@ struct TopK {
 TEST(DecodeAnswersTest, TopKIsTakenApart) {
   const auto response = TopK().Decode();
   ASSERT_TRUE(response.ok()) << response.status();
+  EXPECT_EQ(response->daemon_us, 321U);
   ASSERT_EQ(response->items.size(), 2U);
   const ItemResult& first = response->items[0];
   const ItemResult& second = response->items[1];
@@ -184,6 +186,7 @@ TEST(DecodeAnswersTest, AnswersOfSomeHeadsHaveNoOthers) {
   EXPECT_EQ(response->items[0].out, Counting<float>(96));
   EXPECT_EQ(response->items[0].lse, Counting<float>(6));
   EXPECT_EQ(response->items[0].reports.size(), 3U);
+  EXPECT_EQ(response->daemon_us, 0U) << "a daemon that does not say";
   message.add_reports();
   EXPECT_EQ(
       DecodeSearch(shape, MakeAnswer(message.SerializeAsString(), maker.bytes())).status().code(),

@@ -230,6 +230,7 @@ TEST_P(ServedTest, Attend) {
   ASSERT_TRUE(served.ok()) << served.status();
   ASSERT_EQ(served->items.size(), 2U);
   EXPECT_GT(served->bytes_sent, queries_.size() * sizeof(float));
+  EXPECT_GE(served->daemon_us, 1U);
   EXPECT_GT(served->bytes_received, served->items[1].out.size() * sizeof(float));
   for (size_t i = 0; i < request.items.size(); ++i) {
     for (uint32_t token = 0; token < request.items[i].tokens; ++token) {

@@ -210,6 +210,13 @@ TEST_F(CompatibilityTest, PayloadsOfSomeHeadsAreAsLongAsTheirMessagesSay) {
   }
   EXPECT_EQ(PayloadBytes("top_k_of_some_request"),
             PaddedSum({queries[0], held[0], queries[1], held[1]}));
+
+  const auto response = MessageOf<TopKResponse>("top_k_of_some_response");
+  size_t positions = 0;
+  for (const uint32_t count : response.position_counts()) positions += count;
+  constexpr size_t kRows = 2;  // of positions that are not held
+  EXPECT_EQ(PayloadBytes("top_k_of_some_response"),
+            PaddedSum({positions * 8, kRows * kKeyDim * 2, kRows * kValueDim * 2}));
 }
 
 TEST_F(CompatibilityTest, PayloadsOfRowsAreAsLongAsTheirMessagesSay) {

@@ -298,6 +298,20 @@ void RecordTopKOfSome(Recorder& recorder) {
                        .Part(std::vector<uint16_t>(size_t{1} * kGroup * kKeyDim, 0x4000))
                        .Part(std::vector<uint32_t>{0, 4})
                        .Take());
+
+  // Chosen: {16, 17, 70}, {5000} and {0, 4}, so that one row of each token of the first item comes.
+  TopKResponse response;
+  for (const uint32_t count : {3, 1, 2}) {
+    AddReport(70000 + count, response);
+    response.add_position_counts(count);
+  }
+  response.set_compute_us(415);
+  recorder.Response("top_k_of_some_response", Op::kTopK, response,
+                    PayloadWriter()
+                        .Part(std::vector<int64_t>{16, 17, 70, 5000, 0, 4})
+                        .Bf16(size_t{2} * kKeyDim, 1)
+                        .Bf16(size_t{2} * kValueDim, 32)
+                        .Take());
 }
 
 void RecordFetchRows(Recorder& recorder) {

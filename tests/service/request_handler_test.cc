@@ -283,7 +283,9 @@ std::vector<uint8_t> AskBatch(Service& service, const proto::SessionRef& a,
               Item(b, 0, 4, 0, {1, 2, 3, 0})}),
       Tensors().Add(Queries(1, 2)).Add(Queries(2, 1)).Add(Queries(3, 1)).Add(Queries(4, 4)));
   EXPECT_TRUE(answer.ok()) << answer.status;
+  EXPECT_GE(answer.message.compute_us(), 1U);
   *message = answer.message;
+  message->clear_compute_us();  // the one thing that two answers need not have in common
   return answer.tensors.bytes();
 }
 
@@ -476,6 +478,27 @@ TEST_F(RequestHandlerTest, DestructionAnswersWhatIsUnderWay) {
     if (absl::IsUnavailable(status)) ++unavailable;
   }
   EXPECT_GT(unavailable, 0);
+}
+
+TEST_F(RequestHandlerTest, TimeInTheDaemonCountsFromTheRequestsArrival) {
+  Service service(Service::SmallOptions(1));
+  const proto::SessionRef session = OpenWith(service, {500});
+  std::latch release(1);
+  service.pool().Submit([&](index::Scratch&) { release.wait(); });  // the only worker
+  const auto begin = std::chrono::steady_clock::now();
+  auto attend = service.Start(proto::Op::kAttend, Attend({Item(session, 0, 1)}).SerializeAsString(),
+                              Tensors().Add(Queries(1, 1)).Copy());
+  auto topk = service.Start(proto::Op::kTopK, TopK({Item(session, 0, 1)}, 4).SerializeAsString(),
+                            Tensors().Add(Queries(1, 1)).Copy());
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  release.count_down();
+  const auto attended = Service::Wait<proto::AttendResponse>(std::move(attend));
+  const auto found = Service::Wait<proto::TopKResponse>(std::move(topk));
+  const auto whole = std::chrono::steady_clock::now() - begin;
+  for (const uint32_t micros : {attended.message.compute_us(), found.message.compute_us()}) {
+    EXPECT_GE(micros, 20000U) << "waiting for a worker counts";
+    EXPECT_LE(std::chrono::microseconds(micros), whole);
+  }
 }
 
 TEST_F(RequestHandlerTest, StatsCount) {
