@@ -30,6 +30,15 @@ void PinToCore(int n) {
   }
 }
 
+/// Tells the core that this is a loop that waits.
+void Pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 /// What the threads of one ForEach share. Helpers that come late find no index left and touch
 /// `work` no more.
 struct Sharing {
@@ -63,7 +72,9 @@ struct Sharing {
 }  // namespace
 
 ComputePool::ComputePool(const DaemonOptions& options)
-    : requests_max_(options.queue_limit), retry_after_(options.retry_after) {
+    : requests_max_(options.queue_limit),
+      retry_after_(options.retry_after),
+      spin_(options.worker_spin) {
   const int cores = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
   const int workers = options.workers > 0 ? options.workers : cores;
   threads_.reserve(static_cast<size_t>(workers));
@@ -78,9 +89,9 @@ ComputePool::ComputePool(const DaemonOptions& options)
 ComputePool::~ComputePool() {
   {
     const std::lock_guard lock(mutex_);
-    stopping_ = true;
-    job_waits_.notify_all();
+    stopping_.store(true);
   }
+  job_waits_.notify_all();
   for (std::thread& thread : threads_) thread.join();
 }
 
@@ -93,11 +104,28 @@ absl::StatusOr<ComputePool::Admission> ComputePool::Admit() {
   return Admission(this);
 }
 
-void ComputePool::Submit(Job job) {
-  const std::lock_guard lock(mutex_);
+ComputePool::Wakeup ComputePool::Queue(Job job, int count) {
+  if (count <= 0) return {};
+  for (int i = 1; i < count; ++i) jobs_.push_back(job);
   jobs_.push_back(std::move(job));
-  waiting_.fetch_add(1, std::memory_order_relaxed);
-  job_waits_.notify_one();
+  waiting_.fetch_add(count, std::memory_order_relaxed);
+  const int beyond_lookers = std::max(0, static_cast<int>(jobs_.size()) - looking_);
+  const int sleepers = std::min({count, beyond_lookers, sleeping_});
+  return {sleepers, sleepers == sleeping_};
+}
+
+void ComputePool::Wake(Wakeup wakeup) {
+  if (wakeup.sleepers > 1 && wakeup.all) return job_waits_.notify_all();
+  for (int i = 0; i < wakeup.sleepers; ++i) job_waits_.notify_one();
+}
+
+void ComputePool::Submit(Job job, int count) {
+  Wakeup wakeup;
+  {
+    const std::lock_guard lock(mutex_);
+    wakeup = Queue(std::move(job), count);
+  }
+  Wake(wakeup);  // without the lock, which they want first of all
 }
 
 void ComputePool::ForEach(int count, const std::function<void(int, index::Scratch&)>& work,
@@ -105,13 +133,13 @@ void ComputePool::ForEach(int count, const std::function<void(int, index::Scratc
   if (count <= 0) return;
   const auto sharing = std::make_shared<Sharing>(count, work);
   if (count > 1) {
-    const std::lock_guard lock(mutex_);
-    const int helpers = std::min(count - 1, idle_ - static_cast<int>(jobs_.size()));
-    for (int i = 0; i < helpers; ++i) {
-      jobs_.emplace_back([sharing](index::Scratch& own) { sharing->Run(own); });
-      waiting_.fetch_add(1, std::memory_order_relaxed);
-      job_waits_.notify_one();
+    Wakeup wakeup;
+    {
+      const std::lock_guard lock(mutex_);
+      const int helpers = std::min(count - 1, idle_ - static_cast<int>(jobs_.size()));
+      wakeup = Queue([sharing](index::Scratch& own) { sharing->Run(own); }, helpers);
     }
+    Wake(wakeup);
   }
   sharing->Run(scratch);
   std::unique_lock lock(sharing->mutex);
@@ -119,22 +147,55 @@ void ComputePool::ForEach(int count, const std::function<void(int, index::Scratc
   if (sharing->failure != nullptr) std::rethrow_exception(sharing->failure);
 }
 
+bool ComputePool::Claim() {
+  int64_t waiting = waiting_.load(std::memory_order_relaxed);
+  while (waiting > 0) {
+    if (waiting_.compare_exchange_weak(waiting, waiting - 1, std::memory_order_relaxed)) {
+      return true;
+    }
+  }
+  return false;
+}
+
+bool ComputePool::ClaimWithin(std::chrono::microseconds time) {
+  const auto end = std::chrono::steady_clock::now() + time;
+  do {
+    if (Claim()) return true;
+    Pause();
+  } while (std::chrono::steady_clock::now() < end && !stopping_.load(std::memory_order_relaxed));
+  return false;
+}
+
+ComputePool::Job ComputePool::Next() {
+  std::unique_lock lock(mutex_);
+  ++idle_;
+  bool claimed = Claim();
+  if (!claimed && spin_.count() > 0) {
+    ++looking_;
+    lock.unlock();
+    claimed = ClaimWithin(spin_);
+    lock.lock();
+    --looking_;
+  }
+  while (!claimed) {
+    claimed = Claim();
+    if (claimed || stopping_.load(std::memory_order_relaxed)) break;
+    ++sleeping_;
+    job_waits_.wait(lock);
+    --sleeping_;
+  }
+  --idle_;
+  if (!claimed) return nullptr;
+  Job job = std::move(jobs_.front());
+  jobs_.pop_front();
+  return job;
+}
+
 void ComputePool::Work(int worker) {
   const std::string name = absl::StrCat("kvseek-work-", worker);
   pthread_setname_np(pthread_self(), name.substr(0, 15).c_str());
   index::Scratch scratch;
-  for (;;) {
-    Job job;
-    {
-      std::unique_lock lock(mutex_);
-      ++idle_;
-      while (jobs_.empty() && !stopping_) job_waits_.wait(lock);
-      --idle_;
-      if (jobs_.empty()) return;
-      job = std::move(jobs_.front());
-      jobs_.pop_front();
-      waiting_.fetch_sub(1, std::memory_order_relaxed);
-    }
+  while (const Job job = Next()) {
     scratch.Reset();
     job(scratch);
   }

@@ -1,12 +1,18 @@
 // The threads that compute: all searches, builds and large copies run here.
 //
 // A request is admitted once (queue_limit of them at a time) and may then submit jobs. It keeps no
-// more of them queued than there are workers, so the queue is bounded by queue_limit * workers.
-// Jobs run in the order of submission.
+// more of them queued than there are workers, so the queue is bounded by about queue_limit *
+// workers (a request may be answered before its last jobs, which then do nothing). Jobs run in the
+// order of submission.
+//
+// A worker without a job looks for one for options.worker_spin before it sleeps. Looking takes no
+// lock: who sees a job claims it in the counter of waiting jobs and takes the lock only to fetch
+// it. Sleepers are woken only for jobs that no looking worker will take.
 #ifndef KVSEEK_SERVICE_COMPUTE_POOL_H_
 #define KVSEEK_SERVICE_COMPUTE_POOL_H_
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -49,7 +55,7 @@ class ComputePool {
     ComputePool* pool_ = nullptr;
   };
 
-  /// Uses options.workers, pin_workers, queue_limit and retry_after.
+  /// Uses options.workers, worker_spin, pin_workers, queue_limit and retry_after.
   explicit ComputePool(const DaemonOptions& options);
   /// Runs what is queued, and what those jobs submit, then stops.
   ~ComputePool();
@@ -59,7 +65,8 @@ class ComputePool {
   /// resource_exhausted with retry-after when queue_limit requests are there already.
   absl::StatusOr<Admission> Admit();
 
-  void Submit(Job job) ABSL_LOCKS_EXCLUDED(mutex_);
+  /// Queues a job, or `count` copies of it.
+  void Submit(Job job, int count = 1) ABSL_LOCKS_EXCLUDED(mutex_);
 
   /// Calls work(0) .. work(count - 1), each once, in the calling worker and in workers that are
   /// idle now, and returns when all are done. Waits only for work that another worker has begun.
@@ -77,18 +84,33 @@ class ComputePool {
   uint64_t requests_max() const { return requests_max_; }
 
  private:
+  /// How many sleepers to wake, and whether these are all.
+  struct Wakeup {
+    int sleepers = 0;
+    bool all = false;
+  };
+  Wakeup Queue(Job job, int count) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Wake(Wakeup wakeup) ABSL_LOCKS_EXCLUDED(mutex_);
   void Work(int worker);
+  /// The next job, as soon as there is one; null when the pool stops.
+  Job Next() ABSL_LOCKS_EXCLUDED(mutex_);
+  /// Makes one of the waiting jobs the caller's, who then finds it in jobs_.
+  bool Claim();
+  bool ClaimWithin(std::chrono::microseconds time);
 
   const uint64_t requests_max_;
   const std::chrono::milliseconds retry_after_;
+  const std::chrono::microseconds spin_;
   std::atomic<uint64_t> requests_{0};
-  std::atomic<int64_t> waiting_{0};  ///< size of jobs_, for Crowded
+  std::atomic<int64_t> waiting_{0};  ///< jobs in jobs_ that nobody has claimed; grows with the lock
+  std::atomic<bool> stopping_{false};  ///< set with the lock
 
   std::mutex mutex_;
   std::condition_variable job_waits_;  ///< or the pool stops
   std::deque<Job> jobs_ ABSL_GUARDED_BY(mutex_);
-  int idle_ ABSL_GUARDED_BY(mutex_) = 0;
-  bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
+  int idle_ ABSL_GUARDED_BY(mutex_) = 0;      ///< workers without a job: they look or sleep
+  int looking_ ABSL_GUARDED_BY(mutex_) = 0;   ///< they look at the queue again before they sleep
+  int sleeping_ ABSL_GUARDED_BY(mutex_) = 0;  ///< those woken, but not yet back, too
   std::vector<std::thread> threads_;
 };
 

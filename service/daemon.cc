@@ -31,6 +31,8 @@ absl::Status CheckOptions(const DaemonOptions& options) {
   };
   absl::Status status = check(options.io_threads > 0, "io_threads", "must be at least 1");
   status.Update(check(options.workers >= 0, "workers", "must not be negative"));
+  status.Update(check(options.io_spin.count() >= 0, "io_spin", "must not be negative"));
+  status.Update(check(options.worker_spin.count() >= 0, "worker_spin", "must not be negative"));
   status.Update(check(options.queue_limit > 0, "queue_limit", "must be at least 1"));
   status.Update(check(options.connections_max > 0, "connections_max", "must be at least 1"));
   status.Update(

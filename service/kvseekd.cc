@@ -26,6 +26,8 @@ constexpr int kBadUsage = 2;
 struct Arguments {
   kvseek::service::DaemonOptions options;
   uint64_t lease_ms = 0;
+  uint32_t io_spin_us = 0;
+  uint32_t worker_spin_us = 0;
   std::string token_file;
   std::string log_level = "info";
   bool print_ready = false;
@@ -56,6 +58,15 @@ void Declare(CLI::App& app, Arguments& arguments) {
       ->check(CLI::Range(0, 4096))
       ->capture_default_str();
   app.add_flag("--pin", options.pin_workers, "Pin the compute threads to cores 0, 1, ...");
+  constexpr uint32_t kSpinMaxUs = 1'000'000;
+  app.add_option("--io-spin-us", arguments.io_spin_us,
+                 "Microseconds that the socket thread looks for work before it sleeps")
+      ->check(CLI::Range(0U, kSpinMaxUs))
+      ->capture_default_str();
+  app.add_option("--worker-spin-us", arguments.worker_spin_us,
+                 "Microseconds that a compute thread looks for work before it sleeps")
+      ->check(CLI::Range(0U, kSpinMaxUs))
+      ->capture_default_str();
   app.add_option("--queue-limit", options.queue_limit,
                  "Requests waiting or under way; more are refused")
       ->check(CLI::Range(1U, 1U << 20))
@@ -126,6 +137,8 @@ int main(int argc, char** argv) {
     spdlog::error("KVSEEK_SIMD names no level that this machine has");
     return kBadUsage;
   }
+  arguments.options.io_spin = std::chrono::microseconds(arguments.io_spin_us);
+  arguments.options.worker_spin = std::chrono::microseconds(arguments.worker_spin_us);
   arguments.options.lease_default = std::chrono::milliseconds(arguments.lease_ms);
   if (arguments.options.lease_max < arguments.options.lease_default) {
     arguments.options.lease_max = arguments.options.lease_default;

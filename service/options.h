@@ -15,6 +15,9 @@ struct DaemonOptions {
   std::vector<std::string> listen;  ///< "unix:/path", "tcp://host:port"; at least one
   std::string token;                ///< shared secret that hello must carry; "": none asked for
   int io_threads = 1;               ///< they parse and write only; one moves several GB/s
+  /// An io thread looks for work for so long after its last before it sleeps. Off: it takes a core
+  /// while it looks. Worth it where a wake-up (tens of us) is much of an answer's time.
+  std::chrono::microseconds io_spin{0};
 
   // ---- memory
   uint64_t memory_limit_bytes = uint64_t{4} << 30;  ///< keys, values and codes of all sessions
@@ -24,8 +27,9 @@ struct DaemonOptions {
   uint64_t tokens_max = uint64_t{1} << 24;  ///< of a session
 
   // ---- work
-  int workers = 0;                 ///< compute threads; 0: one a core
-  bool pin_workers = false;        ///< to cores 0, 1, ...; on for a host of its own
+  int workers = 0;                           ///< compute threads; 0: one a core
+  std::chrono::microseconds worker_spin{0};  ///< as io_spin, for each compute thread
+  bool pin_workers = false;                  ///< to cores 0, 1, ...; on for a host of its own
   uint32_t queue_limit = 1024;     ///< requests waiting or under way; past it resource_exhausted
   uint32_t batch_items_max = 256;  ///< sessions in one request
   uint32_t query_tokens_max = 64;  ///< query tokens of one item (speculative decoding needs few)

@@ -51,8 +51,9 @@ class SearchRun {
   absl::Status Run(const Unit& unit, Scratch& scratch);
   /// Books a unit. Returns how many more runners there is work for.
   int Book(const Unit& unit, absl::Status status) ABSL_LOCKS_EXCLUDED(mutex_);
-  /// Calls `done` if the runner that has just left was the last.
-  void FinishIfLast(Scratch& scratch) ABSL_LOCKS_EXCLUDED(mutex_);
+  /// Calls `done` when no unit is under way and none is left to do. Runners that a worker has yet
+  /// to wake up for are not waited for; they will find nothing.
+  bool FinishIfComplete(Scratch& scratch) ABSL_LOCKS_EXCLUDED(mutex_);
 
   ComputePool& pool_;
   const std::vector<SearchTask> tasks_;
@@ -66,7 +67,8 @@ class SearchRun {
   std::deque<size_t> open_
       ABSL_GUARDED_BY(mutex_);  ///< planned searches with pieces left to give out
   int64_t open_pieces_ ABSL_GUARDED_BY(mutex_) = 0;
-  int runners_ ABSL_GUARDED_BY(mutex_) = 0;  ///< jobs queued or running
+  int runners_ ABSL_GUARDED_BY(mutex_) = 0;    ///< jobs queued or running
+  int under_way_ ABSL_GUARDED_BY(mutex_) = 0;  ///< units taken and not booked
   bool done_called_ ABSL_GUARDED_BY(mutex_) = false;
   absl::Status failure_ ABSL_GUARDED_BY(mutex_);
 };
@@ -81,9 +83,13 @@ SearchRun::Unit SearchRun::Next() {
     const int piece = search.next_piece++;
     --open_pieces_;
     if (search.next_piece == search.plan->pieces()) open_.pop_front();
+    ++under_way_;
     return {false, task, piece};
   }
-  if (failure_.ok() && next_task_ < tasks_.size()) return {false, next_task_++, -1};
+  if (failure_.ok() && next_task_ < tasks_.size()) {
+    ++under_way_;
+    return {false, next_task_++, -1};
+  }
   --runners_;
   return {};
 }
@@ -115,6 +121,7 @@ absl::Status SearchRun::Run(const Unit& unit, Scratch& scratch) {
 
 int SearchRun::Book(const Unit& unit, absl::Status status) {
   const std::lock_guard lock(mutex_);
+  --under_way_;
   if (failure_.ok()) failure_ = std::move(status);
   if (!failure_.ok()) return 0;
   const Search& search = searches_[unit.task];
@@ -129,11 +136,13 @@ int SearchRun::Book(const Unit& unit, absl::Status status) {
   return static_cast<int>(wanted);
 }
 
-void SearchRun::FinishIfLast(Scratch& scratch) {
+bool SearchRun::FinishIfComplete(Scratch& scratch) {
   absl::Status failure;
   {
     const std::lock_guard lock(mutex_);
-    if (runners_ > 0 || std::exchange(done_called_, true)) return;
+    const bool nothing_left = open_.empty() && next_task_ == tasks_.size();
+    if (under_way_ > 0 || (failure_.ok() && !nothing_left)) return false;
+    if (std::exchange(done_called_, true)) return true;
     failure = failure_;
   }
   scratch.Reset();
@@ -144,6 +153,7 @@ void SearchRun::FinishIfLast(Scratch& scratch) {
     done_(std::move(failure), scratch);
   }
   done_ = nullptr;
+  return true;
 }
 
 void SearchRun::Start(const std::shared_ptr<SearchRun>& run, Scratch& scratch) {
@@ -152,24 +162,19 @@ void SearchRun::Start(const std::shared_ptr<SearchRun>& run, Scratch& scratch) {
     const std::lock_guard lock(run->mutex_);
     run->runners_ = runners;
   }
-  for (int i = 1; i < runners; ++i) {
-    run->pool_.Submit([run](Scratch& own) { Work(run, own); });
-  }
+  run->pool_.Submit([run](Scratch& own) { Work(run, own); }, runners - 1);
   Work(run, scratch);
 }
 
 void SearchRun::Work(const std::shared_ptr<SearchRun>& run, Scratch& scratch) {
   for (;;) {
     const Unit unit = run->Next();
-    if (unit.none) {
-      run->FinishIfLast(scratch);
-      return;
+    if (!unit.none) {
+      absl::Status status = run->Run(unit, scratch);
+      const int more = run->Book(unit, std::move(status));
+      if (more > 0) run->pool_.Submit([run](Scratch& own) { Work(run, own); }, more);
     }
-    absl::Status status = run->Run(unit, scratch);
-    const int more = run->Book(unit, std::move(status));
-    for (int i = 0; i < more; ++i) {
-      run->pool_.Submit([run](Scratch& own) { Work(run, own); });
-    }
+    if (run->FinishIfComplete(scratch) || unit.none) return;
     if (run->pool_.Crowded()) {
       run->pool_.Submit([run](Scratch& own) { Work(run, own); });
       return;

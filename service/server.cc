@@ -13,6 +13,7 @@
 #include <boost/asio/steady_timer.hpp>
 #include <boost/asio/strand.hpp>
 #include <boost/asio/use_awaitable.hpp>
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
@@ -104,11 +105,28 @@ class Server::Impl {
     pthread_setname_np(pthread_self(), "kvseek-io");
     for (;;) {
       try {
-        io_.run();
+        RunLooking();
         return;
       } catch (const std::exception& error) {
         spdlog::error("io thread: {}", error.what());
       }
+    }
+  }
+
+  /// io_.run(), which after any work looks for more for a while before it sleeps.
+  void RunLooking() {
+    const auto spin = context_.options.io_spin;
+    if (spin.count() == 0) {
+      io_.run();
+      return;
+    }
+    auto last_work = std::chrono::steady_clock::now();
+    while (!io_.stopped()) {
+      if (io_.poll() == 0) {
+        if (std::chrono::steady_clock::now() - last_work < spin) continue;
+        io_.run_one();
+      }
+      last_work = std::chrono::steady_clock::now();
     }
   }
 

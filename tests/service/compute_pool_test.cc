@@ -5,7 +5,9 @@
 #include <atomic>
 #include <chrono>
 #include <latch>
+#include <random>
 #include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -14,14 +16,21 @@
 namespace kvseek::service {
 namespace {
 
-DaemonOptions Workers(int workers) {
+DaemonOptions Workers(int workers, std::chrono::microseconds spin = {}) {
   DaemonOptions options;
   options.workers = workers;
+  options.worker_spin = spin;
   options.queue_limit = 3;
   return options;
 }
 
-TEST(ComputePoolTest, RunsManyJobsOnce) {
+/// The parameter: how long workers look for jobs before they sleep.
+class ComputePoolTest : public testing::TestWithParam<std::chrono::microseconds> {
+ protected:
+  static DaemonOptions Workers(int workers) { return service::Workers(workers, GetParam()); }
+};
+
+TEST_P(ComputePoolTest, RunsManyJobsOnce) {
   constexpr int kJobs = 10000;
   std::vector<std::atomic<int>> runs(kJobs);
   {
@@ -37,7 +46,7 @@ TEST(ComputePoolTest, RunsManyJobsOnce) {
   for (const auto& count : runs) EXPECT_EQ(count.load(), 1);
 }
 
-TEST(ComputePoolTest, DestructionRunsWhatIsQueuedAndWhatThatSubmits) {
+TEST_P(ComputePoolTest, DestructionRunsWhatIsQueuedAndWhatThatSubmits) {
   std::atomic<int> runs{0};
   {
     ComputePool pool(Workers(1));
@@ -54,7 +63,7 @@ TEST(ComputePoolTest, DestructionRunsWhatIsQueuedAndWhatThatSubmits) {
   EXPECT_EQ(runs.load(), 200);
 }
 
-TEST(ComputePoolTest, AdmitsUpToTheLimit) {
+TEST_P(ComputePoolTest, AdmitsUpToTheLimit) {
   ComputePool pool(Workers(1));
   auto a = pool.Admit();
   auto b = pool.Admit();
@@ -70,7 +79,7 @@ TEST(ComputePoolTest, AdmitsUpToTheLimit) {
   EXPECT_TRUE(pool.Admit().ok());
 }
 
-TEST(ComputePoolTest, ForEachDoesAllBeforeItReturns) {
+TEST_P(ComputePoolTest, ForEachDoesAllBeforeItReturns) {
   ComputePool pool(Workers(4));
   for (int round = 0; round < 200; ++round) {
     std::latch done(1);
@@ -87,7 +96,7 @@ TEST(ComputePoolTest, ForEachDoesAllBeforeItReturns) {
   }
 }
 
-TEST(ComputePoolTest, ForEachUsesIdleWorkersAndNeverWaitsForBusyOnes) {
+TEST_P(ComputePoolTest, ForEachUsesIdleWorkersAndNeverWaitsForBusyOnes) {
   ComputePool pool(Workers(3));
   std::latch release(1);
   std::latch busy(1);
@@ -121,7 +130,7 @@ TEST(ComputePoolTest, ForEachUsesIdleWorkersAndNeverWaitsForBusyOnes) {
   release.count_down();
 }
 
-TEST(ComputePoolTest, ForEachRethrows) {
+TEST_P(ComputePoolTest, ForEachRethrows) {
   ComputePool pool(Workers(2));
   std::latch done(1);
   pool.Submit([&](index::Scratch& scratch) {
@@ -139,6 +148,32 @@ TEST(ComputePoolTest, ForEachRethrows) {
   });
   done.wait();
 }
+
+TEST_P(ComputePoolTest, EveryJobFindsAWorkerWhateverWorkersDoJustThen) {
+  constexpr int kRounds = 3000;
+  ComputePool pool(Workers(4));
+  std::mt19937 random(5);
+  for (int round = 0; round < kRounds; ++round) {
+    const int copies = 1 + static_cast<int>(random() % 6);
+    std::latch done(copies + 1);
+    pool.Submit([&](index::Scratch&) { done.count_down(); });
+    if (random() % 4 == 0) std::this_thread::yield();
+    pool.Submit([&](index::Scratch&) { done.count_down(); }, copies);
+    done.wait();
+    EXPECT_FALSE(pool.Crowded());
+    // Until workers are about to sleep, or asleep.
+    if (random() % 8 == 0) {
+      std::this_thread::sleep_for(std::chrono::microseconds(random() % 400));
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Spins, ComputePoolTest,
+                         testing::Values(std::chrono::microseconds(0),
+                                         std::chrono::microseconds(200)),
+                         [](const auto& spin) {
+                           return std::to_string(spin.param.count()) + "us";
+                         });
 
 TEST(StrandTest, KeepsOrderWithoutHoldingWorkers) {
   ComputePool pool(Workers(4));

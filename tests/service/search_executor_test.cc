@@ -152,6 +152,24 @@ TEST_P(SearchExecutorTest, RequestsShareTheWorkers) {
   large.wait();
 }
 
+TEST_P(SearchExecutorTest, WorkersThatDoNotComeAreNotWaitedFor) {
+  const int others = GetParam() - 1;
+  std::latch busy(others);
+  std::latch release(1);
+  for (int i = 0; i < others; ++i) {
+    pool_->Submit([&](index::Scratch&) {
+      busy.count_down();
+      release.wait();
+    });
+  }
+  busy.wait();
+  const auto results = Run(Tasks({3, 2, 4, 1, 5}), In(std::chrono::seconds(20)));
+  release.count_down();
+  pool_.reset();  // before the latches
+  ASSERT_TRUE(results.ok()) << results.status();
+  EXPECT_EQ(index_.runs(), 15);
+}
+
 INSTANTIATE_TEST_SUITE_P(Workers, SearchExecutorTest, testing::Values(1, 4));
 
 }  // namespace
