@@ -155,6 +155,7 @@ class Bench {
     }
     ++result_.answered;
     result_.micros.push_back(std::chrono::duration<double, std::micro>(now - intended).count());
+    result_.daemon_micros.push_back(response->daemon_us);
     result_.bytes_sent += response->bytes_sent;
     result_.bytes_received += response->bytes_received;
     for (const ItemResult& item : response->items) {

@@ -40,7 +40,8 @@ struct BenchResult {
   std::map<std::string, uint64_t> errors;  ///< by code
   double seconds = 0.0;                    ///< until the last answer, at least the duration
   double fill_seconds = 0.0;
-  std::vector<double> micros;  ///< of answers
+  std::vector<double> micros;         ///< of answers
+  std::vector<double> daemon_micros;  ///< of these, the daemon's own time
   uint64_t bytes_sent = 0;
   uint64_t bytes_received = 0;
   uint64_t keys_scanned = 0;

@@ -77,6 +77,9 @@ constexpr char kHelp[] =
     "                     is past what the daemon can do and the latencies say nothing\n"
     "  errors             requests that failed, by code: resource_exhausted is a full queue,\n"
     "                     deadline_exceeded an answer later than --deadline-ms\n"
+    "  in the daemon      of a latency, from the request read to the answer in place; beside it: "
+    "the\n"
+    "                     difference of the medians, the way there and back\n"
     "  touched            bytes of codes and rows that searches read, beside what this machine's "
     "memory\n"
     "                     can deliver to as many threads (the roof; only without --via)\n"
@@ -169,6 +172,11 @@ Json ShapeJson(const ModelShape& shape) {
           {"head_dim", shape.key_dim}};
 }
 
+/// What the median request took beyond the daemon's own time: the way there and back.
+double BesideDaemon(const BenchResult& result) {
+  return Percentile(result.micros, 0.5) - Percentile(result.daemon_micros, 0.5);
+}
+
 void PrintJson(const BenchFlags& flags, const BenchResult& result, std::optional<double> roof) {
   const BenchOptions& bench = flags.bench;
   const double seconds = result.seconds;
@@ -194,6 +202,8 @@ void PrintJson(const BenchFlags& flags, const BenchResult& result, std::optional
                      {{"p50", Percentile(result.micros, 0.5)},
                       {"p99", Percentile(result.micros, 0.99)},
                       {"p999", Percentile(result.micros, 0.999)}}},
+                    {"daemon_micros_p50", Percentile(result.daemon_micros, 0.5)},
+                    {"beside_daemon_micros_p50", BesideDaemon(result)},
                     {"wire_bytes",
                      {{"sent", result.bytes_sent}, {"received", result.bytes_received}}},
                     {"keys_scanned_per_second", per_second(result.keys_scanned)},
@@ -221,6 +231,8 @@ void PrintText(const BenchFlags& flags, const BenchResult& result, std::optional
   table.Add({"latency p50", Digits(Percentile(result.micros, 0.5)) + " us"});
   table.Add({"latency p99", Digits(Percentile(result.micros, 0.99)) + " us"});
   table.Add({"latency p99.9", Digits(Percentile(result.micros, 0.999)) + " us"});
+  table.Add({"in the daemon p50", Digits(Percentile(result.daemon_micros, 0.5)) + " us"});
+  table.Add({"beside it p50", Digits(BesideDaemon(result)) + " us"});
   table.Add({"sent a request", ShortBytes(static_cast<double>(result.bytes_sent) / answered)});
   table.Add({"received", ShortBytes(static_cast<double>(result.bytes_received) / answered)});
   table.Add({"keys scanned", Short(static_cast<double>(result.keys_scanned) / seconds) + " /s"});
@@ -329,6 +341,7 @@ void AddBenchCommand(CLI::App& program, Action& action) {
       ->check(CLI::Range(0, 4096))
       ->capture_default_str();
   AddConnectFlags(*command, flags->connect, /*required=*/false);
+  AddSpinFlag(*command, flags->connect);
   AddFormatFlag(*command, flags->format);
   command->callback([flags, &action] {
     ResolveFlags(*flags);

@@ -1,6 +1,7 @@
 #include "cli/connect.h"
 
 #include <CLI/CLI.hpp>
+#include <chrono>
 #include <fstream>
 #include <iterator>
 
@@ -17,9 +18,18 @@ void AddConnectFlags(CLI::App& command, ConnectFlags& flags, bool required) {
       ->needs(via);
 }
 
+void AddSpinFlag(CLI::App& command, ConnectFlags& flags) {
+  command
+      .add_option("--spin-us", flags.spin_us,
+                  "Microseconds that a connection's thread looks for answers before it sleeps")
+      ->check(CLI::Range(0U, 1'000'000U))
+      ->capture_default_str();
+}
+
 absl::StatusOr<std::unique_ptr<KvClient>> Connect(const ConnectFlags& flags) {
   ClientOptions options;
   options.address = flags.via;
+  options.spin = std::chrono::microseconds(flags.spin_us);
   if (!flags.token_file.empty()) {
     std::ifstream file(flags.token_file);
     options.token.assign(std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>());

@@ -180,15 +180,16 @@ CLI::App* AddCommand(CLI::App& program, Action& action, const std::string& name,
 
 void AddDaemonCommands(CLI::App& program, Action& action) {
   auto ping = std::make_shared<DaemonFlags>();
-  AddCommand(
+  CLI::App* ping_command = AddCommand(
       program, action, "ping", "Say hello to a daemon and time round trips",
       "Health requests go one after another and do no work: what is left is the socket, two "
       "threads\nand the frames. A decoder pays it once for each layer and step.\n\nExample:\n"
       "  kvseek ping --via unix:/run/kvseek.sock --count 1000",
-      RunPing, ping)
-      ->add_option("--count", ping->count, "Round trips")
+      RunPing, ping);
+  ping_command->add_option("--count", ping->count, "Round trips")
       ->check(CLI::Range(1, 10'000'000))
       ->capture_default_str();
+  AddSpinFlag(*ping_command, ping->connect);
   AddCommand(
       program, action, "stats", "Show a daemon's memory, queue and counters",
       "Counters count since the daemon's start; docs/operations.md explains each.\n\nExample:\n"

@@ -43,7 +43,7 @@ class Channel::Impl {
   explicit Impl(const ClientOptions& options)
       : options_(options), work_(asio::make_work_guard(io_)), timer_(io_), thread_([this] {
           pthread_setname_np(pthread_self(), "kvseek-client");
-          io_.run();
+          RunIo();
         }) {}
 
   ~Impl() {
@@ -93,6 +93,22 @@ class Channel::Impl {
   };
 
   // All below: on the channel's thread.
+
+  /// io_.run(), which after any work looks for more for a while before it sleeps.
+  void RunIo() {
+    if (options_.spin.count() <= 0) {
+      io_.run();
+      return;
+    }
+    Clock::time_point last_work = Clock::now();
+    while (!io_.stopped()) {
+      if (io_.poll() == 0) {
+        if (Clock::now() - last_work < options_.spin) continue;
+        io_.run_one();
+      }
+      last_work = Clock::now();
+    }
+  }
 
   static absl::Status Closed() { return absl::CancelledError("the client was closed"); }
 

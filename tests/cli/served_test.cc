@@ -85,8 +85,10 @@ TEST_F(ServedTest, ListsStatsAndSessions) {
 TEST_F(ServedTest, BenchMeasuresADaemonElsewhere) {
   const json answer =
       Ask("bench --layers 1 --sessions 2 --tokens 3000 --rate 80 --duration 0.5 --warmup 0.1"
-          " --op topk --k 32 --candidates 256 --deadline-ms 10000");
+          " --op topk --k 32 --candidates 256 --deadline-ms 10000 --spin-us 100");
   EXPECT_GT(answer.at("answered").get<int>(), 10);
+  EXPECT_GE(answer.at("daemon_micros_p50").get<double>(), 1.0);
+  EXPECT_GT(answer.at("beside_daemon_micros_p50").get<double>(), 0.0);
   EXPECT_TRUE(answer.at("errors").empty());
   EXPECT_TRUE(answer.at("memory_roof_bytes_per_second").is_null());
   EXPECT_EQ(Ask("stats").at("sessions_open"), 0);

@@ -122,6 +122,34 @@ TEST_F(KvClientTest, RefusedHelloSaysWhy) {
   EXPECT_EQ(ErrorField(status), "token");
 }
 
+TEST_F(KvClientTest, SpinningClientsKeepDeadlinesAndMissNothing) {
+  for (const auto spin : {milliseconds(1), milliseconds(2000)}) {  // asleep by the deadline, or not
+    unlink(path().c_str());
+    FakeServer server(path(), [](RawSocket& socket) {
+      if (!FakeServer::Welcome(socket)) return;
+      for (int i = 0; const auto request = socket.ReadFrame(); ++i) {
+        if (i == 3) continue;  // no answer
+        std::this_thread::sleep_for(milliseconds(i));
+        if (!socket.Send(HealthAnswer(request->header.request_id))) return;
+      }
+    });
+    ClientOptions spinning = options();
+    spinning.spin = spin;
+    const auto client = Connect(spinning);
+    ASSERT_NE(client, nullptr);
+    for (int i = 0; i < 3; ++i) {
+      EXPECT_TRUE(client->Health().ok());
+      std::this_thread::sleep_for(milliseconds(3 * i));
+    }
+    const auto before = Clock::now();
+    EXPECT_EQ(client->Health({.deadline = milliseconds(100)}).code(),
+              absl::StatusCode::kDeadlineExceeded);
+    EXPECT_GE(Clock::now() - before, milliseconds(100));
+    EXPECT_LT(Clock::now() - before, milliseconds(1000));
+    EXPECT_TRUE(client->Health().ok());
+  }
+}
+
 TEST_F(KvClientTest, HelloCarriesTokenAndInfoComesBack) {
   std::string token;
   FakeServer server(path(), [&](RawSocket& socket) {

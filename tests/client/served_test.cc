@@ -115,6 +115,7 @@ struct Setting {
   bool tcp;
   int workers;
   IndexKind index;
+  std::chrono::microseconds spin{0};  ///< of every thread that can
 };
 
 class ServedTest : public testing::TestWithParam<Setting> {
@@ -123,11 +124,13 @@ class ServedTest : public testing::TestWithParam<Setting> {
     service::DaemonOptions options;
     options.listen = {GetParam().tcp ? "tcp://127.0.0.1:0" : "unix:" + dir_.path() + "/s"};
     options.workers = GetParam().workers;
+    options.io_spin = options.worker_spin = GetParam().spin;
     auto daemon = service::Daemon::Start(options);
     ASSERT_TRUE(daemon.ok()) << daemon.status();
     daemon_ = *std::move(daemon);
-    auto client = KvClient::Connect(
-        {.address = daemon_->addresses()[0], .default_deadline = std::chrono::seconds(30)});
+    auto client = KvClient::Connect({.address = daemon_->addresses()[0],
+                                     .default_deadline = std::chrono::seconds(30),
+                                     .spin = GetParam().spin});
     ASSERT_TRUE(client.ok()) << client.status();
     client_ = *std::move(client);
     auto session = client_->Open(kShape, {.name = "served"});
@@ -211,17 +214,17 @@ class ServedTest : public testing::TestWithParam<Setting> {
   std::vector<float> queries_;
 };
 
-INSTANTIATE_TEST_SUITE_P(Transports, ServedTest,
-                         testing::Values(Setting{false, 1, IndexKind::kLadder},
-                                         Setting{false, 4, IndexKind::kLadder},
-                                         Setting{true, 1, IndexKind::kLadder},
-                                         Setting{true, 4, IndexKind::kExact},
-                                         Setting{false, 4, IndexKind::kExact}),
-                         [](const auto& at) {
-                           return std::string(at.param.tcp ? "Tcp" : "Unix") +
-                                  std::to_string(at.param.workers) +
-                                  (at.param.index == IndexKind::kExact ? "Exact" : "Ladder");
-                         });
+INSTANTIATE_TEST_SUITE_P(
+    Transports, ServedTest,
+    testing::Values(Setting{false, 1, IndexKind::kLadder}, Setting{false, 4, IndexKind::kLadder},
+                    Setting{true, 1, IndexKind::kLadder}, Setting{true, 4, IndexKind::kExact},
+                    Setting{false, 4, IndexKind::kExact},
+                    Setting{false, 2, IndexKind::kLadder, std::chrono::microseconds(500)}),
+    [](const auto& at) {
+      return std::string(at.param.tcp ? "Tcp" : "Unix") + std::to_string(at.param.workers) +
+             (at.param.index == IndexKind::kExact ? "Exact" : "Ladder") +
+             (at.param.spin.count() > 0 ? "Spinning" : "");
+    });
 
 TEST_P(ServedTest, Attend) {
   AttendRequest request{.items = Items(), .options = Options()};
