@@ -68,7 +68,7 @@ struct Mirror {
 };
 
 /// One layer of random numbers: bf16 keys and values (tokens, kv_heads, dim), and one token's
-/// queries (heads, dim), whose scores spread about as wide as a real model's.
+/// queries (heads, dim), bf16 numbers too, whose scores spread about as wide as a real model's.
 struct Layer {
   Layer(int tokens_, int kv_heads_, int group, int dim_)
       : tokens(tokens_), kv_heads(kv_heads_), heads(kv_heads_ * group), dim(dim_) {
@@ -79,7 +79,9 @@ struct Layer {
     queries.resize(static_cast<size_t>(heads) * dim);
     for (uint16_t& key : keys) key = kernels::FloatToBf16(normal(random));
     for (uint16_t& value : values) value = kernels::FloatToBf16(0.5F + normal(random));
-    for (float& query : queries) query = 3.0F * normal(random);
+    for (float& query : queries) {
+      query = kernels::Bf16ToFloat(kernels::FloatToBf16(3.0F * normal(random)));
+    }
   }
 
   /// Where the row of a token and KV head starts, in keys and in values.

@@ -30,8 +30,7 @@ constexpr float kScale = 0.088388348F;  // 1 / sqrt(kDim)
 constexpr int kSink = 16;
 constexpr int kRecent = 512;
 constexpr int kChosen = 256;  // keys of each KV head that the daemon returns
-constexpr int kSplits = 8;    // of a KV head's rows, so that few heads fill the GPU
-constexpr int kParts = 2 * kSplits + 1;
+constexpr int kParts = 3;     // states to merge: the steady zone's, the chosen rows', the rest's
 constexpr int kAppendTokens = 2048;
 constexpr int kSteps = 5;
 
@@ -60,39 +59,41 @@ struct Decoder {
   cudaStream_t stream = nullptr;
   Rows steady{kSink + kRecent};
   Rows chosen{kChosen};
-  Mirror<float> queries{kHeads * kDim};
-  // The states to merge, (kParts, kHeads, kDim) and (kParts, kHeads): kSplits of the steady zone,
-  // kSplits of the chosen rows, and the rest's.
+  Mirror<float> queries{kHeads * kDim};          // for the daemon
+  Mirror<uint16_t> bf16_queries{kHeads * kDim};  // the same, for the GPU
+  Mirror<unsigned char> workspace{kernels::cuda::AttendWorkspaceBytes(kKvHeads, 1, kGroup, kDim)};
   Mirror<float> outs{kParts * kHeads * kDim};
   Mirror<float> lses{kParts * kHeads};
   Mirror<float> out{kHeads * kDim};
   Mirror<float> lse{kHeads};
 };
 
-// Attends to `rows`: kSplits states, the first of which is part `part`.
+// Attends to `rows`; the state is part `part`.
 void AttendRows(Decoder& decoder, const Rows& rows, int part) {
-  kernels::cuda::GatheredRows gathered;
-  gathered.queries = decoder.queries.device;
-  gathered.keys = rows.keys.device;
-  gathered.values = rows.values.device;
-  gathered.row_counts = rows.counts.device;
-  gathered.groups = kKvHeads;
-  gathered.group = kGroup;
-  gathered.rows_max = rows.rows_max;
-  gathered.key_dim = kDim;
-  gathered.value_dim = kDim;
-  gathered.softmax_scale = kScale;
-  gathered.splits = kSplits;
-  Must("AttendGatheredRows",
-       AttendGatheredRows(gathered, decoder.outs.device + part * kHeads * kDim,
-                          decoder.lses.device + part * kHeads, decoder.stream));
+  kernels::cuda::KvPages pages;
+  pages.pool.keys = rows.keys.device;
+  pages.pool.values = rows.values.device;
+  pages.pool.kv_heads = 1;
+  pages.pool.page_tokens = rows.rows_max;
+  pages.pool.key_dim = kDim;
+  pages.pool.value_dim = kDim;
+  pages.counts = rows.counts.device;
+  pages.sequences = kKvHeads;
+  kernels::cuda::PageQueries queries;
+  queries.queries = decoder.bf16_queries.device;
+  queries.group = kGroup;
+  queries.softmax_scale = kScale;
+  Must("AttendPages",
+       AttendPages(pages, queries, {decoder.workspace.device, decoder.workspace.count},
+                   decoder.outs.device + part * kHeads * kDim, decoder.lses.device + part * kHeads,
+                   decoder.stream));
 }
 
 // Attention of decoder.queries over all tokens of layer 0, into decoder.out. Returns what it waited
 // for the daemon.
 Milliseconds DecodeStep(Decoder& decoder, KvClient& client, const Session& session,
                         const SearchOptions& options) {
-  decoder.queries.Upload(decoder.stream);
+  decoder.bf16_queries.Upload(decoder.stream);
   AttendRows(decoder, decoder.steady, 0);  // runs while the daemon searches
 
   TopKRequest request;
@@ -115,16 +116,17 @@ Milliseconds DecodeStep(Decoder& decoder, KvClient& client, const Session& sessi
                        selection.positions.size());
   }
   decoder.chosen.Upload(decoder.stream);
-  AttendRows(decoder, decoder.chosen, kSplits);
+  AttendRows(decoder, decoder.chosen, 1);
 
-  constexpr size_t kRest = 2 * kSplits * kHeads;
+  constexpr size_t kRest = 2 * kHeads;
   std::copy(answer.out.begin(), answer.out.end(), decoder.outs.host + kRest * kDim);
   std::copy(answer.lse.begin(), answer.lse.end(), decoder.lses.host + kRest);
   decoder.outs.Upload(decoder.stream, kRest * kDim);
   decoder.lses.Upload(decoder.stream, kRest);
+  const kernels::cuda::StateList states{decoder.outs.device, decoder.lses.device, kParts};
   Must("MergeStates",
-       kernels::cuda::MergeStates(decoder.outs.device, decoder.lses.device, kParts, kHeads, kDim,
-                                  decoder.out.device, decoder.lse.device, decoder.stream));
+       kernels::cuda::MergeStates(&states, 1, kHeads, kDim, decoder.out.device,
+                                  kernels::DType::kFp32, decoder.lse.device, decoder.stream));
   decoder.out.Download(decoder.stream);
   Must("step", cudaStreamSynchronize(decoder.stream));
   return waited;
@@ -149,6 +151,9 @@ void Prefill(const Layer& layer, KvClient& client, const Session& session, Decod
   }
   decoder.steady.Upload(decoder.stream);
   std::copy(layer.queries.begin(), layer.queries.end(), decoder.queries.host);
+  std::transform(layer.queries.begin(), layer.queries.end(), decoder.bf16_queries.host,
+                 kernels::FloatToBf16);
+  decoder.workspace.Upload(decoder.stream);  // zeros
 }
 
 bool Run(const std::string& address) {

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Builds what a machine with a GPU needs into build/device/bin, ready to be copied to another Linux machine: stripped
 # binaries, and beside them the shared libraries that they need beyond glibc. Ends with an error if anything else is needed.
-#   scripts/device_build.sh [target...]    default: kvseekd cuda_test sparse_decode
+#   scripts/device_build.sh [target...]    default: kvseekd cuda_test gpu_bench sparse_decode
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 targets=("$@")
-((${#targets[@]})) || targets=(kvseekd cuda_test sparse_decode)
+((${#targets[@]})) || targets=(kvseekd cuda_test gpu_bench sparse_decode)
 bin=build/device/bin
 bytes_max=$((48 << 20))
 glibc='^(linux-vdso|ld-linux[^.]*|libc|libm|libdl|librt|libpthread|libresolv)\.so'

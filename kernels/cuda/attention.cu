@@ -1,86 +1,142 @@
+#include <climits>
 #include <cmath>
 #include <cstdint>
 
+#include "kernels/cuda/attend_pages.h"
 #include "kernels/cuda/attention.h"
-#include "kernels/cuda/gathered_attention.cuh"
+#include "kernels/cuda/launch.h"
 #include "kernels/cuda/merge_states.cuh"
 
 namespace kvseek::kernels::cuda {
 namespace {
 
-bool IsRowDim(int dim) { return dim >= 8 && dim <= kMaxRowDim && dim % 8 == 0; }
-
-bool IsAligned(const void* pointer) {
-  return pointer != nullptr && reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+int Chunks(const PageQueries& queries) {
+  return (queries.tokens * queries.group + kChunkRows - 1) / kChunkRows;
 }
 
-bool IsValid(const GatheredRows& rows) {
-  return rows.groups >= 0 && rows.group >= 1 && rows.group <= kMaxGroup && rows.rows_max >= 0 &&
-         rows.rows_max <= kMaxRows && IsRowDim(rows.key_dim) && IsRowDim(rows.value_dim) &&
-         DTypeBytes(rows.query_dtype) != 0 && DTypeBytes(rows.row_dtype) == 2 &&
-         std::isfinite(rows.softmax_scale) && rows.splits >= 1 && rows.splits <= kMaxSplits;
+// No fewer than a group's units of work. The kernel counts those of all groups in 32 bits.
+int64_t GroupUnitsMax(const KvPages& pages) { return pages.rows_max() / kMinUnitRows + 1; }
+
+bool IsValid(const KvPages& pages, const PageQueries& queries) {
+  const PagePool& pool = pages.pool;
+  const bool is_listed = pages.pages != nullptr;
+  return pages.sequences >= 0 && pages.pages_max >= 1 && pool.kv_heads >= 1 &&
+         int64_t{pages.sequences} * pool.kv_heads <= INT_MAX && pool.page_tokens >= 1 &&
+         !(is_listed && (pool.page_tokens & (pool.page_tokens - 1)) != 0) &&
+         pages.rows_max() <= kMaxRows && IsRowDim(pool.key_dim) && IsRowDim(pool.value_dim) &&
+         DTypeBytes(pool.dtype) == 2 && queries.tokens >= 1 && queries.tokens <= kMaxTokens &&
+         queries.group >= 1 && queries.group <= kMaxGroup && std::isfinite(queries.softmax_scale) &&
+         GroupUnitsMax(pages) * pages.sequences * pool.kv_heads <= INT_MAX / Chunks(queries);
 }
 
-bool HasPointers(const GatheredRows& rows) {
-  return IsAligned(rows.queries) && rows.row_counts != nullptr &&
-         (rows.rows_max == 0 || (IsAligned(rows.keys) && IsAligned(rows.values)));
+// Of the current device; 0 if there is none.
+int Processors() {
+  int device = 0;
+  int processors = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+    return 0;
+  }
+  return processors;
 }
 
-template <typename Kernel, typename... Arguments>
-cudaError_t Launch(Kernel kernel, dim3 grid, int threads, cudaStream_t stream,
-                   const Arguments&... arguments) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+constexpr int PieceRow(int value_dim) { return kStateHeader + value_dim; }
+
+// The workspace: arrivals (blocks), then pieces.
+size_t ArrivalBytes(int processors) {
+  return (static_cast<size_t>(kBlocksPerProcessor) * processors * 4 + 15) / 16 * 16;
 }
 
-template <typename Rows, int kLanes, int kQueries>
-cudaError_t LaunchAttention(const GatheredRows& rows, float* out, float* lse, cudaStream_t stream) {
-  const int chunks = (rows.group + kQueries - 1) / kQueries;
-  const dim3 grid(static_cast<unsigned>(rows.groups), static_cast<unsigned>(chunks),
-                  static_cast<unsigned>(rows.splits));
-  return Launch(GatheredAttentionKernel<Rows, kLanes, kQueries>, grid, kBlockThreads, stream, rows,
-                out, lse);
+int ChunkRows(int tokens, int group) {
+  return tokens * group < kChunkRows ? tokens * group : kChunkRows;
 }
 
-template <typename Rows, int kLanes>
-cudaError_t ChooseQueries(const GatheredRows& rows, float* out, float* lse, cudaStream_t stream) {
-  return rows.group == 1 ? LaunchAttention<Rows, kLanes, 1>(rows, out, lse, stream)
-                         : LaunchAttention<Rows, kLanes, 4>(rows, out, lse, stream);
-}
-
-template <typename Rows>
-cudaError_t ChooseLanes(const GatheredRows& rows, float* out, float* lse, cudaStream_t stream) {
-  const int dim = rows.key_dim > rows.value_dim ? rows.key_dim : rows.value_dim;
-  if (dim <= 64) return ChooseQueries<Rows, 8>(rows, out, lse, stream);
-  if (dim <= 128) return ChooseQueries<Rows, 16>(rows, out, lse, stream);
-  return ChooseQueries<Rows, 32>(rows, out, lse, stream);
+size_t WorkspaceBytes(int processors, int tokens, int group, int value_dim) {
+  const size_t rows =
+      size_t{2} * kBlocksPerProcessor * processors * static_cast<size_t>(ChunkRows(tokens, group));
+  return ArrivalBytes(processors) + rows * PieceRow(value_dim) * sizeof(float);
 }
 
 }  // namespace
 
-cudaError_t AttendGatheredRows(const GatheredRows& rows, float* out, float* lse,
-                               cudaStream_t stream) noexcept {
-  if (!IsValid(rows)) return cudaErrorInvalidValue;
-  if (rows.groups == 0) return cudaSuccess;
-  if (!HasPointers(rows) || out == nullptr || lse == nullptr) return cudaErrorInvalidValue;
-  return rows.row_dtype == DType::kBf16 ? ChooseLanes<Bf16Rows>(rows, out, lse, stream)
-                                        : ChooseLanes<Fp16Rows>(rows, out, lse, stream);
+size_t AttendWorkspaceBytes(int groups, int tokens, int group, int value_dim) noexcept {
+  const int processors = Processors();
+  if (processors == 0 || groups < 0 || tokens < 1 || group < 1 || value_dim < 1) return 0;
+  return WorkspaceBytes(processors, tokens, group, value_dim);
 }
 
-cudaError_t MergeStates(const float* outs, const float* lses, int count, int heads, int value_dim,
-                        float* out, float* lse, cudaStream_t stream) noexcept {
-  if (count < 0 || heads < 0 || value_dim < 4 || value_dim > kMaxValueDim || value_dim % 4 != 0) {
+cudaError_t AttendPages(const KvPages& pages, const PageQueries& queries,
+                        const AttendWorkspace& workspace, float* out, float* lse,
+                        cudaStream_t stream) noexcept {
+  if (!IsValid(pages, queries)) return cudaErrorInvalidValue;
+  if (pages.sequences == 0) return cudaSuccess;
+  const PagePool& pool = pages.pool;
+  if (!IsAligned(pool.keys) || !IsAligned(pool.values) || !IsAligned(queries.queries) ||
+      pages.counts == nullptr || !IsAligned(workspace.data) || !IsAligned(out) || lse == nullptr) {
     return cudaErrorInvalidValue;
   }
+  const int processors = Processors();
+  if (processors == 0) return cudaErrorNoDevice;
+  if (workspace.bytes < WorkspaceBytes(processors, queries.tokens, queries.group, pool.value_dim)) {
+    return cudaErrorInvalidValue;
+  }
+  AttendArguments arguments{};
+  arguments.pages = pages;
+  arguments.queries = queries;
+  arguments.chunks = Chunks(queries);
+  arguments.chunk_rows = ChunkRows(queries.tokens, queries.group);
+  while ((1 << arguments.page_shift) < pool.page_tokens) ++arguments.page_shift;
+  arguments.arrivals = static_cast<uint32_t*>(workspace.data);
+  arguments.pieces = reinterpret_cast<float*>(static_cast<unsigned char*>(workspace.data) +
+                                              ArrivalBytes(processors));
+  arguments.piece_row = PieceRow(pool.value_dim);
+  arguments.rows_max = static_cast<int>(pages.rows_max());
+  arguments.out = out;
+  arguments.lse = lse;
+  return pool.dtype == DType::kBf16 ? LaunchAttendPagesBf16(arguments, processors, stream)
+                                    : LaunchAttendPagesFp16(arguments, processors, stream);
+}
+
+cudaError_t MergeStates(const StateList* lists, int list_count, int heads, int value_dim, void* out,
+                        DType out_dtype, float* lse, cudaStream_t stream) noexcept {
+  if (list_count < 0 || list_count > kMaxStateLists || (list_count > 0 && lists == nullptr) ||
+      heads < 0 || value_dim < 8 || value_dim > kMaxValueDim || value_dim % 8 != 0 ||
+      DTypeBytes(out_dtype) == 0) {
+    return cudaErrorInvalidValue;
+  }
+  MergeArguments arguments{};
+  for (int i = 0; i < list_count; ++i) {
+    const StateList& list = lists[i];
+    if (list.count < 0 || list.count > INT_MAX - kStatesAtOnce - arguments.count) {
+      return cudaErrorInvalidValue;
+    }
+    if (heads > 0 && list.count > 0 && (!IsAligned(list.outs) || list.lses == nullptr)) {
+      return cudaErrorInvalidValue;
+    }
+    arguments.lists[i] = list;
+    arguments.count += list.count;
+  }
   if (heads == 0) return cudaSuccess;
-  if (count > 0 && (!IsAligned(outs) || lses == nullptr)) return cudaErrorInvalidValue;
-  if (!IsAligned(out) || lse == nullptr) return cudaErrorInvalidValue;
-  const dim3 grid(static_cast<unsigned>((heads - 1) / kMergeHeads + 1));
-  return Launch(MergeStatesKernel, grid, kMergeThreads, stream, outs, lses, count, heads, value_dim,
-                out, lse);
+  if (!IsAligned(out)) return cudaErrorInvalidValue;
+  arguments.heads = heads;
+  arguments.value_dim = value_dim;
+  arguments.head_threads = value_dim / 4 < kMergeThreads ? value_dim / 4 : kMergeThreads;
+  arguments.out = out;
+  arguments.lse = lse;
+  const int block_heads = kMergeThreads / arguments.head_threads;
+  const dim3 grid(static_cast<unsigned>((heads - 1) / block_heads + 1));
+  const auto launch = [&](auto kernel) {
+    return Launch(kernel, grid, kMergeThreads, 0, stream, arguments);
+  };
+  switch (out_dtype) {
+    case DType::kBf16:
+      return launch(MergeStatesKernel<__nv_bfloat16>);
+    case DType::kFp16:
+      return launch(MergeStatesKernel<__half>);
+    case DType::kFp32:
+      break;
+  }
+  return launch(MergeStatesKernel<float>);
 }
 
 }  // namespace kvseek::kernels::cuda

@@ -25,7 +25,7 @@ OURS = set(LAYERS)
 # Third-party include prefix -> folders that may use it; what is not listed is the standard library or the system.
 LIBRARIES = {
     r"hwy/": {"kernels", "cli"},
-    r"(cuda|cublas)": {"kernels", "client", "examples", "tests"},
+    r"(cuda|cublas)": {"kernels", "client", "examples", "tests", "bench"},
     r"absl/": OURS - {"kernels"},
     r"google/protobuf/": {"proto", "service", "client", "tests"},
     r"xxhash\.h": {"proto"},

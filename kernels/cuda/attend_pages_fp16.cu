@@ -1,0 +1,10 @@
+#include "kernels/cuda/attend_pages.cuh"
+
+namespace kvseek::kernels::cuda {
+
+cudaError_t LaunchAttendPagesFp16(const AttendArguments& arguments, int processors,
+                                  cudaStream_t stream) {
+  return LaunchAttendPages<Fp16Elements>(arguments, processors, stream);
+}
+
+}  // namespace kvseek::kernels::cuda
