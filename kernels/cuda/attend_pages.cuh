@@ -118,25 +118,30 @@ struct Piece {
     }
   }
 
-  // Whether this block is the last of those that share the group. One thread calls it, after all
-  // threads have written.
-  __device__ bool Arrive(const AttendArguments& arguments) const {
-    if (IsWhole()) return false;
-    uint32_t* arrivals = arguments.arrivals + first_block;
-    const bool is_last = atomicAdd(arrivals, 1U) == static_cast<uint32_t>(last_block - first_block);
-    if (is_last) *arrivals = 0U;
-    return is_last;
-  }
-
-  // Merges all pieces of the group and writes the result. Called by all threads.
-  __device__ void MergePieces(const AttendArguments& arguments) const {
+  // Merges all pieces of the group and writes the result, if this block is the last of those that
+  // share it. Called by all threads, after Finish.
+  __device__ void MergeIfLast(const AttendArguments& arguments) const {
+    __shared__ bool is_last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      uint32_t* arrivals = arguments.arrivals + first_block;
+      is_last = atomicAdd(arrivals, 1U) == static_cast<uint32_t>(last_block - first_block);
+      if (is_last) *arrivals = 0U;
+    }
+    __syncthreads();
+    if (!is_last) return;
+    __threadfence();
     const int quads = arguments.pages.pool.value_dim / 4;
+    const int slot_floats = arguments.chunk_rows * arguments.piece_row;
+    const int pieces = last_block - first_block + 1;
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < RowsOfChunk(arguments) * quads;
          i += Shape::kThreads) {
+      const float* first = PieceRow(arguments, first_block, i / quads);
       StateQuad merged;
-      merged.template Add<8, true>(last_block - first_block + 1, i % quads, [&](int piece) {
-        return PieceRow(arguments, first_block + piece, i / quads);
+      merged.template Add<8, true>(pieces, i % quads, [&](int piece) {
+        return first + (2 * piece - (piece == pieces - 1 ? 1 : 0)) * slot_floats;
       });
       WriteOut(arguments, merged, i / quads, i % quads);
     }
@@ -185,26 +190,6 @@ __device__ Piece<Elements, Shape> PieceAt(const UnitCursor<Shape::kUnitRows>& cu
   return {cursor.sequence, cursor.head, cursor.chunk,
           begin < work.begin ? work.BlockOf(begin) : block,
           end > work.end ? work.BlockOf(end - 1) : block};
-}
-
-// Merges the groups that other blocks have parts of, as far as this block is the last one there:
-// its first group and its last. Waiting for what it wrote costs a block only once, at its end.
-template <typename Elements, typename Shape>
-__device__ void MergeSharedGroups(const AttendArguments& arguments, const WorkShare& work,
-                                  const Piece<Elements, Shape>& last) {
-  __shared__ bool is_last[2];
-  UnitCursor<Shape::kUnitRows> cursor;
-  cursor.Start(arguments, work);
-  const auto first = PieceAt<Elements, Shape>(cursor, work.begin, work);
-  const bool is_one = work.begin - cursor.unit + cursor.units >= work.end;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) is_last[0] = first.Arrive(arguments);
-  if (threadIdx.x == 32) is_last[1] = !is_one && last.Arrive(arguments);
-  __syncthreads();
-  __threadfence();
-  if (is_last[0]) first.MergePieces(arguments);
-  if (is_last[1]) last.MergePieces(arguments);
 }
 
 // Sequences without rows have no units: their outputs are written here.
@@ -263,7 +248,7 @@ __global__ void __launch_bounds__(AttendShape<kDim, kFewRows>::kThreads,
   QueryRows<Shape> queries;
   queries.Load(arguments, cursor, lane);
   int stage = 0;
-  for (int unit = work.begin;;) {
+  for (int unit = work.begin; unit < work.end;) {
     const auto piece = PieceAt<Elements, Shape>(cursor, unit, work);
     WarpState<Elements, Shape> state;
     state.Reset();
@@ -285,10 +270,7 @@ __global__ void __launch_bounds__(AttendShape<kDim, kFewRows>::kThreads,
       queries.Load(arguments, cursor, lane);
     }
     piece.Finish(arguments, state, rows);
-    if (unit == work.end) {
-      MergeSharedGroups(arguments, work, piece);
-      return;
-    }
+    if (!piece.IsWhole()) piece.MergeIfLast(arguments);
   }
 }
 
