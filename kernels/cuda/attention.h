@@ -55,7 +55,8 @@ struct AttendWorkspace {
 size_t AttendWorkspaceBytes(int groups, int tokens, int group, int value_dim) noexcept;
 
 /// Attention of each group's queries over its rows: out (sequences, tokens, kv_heads, group,
-/// value_dim), lse (sequences, tokens, kv_heads, group). They must not overlap the inputs.
+/// value_dim), 16-byte aligned, lse (sequences, tokens, kv_heads, group). They must not overlap the
+/// inputs.
 ///
 /// Work is cut into equal numbers of rows for each block, across the borders of groups (stream-K;
 /// LeanAttention, arXiv 2405.10480), so mixed lengths and few groups fill the GPU alike. The same
