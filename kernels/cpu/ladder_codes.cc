@@ -42,18 +42,25 @@ inline float Noise(const CodeSums& sums, int padded_dim) {
   return std::sqrt(std::max(0.0F, sums.code_norm2 - along) / static_cast<float>(padded_dim - 1));
 }
 
-/// Mean of the noise over keys that have one.
+/// Mean of the noise over keys that have one, summed by blocks of 64 keys.
 class NoiseMean {
  public:
   void Add(const CodeSums& sums, int padded_dim) {
-    if (sums.norm2 < kNorm2Min) return;
-    total_ += static_cast<double>(Noise(sums, padded_dim));
-    ++count_;
+    if (sums.norm2 >= kNorm2Min) {
+      block_ += static_cast<double>(Noise(sums, padded_dim));
+      ++count_;
+    }
+    if (++keys_ % kScanBlock == 0) {
+      total_ += block_;
+      block_ = 0.0;
+    }
   }
-  float Mean() const { return count_ == 0 ? 0.0F : static_cast<float>(total_ / count_); }
+  float Mean() const { return count_ == 0 ? 0.0F : static_cast<float>((total_ + block_) / count_); }
 
  private:
   double total_ = 0.0;
+  double block_ = 0.0;
+  int keys_ = 0;
   int count_ = 0;
 };
 
@@ -94,14 +101,44 @@ namespace kvseek::kernels {
 namespace HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-using DF = hn::ScalableTag<float>;
+using DF = hn::CappedTag<float, 16>;
 using DF8 = hn::CappedTag<float, 8>;  // stored rows have a multiple of 8 elements
 using DF4 = hn::CappedTag<float, 4>;  // halves of value rows a multiple of 4
 
+/// Sum of the lanes, by halves.
 template <class D>
-HWY_INLINE float Sum(D d, hn::Vec<D> v) {
-  return hn::GetLane(hn::SumOfLanes(d, v));
+HWY_INLINE float SumByHalves(D d, hn::Vec<D> v) {
+#if HWY_TARGET != HWY_SCALAR
+  if constexpr (hn::MaxLanes(D()) > 4) {
+    const hn::Half<D> half;
+    return SumByHalves(half, hn::Add(hn::LowerHalf(half, v), hn::UpperHalf(half, v)));
+  } else {
+    v = hn::Add(v, hn::Shuffle1032(v));
+    v = hn::Add(v, hn::Shuffle2301(v));
+  }
+#endif
+  (void)d;
+  return hn::GetLane(v);
 }
+
+/// The sixteen running sums of ladder_codes.h, in as many vectors as they take.
+struct RunningSums {
+  static constexpr int kCount = 16;
+  static constexpr int kLanes = static_cast<int>(hn::MaxLanes(DF()));
+  static constexpr int kVectors = kCount / kLanes;
+
+  HWY_INLINE RunningSums() {
+    for (auto& v : vectors) v = hn::Zero(DF());
+  }
+  HWY_INLINE float Total() {
+    for (int n = kVectors / 2; n > 0; n /= 2) {
+      for (int j = 0; j < n; ++j) vectors[j] = hn::Add(vectors[j], vectors[j + n]);
+    }
+    return SumByHalves(DF(), vectors[0]);
+  }
+
+  hn::Vec<DF> vectors[kVectors];
+};
 
 template <bool kBf16, class D>
 HWY_INLINE hn::Vec<D> LoadRow(D d, const uint16_t* row) {
@@ -117,23 +154,20 @@ HWY_INLINE hn::Vec<D> LoadRow(D d, const uint16_t* row) {
 
 HWY_INLINE float Norm2(const float* residual, int padded_dim) {
   const DF d;
-  const int lanes = static_cast<int>(hn::Lanes(d));
-  auto even = hn::Zero(d);
-  auto odd = hn::Zero(d);
-  for (int i = 0; i < padded_dim; i += 2 * lanes) {
-    const auto a = hn::LoadU(d, residual + i);
-    const auto b = hn::LoadU(d, residual + i + lanes);
-    even = hn::MulAdd(a, a, even);
-    odd = hn::MulAdd(b, b, odd);
+  RunningSums sums;
+  for (int i = 0; i < padded_dim; i += RunningSums::kCount) {
+    for (int v = 0; v < RunningSums::kVectors; ++v) {
+      const auto r = hn::LoadU(d, residual + i + v * RunningSums::kLanes);
+      sums.vectors[v] = hn::Add(sums.vectors[v], hn::Mul(r, r));
+    }
   }
-  return Sum(d, hn::Add(even, odd));
+  return sums.Total();
 }
 
 /// The scan code of one residual: a plane of D bits, zeroed before, for each of kPlanes.
 template <int kPlanes>
 HWY_INLINE CodeSums ScanCode(const float* residual, int padded_dim, uint8_t* high, uint8_t* low) {
   const DF d;
-  const int lanes = static_cast<int>(hn::Lanes(d));
   const auto zero = hn::Zero(d);
   const float norm2 = Norm2(residual, padded_dim);
   // |u| >= step, as a bound on |r|; no residual reaches it where all are zero.
@@ -143,25 +177,28 @@ HWY_INLINE CodeSums ScanCode(const float* residual, int padded_dim, uint8_t* hig
   const auto negative_outer_bound = hn::Set(d, -bound);
   const auto inner = hn::Set(d, 0.5F * kTwoBitStep);
   const auto outer = hn::Set(d, 1.5F * kTwoBitStep);
-  auto dot = zero;
-  auto code_norm2 = zero;
-  for (int i = 0; i < padded_dim; i += lanes) {
-    const auto r = hn::LoadU(d, residual + i);
-    const auto positive = hn::Ge(r, zero);
-    PutMaskBits(d, positive, i, high);
-    if constexpr (kPlanes == 1) {
-      dot = hn::Add(dot, hn::Abs(r));
-    } else {
-      const auto top = hn::Ge(r, outer_bound);
-      const auto bottom = hn::Lt(r, negative_outer_bound);
-      // Levels -2, -1, 0, 1 have the low bits 0, 1, 0, 1.
-      PutMaskBits(d, hn::Or(top, hn::Not(hn::Or(positive, bottom))), i, low);
-      const auto magnitude = hn::IfThenElse(hn::Or(top, bottom), outer, inner);
-      dot = hn::MulAdd(magnitude, hn::Abs(r), dot);
-      code_norm2 = hn::MulAdd(magnitude, magnitude, code_norm2);
+  RunningSums dot;
+  RunningSums code_norm2;
+  for (int i = 0; i < padded_dim; i += RunningSums::kCount) {
+    for (int v = 0; v < RunningSums::kVectors; ++v) {
+      const int first = i + v * RunningSums::kLanes;
+      const auto r = hn::LoadU(d, residual + first);
+      const auto positive = hn::Ge(r, zero);
+      PutMaskBits(d, positive, first, high);
+      if constexpr (kPlanes == 1) {
+        dot.vectors[v] = hn::Add(dot.vectors[v], hn::Abs(r));
+      } else {
+        const auto top = hn::Ge(r, outer_bound);
+        const auto bottom = hn::Lt(r, negative_outer_bound);
+        // Levels -2, -1, 0, 1 have the low bits 0, 1, 0, 1.
+        PutMaskBits(d, hn::Or(top, hn::Not(hn::Or(positive, bottom))), first, low);
+        const auto x = hn::IfThenElse(hn::Or(top, bottom), outer, inner);
+        dot.vectors[v] = hn::Add(dot.vectors[v], hn::Mul(x, hn::Abs(r)));
+        code_norm2.vectors[v] = hn::Add(code_norm2.vectors[v], hn::Mul(x, x));
+      }
     }
   }
-  return {Sum(d, dot), kPlanes == 1 ? static_cast<float>(padded_dim) : Sum(d, code_norm2), norm2};
+  return {dot.Total(), kPlanes == 1 ? static_cast<float>(padded_dim) : code_norm2.Total(), norm2};
 }
 
 template <int kPlanes>
@@ -192,12 +229,19 @@ float EncodeScanBlocksImpl(const float* residuals, int blocks, int padded_dim, i
                      : EncodeScanBlocksT<2>(residuals, blocks, padded_dim, out);
 }
 
+/// out (count) := low | high << 4. `count` is a multiple of 32.
+HWY_INLINE void PackNibbles(const uint8_t* low, const uint8_t* high, int count, uint8_t* out) {
+  const hn::CappedTag<uint8_t, 32> d;
+  for (int i = 0; i < count; i += static_cast<int>(hn::Lanes(d))) {
+    hn::StoreU(hn::Or(hn::LoadU(d, low + i), hn::ShiftLeft<4>(hn::LoadU(d, high + i))), d, out + i);
+  }
+}
+
 /// Writes D/2 bytes of nibbles.
 HWY_INLINE CodeSums FineKeyCode(const float* residual, int padded_dim, uint8_t* out) {
   const DF d;
   const hn::RebindToSigned<DF> di;
   const hn::Rebind<uint8_t, DF> d8;
-  const int lanes = static_cast<int>(hn::Lanes(d));
   const float norm2 = Norm2(residual, padded_dim);
   const float to_steps = norm2 < kNorm2Min ? 0.0F
                                            : std::sqrt(static_cast<float>(padded_dim)) /
@@ -207,23 +251,23 @@ HWY_INLINE CodeSums FineKeyCode(const float* residual, int padded_dim, uint8_t* 
   const auto highest = hn::Set(d, 7.0F);
   const auto eight = hn::Set(di, 8);
   const auto half = hn::Set(d, 0.5F);
-  auto dot = hn::Zero(d);
-  auto code_norm2 = hn::Zero(d);
-  const int half_dim = padded_dim / 2;
-  for (int i = 0; i < half_dim; i += lanes) {
-    const auto r0 = hn::LoadU(d, residual + i);
-    const auto r1 = hn::LoadU(d, residual + i + half_dim);
-    const auto level0 = hn::Max(hn::Min(hn::Floor(hn::Mul(r0, scale)), highest), lowest);
-    const auto level1 = hn::Max(hn::Min(hn::Floor(hn::Mul(r1, scale)), highest), lowest);
-    const auto x0 = hn::Add(level0, half);
-    const auto x1 = hn::Add(level1, half);
-    dot = hn::MulAdd(x0, r0, hn::MulAdd(x1, r1, dot));
-    code_norm2 = hn::MulAdd(x0, x0, hn::MulAdd(x1, x1, code_norm2));
-    const auto low = hn::Add(hn::ConvertTo(di, level0), eight);
-    const auto high = hn::Add(hn::ConvertTo(di, level1), eight);
-    hn::StoreU(hn::DemoteTo(d8, hn::Or(low, hn::ShiftLeft<4>(high))), d8, out + i);
+  RunningSums dot;
+  RunningSums code_norm2;
+  uint8_t nibbles[kDimMax];
+  for (int i = 0; i < padded_dim; i += RunningSums::kCount) {
+    for (int v = 0; v < RunningSums::kVectors; ++v) {
+      const int first = i + v * RunningSums::kLanes;
+      const auto r = hn::LoadU(d, residual + first);
+      const auto level = hn::Max(hn::Min(hn::Floor(hn::Mul(r, scale)), highest), lowest);
+      const auto x = hn::Add(level, half);
+      dot.vectors[v] = hn::Add(dot.vectors[v], hn::Mul(x, r));
+      code_norm2.vectors[v] = hn::Add(code_norm2.vectors[v], hn::Mul(x, x));
+      const auto nibble = hn::Add(hn::ConvertTo(di, level), eight);
+      hn::StoreU(hn::DemoteTo(d8, nibble), d8, nibbles + first);
+    }
   }
-  return {Sum(d, dot) * kFourBitStep, Sum(d, code_norm2) * kFourBitStep * kFourBitStep, norm2};
+  PackNibbles(nibbles, nibbles + padded_dim / 2, padded_dim / 2, out);
+  return {dot.Total() * kFourBitStep, code_norm2.Total() * kFourBitStep * kFourBitStep, norm2};
 }
 
 template <bool kBf16, class D>
@@ -237,8 +281,8 @@ HWY_INLINE void FineValueNibbles(D d, const uint16_t* row, int half_dim, float l
   const auto highest = hn::Set(d, 15.0F);
   const auto v0 = hn::Sub(LoadRow<kBf16>(d, row), offset);
   const auto v1 = hn::Sub(LoadRow<kBf16>(d, row + half_dim), offset);
-  const auto low = hn::ConvertTo(di, hn::Min(hn::MulAdd(v0, scale, half), highest));
-  const auto high = hn::ConvertTo(di, hn::Min(hn::MulAdd(v1, scale, half), highest));
+  const auto low = hn::ConvertTo(di, hn::Min(hn::Add(hn::Mul(v0, scale), half), highest));
+  const auto high = hn::ConvertTo(di, hn::Min(hn::Add(hn::Mul(v1, scale), half), highest));
   hn::StoreU(hn::DemoteTo(d8, hn::Or(low, hn::ShiftLeft<4>(high))), d8, out);
 }
 
@@ -254,9 +298,11 @@ HWY_INLINE void FineValueCode(const uint16_t* row, int value_dim, uint8_t* out,
     min = hn::Min(min, v);
     max = hn::Max(max, v);
   }
-  factors->lo = Bf16Downward(hn::GetLane(hn::MinOfLanes(d8, min)));
+  // Of -0 and 0 either may come out of a minimum; adding 0 makes both 0.
+  factors->lo = Bf16Downward(hn::GetLane(hn::MinOfLanes(d8, min)) + 0.0F);
   const float lo = Bf16ToFloat(factors->lo);
-  factors->step = Bf16Upward((hn::GetLane(hn::MaxOfLanes(d8, max)) - lo) * (1.0F / 15.0F));
+  const float highest = hn::GetLane(hn::MaxOfLanes(d8, max)) + 0.0F;
+  factors->step = Bf16Upward((highest - lo) * (1.0F / 15.0F));
   const float step = Bf16ToFloat(factors->step);
   const float steps_per_unit = step < 1e-37F ? 0.0F : 1.0F / step;
   const DF d;

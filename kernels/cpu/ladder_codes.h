@@ -34,6 +34,14 @@
 //   zero bytes up to a multiple of 64
 //
 // Factors of a record stand in an array of their own (FineFactors).
+//
+// Codes are the same bits on every machine: at every SIMD level, and from a GPU
+// (kernels/cuda/ladder_encode.h). Every operation is IEEE single precision and rounds on its own;
+// nothing is fused. A sum over dimensions has sixteen running sums, element i goes to number
+// i mod 16 in ascending i, and they are then added by halves: (j, j + 8), (j, j + 4), (j, j + 2),
+// (j, j + 1). A mean of rows adds the even and the odd rows apart, each in ascending order, adds
+// the two and multiplies by 1 / count. A mean noise is summed in double precision, in key order
+// over each 64 keys and then over these sums. A lo or step of zero is +0.
 #ifndef KVSEEK_KERNELS_CPU_LADDER_CODES_H_
 #define KVSEEK_KERNELS_CPU_LADDER_CODES_H_
 

@@ -14,21 +14,13 @@
 #define KVSEEK_KERNELS_CPU_ROTATION_SIGNS_
 namespace kvseek::kernels::rotation {
 
-/// The finaliser of SplitMix64: a fixed hash, so that codes written once can be read for ever.
-constexpr uint64_t Hash(uint64_t x) {
-  x += 0x9e3779b97f4a7c15U;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9U;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebU;
-  return x ^ (x >> 31);
-}
-
 /// The signs of one round, times `magnitude`.
 template <size_t padded_dim>
-constexpr std::array<float, padded_dim> Signs(uint64_t round, float magnitude) {
+constexpr std::array<float, padded_dim> Signs(int round, float magnitude) {
   std::array<float, padded_dim> signs{};
   for (size_t i = 0; i < padded_dim; ++i) {
-    const uint64_t bit = Hash((uint64_t{padded_dim} << 32) | (round << 16) | i) >> 63;
-    signs[i] = bit != 0 ? -magnitude : magnitude;
+    const bool flips = RotationFlips(static_cast<int>(padded_dim), round, static_cast<int>(i));
+    signs[i] = flips ? -magnitude : magnitude;
   }
   return signs;
 }
@@ -52,6 +44,7 @@ using Vector = hn::Vec<Tag>;
 
 #if HWY_TARGET != HWY_SCALAR
 /// (a, b) -> (a + b, a - b) for lanes a and b that `swapped` has exchanged; signs is -1 at every b.
+/// A product with a sign is exact, so that a fused addition gives the bits of a plain one.
 HWY_INLINE Vector Butterfly(Vector x, Vector swapped, Vector signs) {
   return hn::MulAdd(x, signs, swapped);
 }
@@ -131,12 +124,6 @@ HWY_AFTER_NAMESPACE();
 namespace kvseek::kernels {
 
 HWY_EXPORT(Rotate);
-
-int PaddedDim(int dim) {
-  int padded = 64;
-  while (padded < dim) padded *= 2;
-  return padded;
-}
 
 void Rotate(const float* in, int count, int dim, float* out) noexcept {
   HWY_DYNAMIC_DISPATCH(Rotate)(in, count, dim, out);

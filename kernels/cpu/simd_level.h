@@ -18,7 +18,8 @@ std::string SimdLevel();
 
 /// Uses at most `level` from now on; "" goes back to the best. False, and no change, for a level
 /// that is not supported here. Not thread-safe against running kernels: call at start-up and in
-/// tests. The same request gives the same bits at the same level, and nearly the same at another.
+/// tests. The same request gives the same bits at the same level, and nearly the same at another;
+/// codes are the same bits at all of them (ladder_codes.h).
 bool ForceSimdLevel(std::string_view level);
 
 /// ForceSimdLevel(getenv("KVSEEK_SIMD")) where that is set; false where it names no supported

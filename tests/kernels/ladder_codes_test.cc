@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <string>
 #include <vector>
@@ -244,6 +245,71 @@ TEST_P(LadderCodesTest, MeansAndResiduals) {
                       rotated[static_cast<size_t>(i)], 1e-5F);
         }
       }
+    }
+  }
+}
+
+/// All that is encoded of two segments' worth of rows.
+struct Encoded {
+  std::vector<float> centre;
+  std::vector<float> residuals;
+  std::vector<uint8_t> scan[2];  // 1 and 2 planes
+  std::vector<uint8_t> records;
+  std::vector<FineFactors> factors;
+  std::vector<uint16_t> means;
+  float noise[3];  // scan with 1 and 2 planes, fine
+};
+
+Encoded Encode(const std::vector<uint16_t>& keys, const std::vector<uint16_t>& values, DType dtype,
+               int count, int key_dim, int value_dim) {
+  const int padded = PaddedDim(key_dim);
+  const int blocks = count / kScanBlock;
+  const auto rows = static_cast<size_t>(count);
+  Encoded out;
+  out.centre.resize(static_cast<size_t>(key_dim));
+  MeanRow(keys.data(), dtype, count, key_dim, out.centre.data());
+  out.residuals.resize(rows * static_cast<size_t>(padded));
+  RotateResiduals(keys.data(), dtype, count, key_dim, out.centre.data(), out.residuals.data());
+  for (int planes = 1; planes <= 2; ++planes) {
+    out.scan[planes - 1].resize(
+        static_cast<size_t>(blocks * ScanBlockBytes(Symbols(padded), planes)));
+    out.noise[planes - 1] =
+        EncodeScanBlocks(out.residuals.data(), blocks, padded, planes, out.scan[planes - 1].data());
+  }
+  out.records.resize(rows * static_cast<size_t>(FineRecordBytes(padded, value_dim)));
+  out.factors.resize(rows);
+  out.noise[2] = EncodeFine(out.residuals.data(), values.data(), dtype, count, padded, value_dim,
+                            out.records.data(), out.factors.data());
+  out.means.resize(static_cast<size_t>(blocks * value_dim));
+  BlockMeans(values.data(), dtype, blocks, value_dim, out.means.data());
+  return out;
+}
+
+template <class T>
+bool SameBytes(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
+}
+
+// Codes that one machine wrote serve on another, and beside those that a GPU wrote.
+TEST_P(LadderCodesTest, SameBitsAsEveryOtherLevel) {
+  for (const DType dtype : {DType::kBf16, DType::kFp16}) {
+    for (const int dim : {64, 80, 128, 256, 512}) {
+      SCOPED_TRACE(std::to_string(dim) + ' ' + DTypeName(dtype));
+      const int count = 512;
+      const auto keys = reference::HardRows(31, count, dim, dtype);
+      const auto values = reference::HardRows(32, count, dim - 8, dtype);
+      const Encoded here = Encode(keys, values, dtype, count, dim, dim - 8);
+      ASSERT_TRUE(ForceSimdLevel("scalar"));
+      const Encoded scalar = Encode(keys, values, dtype, count, dim, dim - 8);
+      ASSERT_TRUE(ForceSimdLevel(GetParam()));
+      EXPECT_TRUE(SameBytes(here.centre, scalar.centre));
+      EXPECT_TRUE(SameBytes(here.residuals, scalar.residuals));
+      EXPECT_TRUE(SameBytes(here.scan[0], scalar.scan[0]));
+      EXPECT_TRUE(SameBytes(here.scan[1], scalar.scan[1]));
+      EXPECT_TRUE(SameBytes(here.records, scalar.records));
+      EXPECT_TRUE(SameBytes(here.factors, scalar.factors));
+      EXPECT_TRUE(SameBytes(here.means, scalar.means));
+      EXPECT_EQ(std::memcmp(here.noise, scalar.noise, sizeof(here.noise)), 0);
     }
   }
 }

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <fstream>
 #include <iterator>
+#include <random>
 #include <stdexcept>
 
 namespace kvseek::reference {
@@ -82,6 +83,43 @@ std::vector<double> StoredFinePoint(const uint8_t* record, int padded_dim) {
     point[i] = static_cast<double>(kernels::kFourBitStep) * (nibble - 7.5);
   }
   return point;
+}
+
+std::vector<uint16_t> HardRows(uint32_t seed, int count, int dim, kernels::DType dtype) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal(0.3F, 1.0F);
+  const auto round = [dtype](float x) {
+    return dtype == kernels::DType::kBf16 ? kernels::FloatToBf16(x) : kernels::FloatToFp16(x);
+  };
+  std::vector<uint16_t> rows;
+  rows.reserve(static_cast<size_t>(count) * static_cast<size_t>(dim));
+  for (int t = 0; t < count; ++t) {
+    const int kind = t == 0 ? 0 : static_cast<int>(random() % 16);
+    for (int i = 0; i < dim; ++i) {
+      const float x = normal(random);
+      const uint16_t sign = random() % 2 == 0 ? 0 : 0x8000U;
+      switch (kind) {
+        case 1:
+          rows.push_back(rows[rows.size() - static_cast<size_t>(dim)]);
+          break;
+        case 2:
+          rows.push_back(sign);
+          break;
+        case 3:
+          rows.push_back(static_cast<uint16_t>(sign | random() % 0x80U));
+          break;
+        case 4:
+          rows.push_back(i % 3 == 0 ? sign : round(std::abs(x)));
+          break;
+        case 5:
+          rows.push_back(i % 3 == 0 ? sign : round(-std::abs(x)));
+          break;
+        default:
+          rows.push_back(round(random() % 64 == 0 ? 10.0F * x : x));
+      }
+    }
+  }
+  return rows;
 }
 
 double StoredGain(const uint8_t* block, int symbols, int planes, int key) {

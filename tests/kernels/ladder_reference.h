@@ -28,6 +28,11 @@ Code FineCode(const float* residual, int padded_dim);
 std::vector<double> StoredScanPoint(const uint8_t* block, int padded_dim, int planes, int key);
 std::vector<double> StoredFinePoint(const uint8_t* record, int padded_dim);
 
+/// Rows (count, dim), bf16 or fp16, with what could be encoded differently by two machines: tenfold
+/// outliers, rows equal to the one before, rows of zeros of both signs, of subnormals, and of zeros
+/// among positive or negative elements. The same for the same seed.
+std::vector<uint16_t> HardRows(uint32_t seed, int count, int dim, kernels::DType dtype);
+
 /// Gain of one key of a scan block.
 double StoredGain(const uint8_t* block, int symbols, int planes, int key);
 
