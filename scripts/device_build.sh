@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds what a machine with a GPU needs into build/device/bin, ready to be copied to another Linux machine: stripped
-# binaries, and beside them the shared libraries that they need beyond glibc. Ends with an error if anything else is needed.
+# binaries, and beside them the shared libraries that they need beyond glibc. cuBLAS, hundreds of megabytes, stays out: it is
+# that machine's own, found through LD_LIBRARY_PATH. Ends with an error if anything else is needed.
 #   scripts/device_build.sh [target...]    default: kvseekd cuda_test gpu_bench sparse_decode
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,7 +10,7 @@ targets=("$@")
 ((${#targets[@]})) || targets=(kvseekd cuda_test gpu_bench sparse_decode)
 bin=build/device/bin
 bytes_max=$((48 << 20))
-glibc='^(linux-vdso|ld-linux[^.]*|libc|libm|libdl|librt|libpthread|libresolv)\.so'
+system='^(libcublas(Lt)?|linux-vdso|ld-linux[^.]*|libc|libm|libdl|librt|libpthread|libresolv)\.so'
 
 # The preset sets DT_RPATH and not DT_RUNPATH, since that also holds for what the libraries beside the binaries need.
 # Debian's Highway, spdlog and Abseil packages are made for shared linking, so libraries travel beside the binaries.
@@ -20,7 +21,7 @@ cmake --build build/device -j "$(nproc)" --target "${targets[@]}"
 # Libraries that ldd finds elsewhere, those of libraries included.
 for target in "${targets[@]}"; do
   ldd "$bin/$target" | while read -r name _ path _; do
-    if [[ $name =~ $glibc || $name == */* || $path == "$PWD/$bin/"* ]]; then continue; fi
+    if [[ $name =~ $system || $name == */* || $path == "$PWD/$bin/"* ]]; then continue; fi
     [[ -f $path ]] || { echo "$target: $name is not found" >&2; exit 1; }
     install -m 644 "$path" "$bin/$name"
   done
@@ -32,7 +33,7 @@ glibc_version=0
 for file in "${targets[@]/#/$bin/}" "$bin"/*.so*; do
   [[ -f $file ]] || continue
   while read -r needed; do
-    if [[ ! $needed =~ $glibc && ! -f $bin/$needed ]]; then
+    if [[ ! $needed =~ $system && ! -f $bin/$needed ]]; then
       echo "$file needs $needed" >&2
       problems=1
     fi
@@ -41,7 +42,7 @@ for file in "${targets[@]/#/$bin/}" "$bin"/*.so*; do
   glibc_version=$(printf '%s\n' "$glibc_version" "${version#GLIBC_}" | sort -V | tail -1)
 done
 for target in "${targets[@]}"; do
-  if ldd "$bin/$target" | awk '{print $1, $3}' | grep -vE "$glibc|^/" | grep -v " $PWD/$bin/"; then
+  if ldd "$bin/$target" | awk '{print $1, $3}' | grep -vE "$system|^/" | grep -v " $PWD/$bin/"; then
     echo "$target finds the above outside $bin" >&2
     problems=1
   fi
