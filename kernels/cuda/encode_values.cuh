@@ -11,12 +11,13 @@
 #include <cstdint>
 
 #include "kernels/cpu/ladder_codes.h"
-#include "kernels/cuda/encode_keys.cuh"
+#include "kernels/cuda/encode_rows.cuh"
 #include "kernels/cuda/ladder_encode.h"
 
 namespace kvseek::kernels::cuda {
 
-inline constexpr int kMaxWords = 2;  // of four bytes of nibbles: what a lane has of a value row
+inline constexpr int kHalfWarp = 16;  // lanes that share a value row
+inline constexpr int kMaxWords = 2;   // of four bytes of nibbles: what a lane has of a value row
 
 __device__ inline uint16_t Bf16Downward(float value) {
   return static_cast<uint16_t>((__float_as_uint(value) + (value < 0.0F ? 0xffffU : 0U)) >> 16);
@@ -25,15 +26,6 @@ __device__ inline uint16_t Bf16Downward(float value) {
 // value >= 0
 __device__ inline uint16_t Bf16Upward(float value) {
   return static_cast<uint16_t>((__float_as_uint(value) + 0xffffU) >> 16);
-}
-
-template <typename Element>
-__device__ void LoadFour(const uint16_t* row, float (&elements)[4]) {
-  const auto packed = *reinterpret_cast<const uint2*>(row);
-  elements[0] = Element::Load(static_cast<uint16_t>(packed.x));
-  elements[1] = Element::Load(static_cast<uint16_t>(packed.x >> 16));
-  elements[2] = Element::Load(static_cast<uint16_t>(packed.y));
-  elements[3] = Element::Load(static_cast<uint16_t>(packed.y >> 16));
 }
 
 // The lo and step of a row of which each lane of the half-warp has its smallest and largest
@@ -64,7 +56,7 @@ __device__ void EncodeValue(const uint16_t* row, int value_dim, int words, int l
     if (first >= half_dim) continue;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      LoadFour<Element>(row + h * half_dim + first, elements[n][h]);
+      LoadRun<Element>(row + h * half_dim + first, elements[n][h]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         min = fminf(min, elements[n][h][i]);
@@ -117,10 +109,12 @@ __global__ void __launch_bounds__(kEncodeThreads)
         reinterpret_cast<uint32_t*>(codes.fine_records + key * record_bytes + value_offset),
         codes.fine_factors + key);
   }
-  if (thread < rows.value_dim) {
-    const float mean = MeanOfRows<Element, kScanBlock>(values + thread, rows.value_token_stride);
-    codes.block_means[block * rows.value_dim + thread] =
-        __bfloat16_as_ushort(__float2bfloat16_rn(mean));
+  const MeanLane lane;
+  const float2 mean =
+      MeanOfRows<Element, kScanBlock>(values, rows.value_token_stride, lane, rows.value_dim);
+  if (lane.column < rows.value_dim && !lane.is_odd) {
+    *reinterpret_cast<__nv_bfloat162*>(codes.block_means + block * rows.value_dim + lane.column) =
+        __float22bfloat162_rn(mean);
   }
 }
 

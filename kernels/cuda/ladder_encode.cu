@@ -23,13 +23,15 @@ bool HasPointers(const LadderRows& rows, const LadderCodes& codes) {
          IsAligned(codes.block_means);
 }
 
-RotationSigns SignsOf(int padded_dim) {
+template <int kDim>
+RotationSigns SignsOf() {
+  using Share = KeyShare<kDim>;
   RotationSigns signs{};
   for (int round = 0; round < 2; ++round) {
-    for (int i = 0; i < padded_dim; ++i) {
-      const int flip = RotationFlips(padded_dim, round, i) ? 1 : 0;
-      uint16_t& bits = signs.flips[round][i % kHalfWarp];
-      bits = static_cast<uint16_t>(bits | flip << (i / kHalfWarp));
+    for (int i = 0; i < kDim; ++i) {
+      const int lane = i % 16 / Share::kRun;
+      const int e = i / 16 * Share::kRun + i % Share::kRun;
+      if (RotationFlips(kDim, round, i)) signs.flips[round][lane] |= uint64_t{1} << e;
     }
   }
   return signs;
@@ -45,7 +47,8 @@ cudaError_t EncodeKeys(const LadderRows& rows, const LadderCodes& codes, float* 
                        cudaStream_t stream) {
   const auto kernel =
       rows.scan_bits == 1 ? EncodeKeysKernel<Element, kDim, 1> : EncodeKeysKernel<Element, kDim, 2>;
-  return Launch(kernel, BlockGrid(rows), kEncodeThreads, 0, stream, rows, SignsOf(kDim), codes,
+  static const RotationSigns signs = SignsOf<kDim>();
+  return Launch(kernel, BlockGrid(rows), KeyShare<kDim>::kThreads, 0, stream, rows, signs, codes,
                 FineRecordBytes(kDim, rows.value_dim), noise);
 }
 

@@ -69,7 +69,7 @@ struct QuerySample {
 cudaError_t AccumulateSecondMoments(const QuerySample& sample, cublasHandle_t handle,
                                     float* moments, cudaStream_t stream) noexcept;
 
-/// Bytes of scratch that NearestKeys needs, about 24 MB at most.
+/// Bytes of scratch that NearestKeys needs, about 25 MB at most.
 size_t NearestKeysScratchBytes(const QuerySample& sample, int k) noexcept;
 
 /// The k keys with the largest <q, k> for each query: positions (count, kv_heads * group, k), best
