@@ -75,8 +75,11 @@ class ComputePool {
   void ForEach(int count, const std::function<void(int, index::Scratch&)>& work,
                index::Scratch& scratch) ABSL_LOCKS_EXCLUDED(mutex_);
 
-  /// Whether jobs are waiting: a long job then makes room.
-  bool Crowded() const { return waiting_.load(std::memory_order_relaxed) > 0; }
+  /// Whether more jobs are waiting than workers are there to take them, or on their way: a long job
+  /// then makes room.
+  bool Crowded() const {
+    return waiting_.load(std::memory_order_relaxed) > idle_.load(std::memory_order_relaxed);
+  }
 
   int workers() const { return static_cast<int>(threads_.size()); }
   /// Requests admitted, and how many may be.
@@ -103,14 +106,14 @@ class ComputePool {
   const std::chrono::microseconds spin_;
   std::atomic<uint64_t> requests_{0};
   std::atomic<int64_t> waiting_{0};  ///< jobs in jobs_ that nobody has claimed; grows with the lock
+  std::atomic<int> idle_{0};         ///< workers without a job; changes with the lock
   std::atomic<bool> stopping_{false};  ///< set with the lock
 
   std::mutex mutex_;
   std::condition_variable job_waits_;  ///< or the pool stops
   std::deque<Job> jobs_ ABSL_GUARDED_BY(mutex_);
-  int idle_ ABSL_GUARDED_BY(mutex_) = 0;      ///< workers without a job: they look or sleep
-  int looking_ ABSL_GUARDED_BY(mutex_) = 0;   ///< they look at the queue again before they sleep
-  int sleeping_ ABSL_GUARDED_BY(mutex_) = 0;  ///< those woken, but not yet back, too
+  int looking_ ABSL_GUARDED_BY(mutex_) = 0;   ///< idle workers that look for jobs
+  int sleeping_ ABSL_GUARDED_BY(mutex_) = 0;  ///< idle workers that sleep, or are waking up
   std::vector<std::thread> threads_;
 };
 

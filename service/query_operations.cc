@@ -275,7 +275,7 @@ std::vector<SearchTask> MakeTasks(const CheckedSearch& search) {
 }
 
 absl::Status CheckAnswerFits(const CheckedSearch& search, const DaemonOptions& options) {
-  size_t metadata_bytes = 0;
+  size_t metadata_bytes = 6;  // compute_us
   for (const CheckedItem& item : search.items) {
     metadata_bytes += item.Results() * MetadataBytes(search, item);
   }

@@ -51,8 +51,8 @@ class SearchRun {
   absl::Status Run(const Unit& unit, Scratch& scratch);
   /// Books a unit. Returns how many more runners there is work for.
   int Book(const Unit& unit, absl::Status status) ABSL_LOCKS_EXCLUDED(mutex_);
-  /// Calls `done` when no unit is under way and none is left to do. Runners that a worker has yet
-  /// to wake up for are not waited for; they will find nothing.
+  /// Calls `done` if no unit is under way and none is left to do; true: that has been done. Runners
+  /// that still wait for a worker are not waited for; they will find nothing.
   bool FinishIfComplete(Scratch& scratch) ABSL_LOCKS_EXCLUDED(mutex_);
 
   ComputePool& pool_;
