@@ -79,7 +79,7 @@ TEST(EncodeRequestsTest, PositionsHeldFollowTheirItemsQueries) {
   EXPECT_THAT(sent.items(1).held_counts(), testing::ElementsAre(2, 0, 1, 0));
   ASSERT_EQ(message->payload.size(), 256U + 64 + 256 + 12);
   EXPECT_EQ(std::memcmp(message->payload.data() + 256, held.data(), 12), 0);
-  EXPECT_EQ(std::memcmp(message->payload.data() + 320, queries.data(), 256), 0);
+  EXPECT_EQ(message->payload.subspan(320, 256), AsBytes(queries));
   EXPECT_EQ(std::memcmp(message->payload.data() + 576, held.data(), 12), 0);
 
   EXPECT_EQ(ErrorField(EncodeAttend({.items = {item}}).status()), "items[0].held_counts");
