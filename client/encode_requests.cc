@@ -29,8 +29,21 @@ Message Serialise(Op op, const T& message) {
   return out;
 }
 
-/// Lays the parts out in message.payload. One part is sent from where it is; more are brought
-/// together, since the payload's checksum runs over all of it.
+/// Whether the parts stand in memory as they stand in the payload, without a byte between them.
+bool AreInPlace(const std::vector<absl::Span<const uint8_t>>& parts,
+                const std::vector<size_t>& offsets) {
+  size_t end = 0;
+  for (size_t i = 0; i < parts.size(); ++i) {
+    if (parts[i].empty()) continue;
+    if (offsets[i] != end || parts[i].data() != parts.front().data() + end) return false;
+    end += parts[i].size();
+  }
+  return true;
+}
+
+/// Lays the parts out in message.payload. What stands in memory as it is to stand there, as one
+/// part always does, is sent from where it is; else parts are brought together, since the payload's
+/// checksum runs over all of it.
 absl::Status SetPayload(const std::vector<absl::Span<const uint8_t>>& parts, Message& message) {
   proto::PayloadLayout layout;
   std::vector<size_t> offsets;
@@ -39,8 +52,8 @@ absl::Status SetPayload(const std::vector<absl::Span<const uint8_t>>& parts, Mes
   if (layout.bytes() > kPayloadMax) {
     return Invalid("payload", absl::StrCat(layout.bytes(), " bytes in one request"));
   }
-  if (parts.size() == 1) {
-    message.payload = parts.front();
+  if (AreInPlace(parts, offsets)) {
+    message.payload = {parts.front().data(), layout.bytes()};
     return absl::OkStatus();
   }
   message.owned.reset(new uint8_t[layout.bytes()]);

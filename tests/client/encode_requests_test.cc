@@ -43,6 +43,21 @@ TEST(EncodeRequestsTest, PartsStartAtBoundaries) {
   EXPECT_EQ(std::memcmp(message->payload.data() + 128, values.data(), 192), 0);
 }
 
+TEST(EncodeRequestsTest, PartsThatStandAsTheyTravelAreNotCopied) {
+  // Two KV heads of 8 elements: 4 tokens are 128 bytes of keys, 3 tokens 96.
+  const std::vector<uint16_t> rows = Counting<uint16_t>(4 * 2 * (8 + 16), 1);
+  const auto all = absl::MakeConstSpan(rows);
+  const auto whole = EncodeAppend({.shape = kShape}, 0, 0, 4, all.first(64), all.subspan(64, 128));
+  ASSERT_TRUE(whole.ok()) << whole.status();
+  EXPECT_EQ(static_cast<const void*>(whole->payload.data()), rows.data());
+  EXPECT_EQ(whole->payload.size(), 128U + 256U);
+  // The boundary leaves a gap behind these keys.
+  const auto gap = EncodeAppend({.shape = kShape}, 0, 0, 3, all.first(48), all.subspan(48, 96));
+  ASSERT_TRUE(gap.ok()) << gap.status();
+  EXPECT_NE(static_cast<const void*>(gap->payload.data()), rows.data());
+  EXPECT_EQ(std::memcmp(gap->payload.data() + 128, rows.data() + 48, 192), 0);
+}
+
 TEST(EncodeRequestsTest, HeadsAskedForTravelAndSizeTheQueries) {
   const std::vector<float> queries(3 * 2 * 8);
   QueryItem item{.session = {.shape = kShape}, .tokens = 3, .queries = AsBytes(queries)};

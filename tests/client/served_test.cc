@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -361,6 +362,29 @@ TEST_P(ServedTest, ManyClientsAtOnceGetTheSameBits) {
     });
   }
   for (std::thread& thread : threads) thread.join();
+}
+
+TEST_P(ServedTest, AppendsInFlightKeepTheirOrder) {
+  const auto session = client_->Open(kShape, {});
+  ASSERT_TRUE(session.ok()) << session.status();
+  constexpr uint32_t kChunk = 100;
+  const auto left = std::make_shared<std::atomic<uint32_t>>(kTokens / kChunk);
+  std::vector<absl::StatusOr<uint64_t>> held(kTokens / kChunk);
+  for (uint32_t i = 0; i < held.size(); ++i) {
+    const uint32_t start = i * kChunk;
+    client_->AppendAsync(*session, 0, start, kChunk, TestLayer(0).Keys(start, start + kChunk),
+                         TestLayer(0).Values(start, start + kChunk), {},
+                         [&held, left, i](const absl::StatusOr<uint64_t>& answer) {
+                           held[i] = answer;
+                           left->fetch_sub(1);
+                           left->notify_one();
+                         });
+  }
+  for (uint32_t now = left->load(); now != 0; now = left->load()) left->wait(now);
+  for (uint32_t i = 0; i < held.size(); ++i) {
+    ASSERT_TRUE(held[i].ok()) << held[i].status();
+    EXPECT_EQ(*held[i], (i + 1) * kChunk);
+  }
 }
 
 TEST_P(ServedTest, AppendsMayBeRepeatedAndGapsAreRefused) {
