@@ -1,5 +1,6 @@
 # What users get: the daemon and the command line, and the client library with the headers it needs
-# and nothing more. Outside projects: find_package(kvseek) and link kvseek::client.
+# and nothing more; where CUDA was found also the decoder. Outside projects: find_package(kvseek) and
+# link kvseek::client or kvseek::decoder.
 include(CMakePackageConfigHelpers)
 
 set(KVSEEK_CMAKE_DIR ${CMAKE_INSTALL_LIBDIR}/cmake/kvseek)
@@ -15,6 +16,18 @@ install(FILES ${CMAKE_SOURCE_DIR}/client/kv_client.h
   DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/kvseek/client)
 install(FILES ${CMAKE_SOURCE_DIR}/kernels/dtype.h ${CMAKE_SOURCE_DIR}/kernels/attention_state.h
   DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/kvseek/kernels)
+if(TARGET kvseek_decoder)
+  install(TARGETS kvseek_decoder kvseek_kernels_cuda EXPORT kvseekDecoderTargets
+    ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR})
+  install(FILES ${CMAKE_SOURCE_DIR}/client/sparse_decoder.h
+    DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/kvseek/client)
+  install(FILES ${CMAKE_SOURCE_DIR}/client/decoder/head_modes.h
+    DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/kvseek/client/decoder)
+  install(FILES ${CMAKE_SOURCE_DIR}/kernels/cuda/attention.h
+    ${CMAKE_SOURCE_DIR}/kernels/cuda/kv_pages.h
+    DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/kvseek/kernels/cuda)
+  install(EXPORT kvseekDecoderTargets NAMESPACE kvseek:: DESTINATION ${KVSEEK_CMAKE_DIR})
+endif()
 install(EXPORT kvseekTargets NAMESPACE kvseek:: DESTINATION ${KVSEEK_CMAKE_DIR})
 configure_package_config_file(${CMAKE_SOURCE_DIR}/cmake/kvseekConfig.cmake.in
   ${CMAKE_BINARY_DIR}/kvseekConfig.cmake INSTALL_DESTINATION ${KVSEEK_CMAKE_DIR})

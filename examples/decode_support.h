@@ -10,13 +10,13 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <random>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "client/kv_client.h"
 #include "kernels/dtype.h"
 
 namespace kvseek::examples {
@@ -26,118 +26,123 @@ namespace kvseek::examples {
   std::exit(1);
 }
 
+inline void Must(const char* what, const absl::Status& status) {
+  if (!status.ok()) Fail(what, status.ToString());
+}
 template <typename T>
 T Must(const char* what, absl::StatusOr<T> result) {
-  if (!result.ok()) Fail(what, result.status().ToString());
+  Must(what, result.status());
   return *std::move(result);
 }
-
 inline void Must(const char* what, cudaError_t error) {
   if (error != cudaSuccess) Fail(what, cudaGetErrorString(error));
 }
 
-/// An array in device memory with its twin in pinned host memory; zeros at first, on the host.
-template <typename T>
-struct Mirror {
-  explicit Mirror(size_t elements) : count(elements) {
-    Must("cudaMallocHost", cudaMallocHost(reinterpret_cast<void**>(&host), count * sizeof(T)));
-    Must("cudaMalloc", cudaMalloc(reinterpret_cast<void**>(&device), count * sizeof(T)));
-    std::memset(host, 0, count * sizeof(T));
+/// A bf16 tensor in device memory.
+struct DeviceCopy {
+  explicit DeviceCopy(const std::vector<uint16_t>& host) : count(host.size()) {
+    Must("cudaMalloc", cudaMalloc(&data, count * sizeof(uint16_t)));
+    Must("upload", cudaMemcpy(data, host.data(), count * sizeof(uint16_t), cudaMemcpyHostToDevice));
   }
-  ~Mirror() {
-    cudaFreeHost(host);
-    cudaFree(device);
-  }
-  Mirror(const Mirror&) = delete;
-  Mirror& operator=(const Mirror&) = delete;
-
-  /// Elements from `from` on.
-  void Upload(cudaStream_t stream, size_t from = 0) {
-    const size_t bytes = (count - from) * sizeof(T);
-    Must("upload",
-         cudaMemcpyAsync(device + from, host + from, bytes, cudaMemcpyHostToDevice, stream));
-  }
-  void Download(cudaStream_t stream) {
+  ~DeviceCopy() { cudaFree(data); }
+  DeviceCopy(const DeviceCopy&) = delete;
+  DeviceCopy& operator=(const DeviceCopy&) = delete;
+  std::vector<uint16_t> Download() const {
+    std::vector<uint16_t> host(count);
     Must("download",
-         cudaMemcpyAsync(host, device, count * sizeof(T), cudaMemcpyDeviceToHost, stream));
+         cudaMemcpy(host.data(), data, count * sizeof(uint16_t), cudaMemcpyDeviceToHost));
+    return host;
   }
 
   size_t count;
-  T* host = nullptr;
-  T* device = nullptr;
+  void* data = nullptr;
 };
 
-/// One layer of random numbers: bf16 keys and values (tokens, kv_heads, dim), and one token's
-/// queries (heads, dim), bf16 numbers too, whose scores spread about as wide as a real model's.
-struct Layer {
-  Layer(int tokens_, int kv_heads_, int group, int dim_)
-      : tokens(tokens_), kv_heads(kv_heads_), heads(kv_heads_ * group), dim(dim_) {
-    std::mt19937 random(std::random_device{}());
-    std::normal_distribution<float> normal;
-    keys.resize(static_cast<size_t>(tokens) * kv_heads * dim);
-    values.resize(keys.size());
-    queries.resize(static_cast<size_t>(heads) * dim);
-    for (uint16_t& key : keys) key = kernels::FloatToBf16(normal(random));
-    for (uint16_t& value : values) value = kernels::FloatToBf16(0.5F + normal(random));
-    for (float& query : queries) {
-      query = kernels::Bf16ToFloat(kernels::FloatToBf16(3.0F * normal(random)));
+/// One token's rows, bf16.
+struct NewToken {
+  std::vector<uint16_t> queries;       ///< (query_heads, key_dim)
+  std::vector<uint16_t> keys, values;  ///< (kv_heads, dim)
+};
+
+/// One layer of random numbers whose scores spread about as wide as a real model's: all tokens so
+/// far, (tokens, kv_heads, dim).
+class Layer {
+ public:
+  Layer(const ModelShape& shape, uint32_t tokens) : shape_(shape) {
+    keys = Random(size_t{tokens} * shape.kv_heads * shape.key_dim, 0.0F, 1.0F);
+    values = Random(size_t{tokens} * shape.kv_heads * shape.value_dim, 0.5F, 1.0F);
+  }
+
+  /// Draws the next token and adds its rows.
+  NewToken Next() {
+    NewToken token{Random(size_t{shape_.query_heads} * shape_.key_dim, 0.0F, 3.0F),
+                   Random(size_t{shape_.kv_heads} * shape_.key_dim, 0.0F, 1.0F),
+                   Random(size_t{shape_.kv_heads} * shape_.value_dim, 0.5F, 1.0F)};
+    keys.insert(keys.end(), token.keys.begin(), token.keys.end());
+    values.insert(values.end(), token.values.begin(), token.values.end());
+    return token;
+  }
+
+  /// |out - full attention| / |full attention| of the worst head; NaN if there is one in `out`.
+  double WorstError(const std::vector<uint16_t>& queries, const std::vector<uint16_t>& out) const {
+    double worst = 0.0;
+    for (uint32_t head = 0; head < shape_.query_heads; ++head) {
+      const std::vector<double> expected = Attention(queries, head);
+      double difference = 0.0;
+      double norm = 0.0;
+      for (uint32_t d = 0; d < shape_.value_dim; ++d) {
+        const double value = kernels::Bf16ToFloat(out[size_t{head} * shape_.value_dim + d]);
+        difference += (value - expected[d]) * (value - expected[d]);
+        norm += expected[d] * expected[d];
+      }
+      const double error = std::sqrt(difference / norm);
+      if (std::isnan(error)) return error;
+      worst = std::max(worst, error);
     }
+    return worst;
   }
 
-  /// Where the row of a token and KV head starts, in keys and in values.
-  size_t Row(int token, int kv_head) const {
-    return (static_cast<size_t>(token) * kv_heads + kv_head) * dim;
-  }
-
-  int tokens, kv_heads, heads, dim;
   std::vector<uint16_t> keys, values;
-  std::vector<float> queries;
-};
 
-/// Full attention (heads, dim) over all tokens, in double precision.
-inline std::vector<double> FullAttention(const Layer& layer, double softmax_scale) {
-  std::vector<double> out(static_cast<size_t>(layer.heads) * layer.dim, 0.0);
-  std::vector<double> scores(layer.tokens);
-  for (int head = 0; head < layer.heads; ++head) {
-    const int kv_head = head * layer.kv_heads / layer.heads;
-    const float* query = layer.queries.data() + static_cast<size_t>(head) * layer.dim;
-    for (int token = 0; token < layer.tokens; ++token) {
-      const uint16_t* key = layer.keys.data() + layer.Row(token, kv_head);
+ private:
+  std::vector<uint16_t> Random(size_t count, float mean, float deviation) {
+    std::normal_distribution<float> normal(mean, deviation);
+    std::vector<uint16_t> numbers(count);
+    for (uint16_t& number : numbers) number = kernels::FloatToBf16(normal(random_));
+    return numbers;
+  }
+
+  /// Of one query head over all tokens, in double precision.
+  std::vector<double> Attention(const std::vector<uint16_t>& queries, uint32_t head) const {
+    const uint16_t* const query = queries.data() + size_t{head} * shape_.key_dim;
+    const size_t tokens = keys.size() / (size_t{shape_.kv_heads} * shape_.key_dim);
+    std::vector<double> scores(tokens);
+    for (size_t t = 0; t < tokens; ++t) {
+      const size_t row = t * shape_.kv_heads + head / shape_.Group();
       double dot = 0.0;
-      for (int d = 0; d < layer.dim; ++d)
-        dot += static_cast<double>(query[d]) * kernels::Bf16ToFloat(key[d]);
-      scores[token] = softmax_scale * dot;
+      for (uint32_t d = 0; d < shape_.key_dim; ++d) {
+        dot += static_cast<double>(kernels::Bf16ToFloat(query[d])) *
+               static_cast<double>(kernels::Bf16ToFloat(keys[row * shape_.key_dim + d]));
+      }
+      scores[t] = dot / std::sqrt(static_cast<double>(shape_.key_dim));
     }
     const double max = *std::max_element(scores.begin(), scores.end());
     double sum = 0.0;
     for (double& score : scores) sum += score = std::exp(score - max);
-    for (int token = 0; token < layer.tokens; ++token) {
-      const uint16_t* value = layer.values.data() + layer.Row(token, kv_head);
-      for (int d = 0; d < layer.dim; ++d) {
-        out[static_cast<size_t>(head) * layer.dim + d] +=
-            scores[token] / sum * kernels::Bf16ToFloat(value[d]);
+    std::vector<double> out(shape_.value_dim, 0.0);
+    for (size_t t = 0; t < tokens; ++t) {
+      const size_t row = t * shape_.kv_heads + head / shape_.Group();
+      for (uint32_t d = 0; d < shape_.value_dim; ++d) {
+        out[d] += scores[t] / sum *
+                  static_cast<double>(kernels::Bf16ToFloat(values[row * shape_.value_dim + d]));
       }
     }
+    return out;
   }
-  return out;
-}
 
-/// |out - expected| / |expected| of the worst head; NaN if there is one in `out`.
-inline double WorstError(const float* out, const std::vector<double>& expected, int dim) {
-  double worst = 0.0;
-  for (size_t head = 0; head < expected.size(); head += dim) {
-    double difference = 0.0;
-    double norm = 0.0;
-    for (size_t i = head; i < head + dim; ++i) {
-      difference += (out[i] - expected[i]) * (out[i] - expected[i]);
-      norm += expected[i] * expected[i];
-    }
-    const double error = std::sqrt(difference / norm);
-    if (std::isnan(error)) return error;
-    worst = std::max(worst, error);
-  }
-  return worst;
-}
+  ModelShape shape_;
+  std::mt19937 random_{std::random_device{}()};
+};
 
 }  // namespace kvseek::examples
 

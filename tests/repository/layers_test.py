@@ -40,6 +40,11 @@ LIBRARIES = {
 BOOST_FILES = re.compile(
     r"^(service/(stream|connection|server|daemon|listener)|client/(channel|kv_client|connector))\S*\.(cc|h)$|^tests/"
 )
+# CUDA is for the GPU kernels and for the decoder's files that move rows; all else builds without it.
+CUDA_FILES = re.compile(
+    r"^(kernels/cuda/|tests/kernels/cuda/|client/sparse_decoder\.|tests/client/decoder/(decoder|sparse_decoder)_"
+    r"|client/decoder/(block_uploader|check_options|decode_step|far_store|gpu_memory|prefill)\.|examples/|bench/)"
+)
 # Vector intrinsics stay in the CPU kernels.
 INTRINSICS = re.compile(r"^(immintrin|x86intrin|arm_neon)\.h$")
 
@@ -70,6 +75,8 @@ def problems(root):
             for pattern, folders in LIBRARIES.items():
                 if re.match(pattern, header) and folder not in folders:
                     yield f"{where}: {folder} may not use {header}"
+            if re.match(r"cuda|cublas|kernels/cuda/", header) and not CUDA_FILES.match(name):
+                yield f"{where}: CUDA belongs in the GPU's files"
             if header.startswith("boost/") and not BOOST_FILES.match(name):
                 yield f"{where}: Boost belongs in the network files"
 

@@ -24,3 +24,4 @@ while [ ! -S "$work/socket" ]; do
   sleep 0.1
 done
 "$work/build/consumer" "unix:$work/socket"
+[ ! -x "$work/build/decoder_consumer" ] || "$work/build/decoder_consumer"

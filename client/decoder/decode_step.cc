@@ -1,0 +1,492 @@
+#include "client/decoder/decode_step.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+#include "kernels/cuda/publish.h"
+
+namespace kvseek::client {
+namespace {
+
+using kernels::cuda::KvPages;
+using kernels::cuda::PagePool;
+using kernels::cuda::PageQueries;
+using kernels::cuda::StateList;
+using Clock = std::chrono::steady_clock;
+
+constexpr float kEmpty = -std::numeric_limits<float>::infinity();
+
+int Int(size_t value) { return static_cast<int>(value); }
+
+uint64_t Microseconds(Clock::duration time) {
+  return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(time).count());
+}
+uint64_t MicrosecondsSince(Clock::time_point begun) { return Microseconds(Clock::now() - begun); }
+
+}  // namespace
+
+DecodeStep::DecodeStep(const DecoderOptions& options, const ZoneShape& zone,
+                       std::vector<DaemonShare> shares, std::chrono::microseconds spin,
+                       LocalCopy& local)
+    : options_(options),
+      zone_(zone),
+      local_(local),
+      far_(options.shape, std::move(shares), spin),
+      modes_(options.shape.layers, options.shape.kv_heads, options.head_modes, options.rows > 0) {}
+
+absl::Status DecodeStep::Allocate(size_t& device_bytes, size_t& pinned_bytes) {
+  const ModelShape& shape = options_.shape;
+  const size_t batch = options_.sequences_max;
+  const size_t tokens = batch * options_.query_tokens_max;
+  const size_t heads = tokens * shape.query_heads;
+  const size_t kv_heads = tokens * shape.kv_heads;
+  const size_t rows = kv_heads * options_.rows;
+  const bool has_rows = options_.rows > 0;
+  absl::Status status;
+  const auto take = [&](auto& array, size_t count, size_t& total) {
+    if (status.ok()) status = array.Allocate(count, total);
+  };
+  const auto make_pool = [&](size_t pool_rows, uint32_t pool_heads, uint32_t page_tokens) {
+    DeviceArray<uint16_t> keys, values;
+    take(keys, pool_rows * shape.key_dim, device_bytes);
+    take(values, pool_rows * shape.value_dim, device_bytes);
+    const PagePool pool{.keys = keys.get(),
+                        .values = values.get(),
+                        .kv_heads = Int(pool_heads),
+                        .page_tokens = Int(page_tokens),
+                        .key_dim = Int(shape.key_dim),
+                        .value_dim = Int(shape.value_dim),
+                        .dtype = shape.dtype};
+    pool_memory_.push_back(std::move(keys));
+    pool_memory_.push_back(std::move(values));
+    return pool;
+  };
+  for (uint32_t layer = 0; layer < shape.layers && status.ok(); ++layer) {
+    const size_t page_rows = static_cast<size_t>(zone_.page_tokens) * shape.kv_heads;
+    pools_.push_back(
+        make_pool(batch * zone_.PagesMax() * page_rows, shape.kv_heads, zone_.page_tokens));
+    if (has_rows) {
+      cache_pools_.push_back(make_pool(batch * shape.kv_heads * options_.cache_rows, 1, 1));
+    }
+    Timing& timing = timings_.emplace_back();
+    if (status.ok()) status = timing.begin.Create(0);
+    if (status.ok()) status = timing.end.Create(0);
+  }
+  counts_at_ = tokens;
+  pages_at_ = counts_at_ + batch;
+  take(tables_, pages_at_ + batch * zone_.PagesMax(), pinned_bytes);
+  take(device_tables_, tables_.count(), device_bytes);
+  take(queries_, heads * shape.key_dim, pinned_bytes);
+  take(queries_flags_, kernels::cuda::kPublishFlags, pinned_bytes);
+  take(rest_out_, heads * shape.value_dim, pinned_bytes);
+  take(rest_lse_, heads, pinned_bytes);
+  take(steady_out_, heads * shape.value_dim, device_bytes);
+  take(steady_lse_, heads, device_bytes);
+  if (has_rows) {
+    take(arrived_keys_, rows * shape.key_dim, pinned_bytes);
+    take(arrived_values_, rows * shape.value_dim, pinned_bytes);
+    take(arrived_slots_, rows, pinned_bytes);
+    take(row_lists_, kv_heads + rows, pinned_bytes);
+    take(device_row_lists_, kv_heads + rows, device_bytes);
+    take(rows_out_, heads * shape.value_dim, device_bytes);
+    take(rows_lse_, heads, device_bytes);
+  }
+  if (options_.fallback == Fallback::kLocalCopy) {
+    take(local_pages_, options_.local_tokens_max / zone_.page_tokens + 1, pinned_bytes);
+    take(local_counts_, batch, pinned_bytes);
+    take(local_out_, heads * shape.value_dim, device_bytes);
+    take(local_lse_, heads, device_bytes);
+  }
+  const int group = Int(shape.Group());
+  const int value_dim = Int(shape.value_dim);
+  take(workspace_,
+       std::max(kernels::cuda::AttendWorkspaceBytes(
+                    Int(batch * shape.kv_heads), Int(options_.query_tokens_max), group, value_dim),
+                kernels::cuda::AttendWorkspaceBytes(Int(kv_heads), 1, group, value_dim)),
+       device_bytes);
+  if (status.ok()) status = tables_copied_.Create(cudaEventDisableTiming);
+  return status;
+}
+
+absl::Status DecodeStep::Begin(std::vector<StepSequence> batch, uint32_t tokens,
+                               cudaStream_t stream) {
+  batch_ = std::move(batch);
+  tokens_ = tokens;
+  far_.BeginStep();
+  FindFar();
+  missed_.assign(batch_.size(), 0);
+  local_at_.assign(batch_.size(), -1);
+  local_listed_ = 0;
+  return WriteTables(stream);
+}
+
+void DecodeStep::FindFar() {
+  far_sequences_.clear();
+  lost_.clear();
+  any_far_ = false;
+  for (const StepSequence& sequence : batch_) {
+    std::vector<uint8_t>& lost = lost_.emplace_back();
+    for (const auto& one : sequence.store->lost) lost.push_back(one.load());
+    FarSequence far;
+    far.sessions = sequence.store->sessions;
+    far.begin = sequence.zone->far_begin();
+    far.end = sequence.zone->far_end();
+    any_far_ = any_far_ || far.begin < far.end;
+    far_sequences_.push_back(far);
+  }
+  for (size_t b = 0; b < batch_.size(); ++b) far_sequences_[b].lost = lost_[b];
+}
+
+absl::Status DecodeStep::WriteTables(cudaStream_t stream) {
+  absl::Status free_again =
+      CudaStatus(cudaEventSynchronize(tables_copied_.get()), "the last step's tables");
+  if (!free_again.ok()) return free_again;
+  int32_t* const tables = tables_.get();
+  for (size_t b = 0; b < batch_.size(); ++b) {
+    const SteadyZone& zone = *batch_[b].zone;
+    const uint64_t first = zone.tokens() - tokens_;
+    for (uint32_t t = 0; t < tokens_; ++t) tables[b * tokens_ + t] = zone.Slot(first + t);
+    tables[counts_at_ + b] = zone.rows();
+    std::copy(zone.pages().begin(), zone.pages().end(), tables + pages_at_ + b * zone_.PagesMax());
+  }
+  const cudaError_t error = cudaMemcpyAsync(device_tables_.get(), tables, tables_.bytes(),
+                                            cudaMemcpyHostToDevice, stream);
+  absl::Status copied = CudaStatus(error, "the step's tables");
+  if (!copied.ok()) return copied;
+  return CudaStatus(cudaEventRecord(tables_copied_.get(), stream), "event");
+}
+
+absl::Status DecodeStep::Attend(uint32_t layer, const void* queries, const void* keys,
+                                const void* values, void* out, cudaStream_t stream) {
+  ++stats_.layers;
+  Timing& timing = timings_[layer];
+  if (std::exchange(timing.valid, false) && cudaEventQuery(timing.end.get()) == cudaSuccess) {
+    float tail_ms = 0.0F;
+    cudaEventElapsedTime(&tail_ms, timing.begin.get(), timing.end.get());
+    modes_.Record(layer, timing.host_us + 1000.0 * static_cast<double>(tail_ms));
+  }
+  const auto begun = Clock::now();
+  absl::Status status;
+  Parts parts;
+  if (any_far_) status = AskDaemons(layer, queries, stream);
+  const auto asked = Clock::now();
+  if (status.ok()) status = AttendSteadyZone(layer, queries, keys, values, stream);
+  if (any_far_) {
+    far_.Wait();  // also after an error: questions under way read this step's memory
+    stats_.queries_us += Microseconds(asked - begun);
+    stats_.asking_us += MicrosecondsSince(asked);
+    if (status.ok()) status = TakeReplies(layer, parts);
+  }
+  if (!status.ok()) return status;
+  const auto placing = Clock::now();
+  timing.host_us =
+      static_cast<double>(MicrosecondsSince(begun)) / static_cast<double>(batch_.size() * tokens_);
+  status = FinishLayer(layer, parts, queries, out, stream);
+  stats_.placing_us += MicrosecondsSince(placing);
+  return status;
+}
+
+PageQueries DecodeStep::Queries(const void* queries, uint32_t tokens, bool causal) const {
+  const ModelShape& shape = options_.shape;
+  return {.queries = queries,
+          .tokens = Int(tokens),
+          .group = Int(shape.Group()),
+          .softmax_scale = shape.softmax_scale,
+          .causal = causal};
+}
+
+/// The queries go first of all: the daemons wait for them.
+absl::Status DecodeStep::AskDaemons(uint32_t layer, const void* queries, cudaStream_t stream) {
+  ++stats_.layers_asked;
+  const ModelShape& shape = options_.shape;
+  const size_t bytes = Heads() * shape.key_dim * sizeof(uint16_t);
+  absl::Status published =
+      CudaStatus(kernels::cuda::Publish(queries, bytes, queries_.get(), queries_flags_.get(),
+                                        ++queries_number_, stream),
+                 "Publish");
+  if (!published.ok()) return published;
+  stats_.bytes_to_host += bytes;
+  for (size_t b = 0; b < batch_.size(); ++b) {
+    std::vector<RowCache>& caches = *batch_[b].caches;
+    far_sequences_[b].caches =
+        caches.empty() ? nullptr : caches.data() + layer * options_.shape.kv_heads;
+  }
+  FarQuestion question;
+  question.layer = layer;
+  question.tokens = tokens_;
+  question.batch = far_sequences_;
+  question.queries = queries_.get();
+  question.modes = modes_.Next(layer);
+  question.rows = options_.rows;
+  question.options = options_.search;
+  question.deadline = options_.layer_deadline;
+  absl::Status there = WaitForQueries(bytes, stream);
+  if (!there.ok()) return there;
+  far_.Ask(question);
+  return absl::OkStatus();
+}
+
+/// As long as the GPU takes for what is before them in the stream. A stream that failed never gets
+/// there.
+absl::Status DecodeStep::WaitForQueries(size_t bytes, cudaStream_t stream) {
+  constexpr int kLooks = 4096;  // between two at the stream
+  for (int i = 1;; ++i) {
+    if (kernels::cuda::IsPublished(queries_flags_.get(), bytes, queries_number_)) break;
+    if (i % kLooks != 0) continue;
+    const cudaError_t error = cudaStreamQuery(stream);
+    if (error != cudaSuccess && error != cudaErrorNotReady) {
+      return CudaStatus(error, "queries to the host");
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status DecodeStep::AttendSteadyZone(uint32_t layer, const void* queries, const void* keys,
+                                          const void* values, cudaStream_t stream) {
+  const int32_t* const tables = device_tables_.get();
+  absl::Status written =
+      CudaStatus(kernels::cuda::ScatterRows(keys, values, tables, Int(batch_.size() * tokens_),
+                                            options_.shape.kv_heads, pools_[layer], stream),
+                 "ScatterRows");
+  if (!written.ok()) return written;
+  const KvPages zone{.pool = pools_[layer],
+                     .pages = tables + pages_at_,
+                     .counts = tables + counts_at_,
+                     .pages_max = Int(zone_.PagesMax()),
+                     .sequences = Int(batch_.size())};
+  return CudaStatus(kernels::cuda::AttendPages(zone, Queries(queries, tokens_, true),
+                                               {workspace_.get(), workspace_.bytes()},
+                                               steady_out_.get(), steady_lse_.get(), stream),
+                    "AttendPages");
+}
+
+void DecodeStep::CountMiss(const absl::Status& status) {
+  ++stats_.misses;
+  if (status.code() == absl::StatusCode::kDeadlineExceeded) ++stats_.misses_deadline;
+  if (status.code() == absl::StatusCode::kUnavailable) ++stats_.misses_unavailable;
+}
+
+absl::Status DecodeStep::TakeReplies(uint32_t layer, Parts& parts) {
+  const std::deque<FarReply>& replies = far_.Wait();
+  std::fill(missed_.begin(), missed_.end(), uint8_t{0});
+  uint64_t daemon_us = 0;
+  bool any_missed = false;
+  for (const FarReply& reply : replies) {
+    if (!reply.batch.empty()) ++stats_.requests;
+    if (reply.answer.ok()) {
+      daemon_us = std::max<uint64_t>(daemon_us, reply.answer->daemon_us);
+      continue;
+    }
+    CountMiss(reply.answer.status());
+    if (options_.fallback == Fallback::kError) return reply.answer.status();
+    any_missed = true;
+    for (const uint32_t b : reply.batch) {
+      missed_[b] = 1;
+      if (!IsLost(reply.answer.status())) continue;
+      if (batch_[b].store->lost[reply.daemon].exchange(1) == 0) ++stats_.sequences_lost;
+    }
+    for (size_t b = 0; b < batch_.size() && reply.batch.empty(); ++b) {
+      if (lost_[b][reply.daemon] != 0) missed_[b] = 1;
+    }
+  }
+  stats_.daemon_us += daemon_us;
+  timings_[layer].valid = !any_missed && !replies.empty() && modes_.Chooses(layer);
+
+  const ModelShape& shape = options_.shape;
+  arrivals_ = 0;
+  std::fill_n(rest_lse_.get(), Heads(), kEmpty);
+  if (options_.rows > 0) {
+    std::fill_n(row_lists_.get(), batch_.size() * tokens_ * shape.kv_heads, 0);
+  }
+  for (const FarReply& reply : replies) {
+    if (!reply.answer.ok()) continue;
+    PlaceState(reply);
+    parts.rest = true;
+    if (reply.rows) {
+      PlaceRows(layer, reply);
+      parts.rows = true;
+    }
+  }
+  if (any_missed) FallBack(parts);
+  return absl::OkStatus();
+}
+
+/// States of the heads asked for, (tokens, heads, group, value_dim), to their places among all.
+void DecodeStep::PlaceState(const FarReply& reply) {
+  const ModelShape& shape = options_.shape;
+  const size_t group = shape.Group();
+  const size_t heads = reply.heads.size();
+  for (size_t i = 0; i < reply.batch.size(); ++i) {
+    const ItemResult& item = reply.answer->items[i];
+    for (size_t t = 0; t < tokens_; ++t) {
+      for (size_t h = 0; h < heads; ++h) {
+        const size_t from = (t * heads + h) * group;
+        const size_t to =
+            ((reply.batch[i] * tokens_ + t) * shape.kv_heads + reply.heads[h]) * group;
+        std::copy_n(item.lse.data() + from, group, rest_lse_.get() + to);
+        std::copy_n(item.out.data() + from * shape.value_dim, group * shape.value_dim,
+                    rest_out_.get() + to * shape.value_dim);
+      }
+    }
+    stats_.bytes_to_device += (item.out.size() + item.lse.size()) * sizeof(float);
+  }
+}
+
+void DecodeStep::PlaceRows(uint32_t layer, const FarReply& reply) {
+  for (size_t i = 0; i < reply.batch.size(); ++i) {
+    for (size_t h = 0; h < reply.heads.size(); ++h) PlaceHeadRows(layer, reply, i, h);
+  }
+}
+
+/// One KV head's rows of all query tokens: into the cache's books, and those that are new into
+/// pinned memory.
+void DecodeStep::PlaceHeadRows(uint32_t layer, const FarReply& reply, size_t item, size_t head) {
+  const ModelShape& shape = options_.shape;
+  const size_t b = reply.batch[item];
+  const uint32_t kv_head = reply.heads[head];
+  const std::vector<Selection>& selections = reply.answer->items[item].selections;
+  std::vector<absl::Span<const int64_t>> positions;
+  size_t asked = 0;
+  for (size_t t = 0; t < tokens_; ++t) {
+    positions.emplace_back(selections[t * reply.heads.size() + head].positions);
+    asked += positions.back().size();
+  }
+  std::vector<int32_t> slots(asked);
+  RowCache& cache = (*batch_[b].caches)[layer * shape.kv_heads + kv_head];
+  const auto arrivals = cache.Admit(positions, slots.data());
+
+  const auto first_row =
+      static_cast<int32_t>((batch_[b].place * shape.kv_heads + kv_head) * options_.cache_rows);
+  int32_t* const counts = row_lists_.get();
+  int32_t* const lists = counts + batch_.size() * tokens_ * shape.kv_heads;
+  auto slot = slots.begin();
+  for (size_t t = 0; t < tokens_; ++t) {
+    const size_t list = (b * tokens_ + t) * shape.kv_heads + kv_head;
+    counts[list] = static_cast<int32_t>(positions[t].size());
+    for (size_t i = 0; i < positions[t].size(); ++i) {
+      lists[list * options_.rows + i] = first_row + *slot++;
+    }
+  }
+  size_t t = 0;
+  size_t rows_before = 0;
+  for (const RowCache::Arrival& arrival : arrivals) {
+    const Selection* selection = &selections[t * reply.heads.size() + head];
+    while (arrival.row - rows_before >= selection->keys.size() / shape.key_dim) {
+      rows_before += selection->keys.size() / shape.key_dim;
+      selection = &selections[++t * reply.heads.size() + head];
+    }
+    const size_t row = arrival.row - rows_before;
+    std::copy_n(selection->keys.data() + row * shape.key_dim, shape.key_dim,
+                arrived_keys_.get() + arrivals_ * shape.key_dim);
+    std::copy_n(selection->values.data() + row * shape.value_dim, shape.value_dim,
+                arrived_values_.get() + arrivals_ * shape.value_dim);
+    arrived_slots_.get()[arrivals_++] = first_row + arrival.slot;
+  }
+  stats_.rows_asked += asked;
+  stats_.rows_cached += asked - std::min<size_t>(asked, arrivals.size());
+  stats_.bytes_to_device += arrivals.size() * (shape.key_dim + shape.value_dim) * sizeof(uint16_t);
+}
+
+/// With a local copy, a sequence that missed anything takes all from there, which is exact.
+void DecodeStep::FallBack(Parts& parts) {
+  ++stats_.fallbacks;
+  if (options_.fallback != Fallback::kLocalCopy) return;
+  const ModelShape& shape = options_.shape;
+  parts.local = true;
+  for (size_t b = 0; b < batch_.size(); ++b) {
+    const FarSequence& far = far_sequences_[b];
+    local_counts_.get()[b] = missed_[b] != 0 ? static_cast<int32_t>(far.end - far.begin) : 0;
+    if (missed_[b] == 0) continue;
+    ListLocal(b);
+    std::fill_n(rest_lse_.get() + b * tokens_ * shape.query_heads, tokens_ * shape.query_heads,
+                kEmpty);
+    if (options_.rows > 0) {
+      std::fill_n(row_lists_.get() + b * tokens_ * shape.kv_heads, tokens_ * shape.kv_heads, 0);
+    }
+  }
+}
+
+/// The same pages serve all layers of a step.
+void DecodeStep::ListLocal(size_t b) {
+  if (local_at_[b] >= 0) return;
+  local_at_[b] = static_cast<int64_t>(local_listed_);
+  const FarSequence& far = far_sequences_[b];
+  const auto first = static_cast<ptrdiff_t>(far.begin / zone_.page_tokens);
+  const auto last = static_cast<ptrdiff_t>(far.end / zone_.page_tokens);
+  const auto& pages = batch_[b].store->local_pages;
+  std::copy(pages.begin() + first, pages.begin() + last, local_pages_.get() + local_listed_);
+  local_listed_ += static_cast<size_t>(last - first);
+}
+
+absl::Status DecodeStep::AttendRows(uint32_t layer, const void* queries, cudaStream_t stream) {
+  const size_t lists = batch_.size() * tokens_ * options_.shape.kv_heads;
+  const size_t bytes = lists * (1 + options_.rows) * sizeof(int32_t);
+  absl::Status status = CudaStatus(cudaMemcpyAsync(device_row_lists_.get(), row_lists_.get(), bytes,
+                                                   cudaMemcpyHostToDevice, stream),
+                                   "lists of rows");
+  if (!status.ok()) return status;
+  status = CudaStatus(
+      kernels::cuda::ScatterRows(arrived_keys_.get(), arrived_values_.get(), arrived_slots_.get(),
+                                 Int(arrivals_), 1, cache_pools_[layer], stream),
+      "ScatterRows");
+  if (!status.ok()) return status;
+  const KvPages rows{.pool = cache_pools_[layer],
+                     .pages = device_row_lists_.get() + lists,
+                     .counts = device_row_lists_.get(),
+                     .pages_max = Int(options_.rows),
+                     .sequences = Int(lists)};
+  return CudaStatus(kernels::cuda::AttendPages(rows, Queries(queries, 1, false),
+                                               {workspace_.get(), workspace_.bytes()},
+                                               rows_out_.get(), rows_lse_.get(), stream),
+                    "AttendPages of rows");
+}
+
+/// One call for each sequence: their lists differ a lot in length. Those that did not miss get
+/// empty states.
+absl::Status DecodeStep::AttendLocal(uint32_t layer, const void* queries, cudaStream_t stream) {
+  const ModelShape& shape = options_.shape;
+  const size_t heads = tokens_ * shape.query_heads;
+  for (size_t b = 0; b < batch_.size(); ++b) {
+    const int32_t count = local_counts_.get()[b];
+    const KvPages local{.pool = local_.pool(layer),
+                        .pages = local_pages_.get() + std::max<int64_t>(local_at_[b], 0),
+                        .counts = local_counts_.get() + b,
+                        .pages_max = std::max(count / Int(zone_.page_tokens), 1),
+                        .sequences = 1};
+    const auto* const own = static_cast<const uint16_t*>(queries) + b * heads * shape.key_dim;
+    absl::Status status = CudaStatus(
+        kernels::cuda::AttendPages(
+            local, Queries(own, tokens_, false), {workspace_.get(), workspace_.bytes()},
+            local_out_.get() + b * heads * shape.value_dim, local_lse_.get() + b * heads, stream),
+        "AttendPages of the local copy");
+    if (!status.ok()) return status;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status DecodeStep::FinishLayer(uint32_t layer, const Parts& parts, const void* queries,
+                                     void* out, cudaStream_t stream) {
+  const ModelShape& shape = options_.shape;
+  Timing& timing = timings_[layer];
+  if (timing.valid) cudaEventRecord(timing.begin.get(), stream);
+  absl::Status status;
+  if (parts.rows) status = AttendRows(layer, queries, stream);
+  if (status.ok() && parts.local) status = AttendLocal(layer, queries, stream);
+  if (!status.ok()) return status;
+  StateList lists[kernels::cuda::kMaxStateLists];
+  int count = 0;
+  lists[count++] = {steady_out_.get(), steady_lse_.get(), 1};
+  if (parts.rest) lists[count++] = {rest_out_.get(), rest_lse_.get(), 1};
+  if (parts.rows) lists[count++] = {rows_out_.get(), rows_lse_.get(), 1};
+  if (parts.local) lists[count++] = {local_out_.get(), local_lse_.get(), 1};
+  status = CudaStatus(kernels::cuda::MergeStates(lists, count, Int(Heads()), Int(shape.value_dim),
+                                                 out, shape.dtype, nullptr, stream),
+                      "MergeStates");
+  if (status.ok() && timing.valid) cudaEventRecord(timing.end.get(), stream);
+  return status;
+}
+
+}  // namespace kvseek::client

@@ -1,0 +1,142 @@
+// One decode step on the GPU, layer by layer: the memory that it needs and the order of its parts.
+//
+// For each layer, on the caller's stream and thread:
+//
+//   stream  queries to host |      | new rows into pages, steady zone |        | arrived rows,
+//   merge thread                  | ask  | launch, and wait for the daemons ........ | launch
+//
+// Owns the pools of pages (steady zone and row cache) of all layers. Not thread-safe.
+#ifndef KVSEEK_CLIENT_DECODER_DECODE_STEP_H_
+#define KVSEEK_CLIENT_DECODER_DECODE_STEP_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/types/span.h"
+#include "client/decoder/far_attention.h"
+#include "client/decoder/far_store.h"
+#include "client/decoder/gpu_memory.h"
+#include "client/decoder/head_modes.h"
+#include "client/decoder/row_cache.h"
+#include "client/decoder/steady_zone.h"
+#include "client/sparse_decoder.h"
+#include "kernels/cuda/attention.h"
+
+namespace kvseek::client {
+
+/// One sequence of a step's batch.
+struct StepSequence {
+  uint32_t place = 0;  ///< of its row cache, below sequences_max
+  const SteadyZone* zone = nullptr;
+  FarStore* store = nullptr;
+  std::vector<RowCache>* caches = nullptr;  ///< (layers, kv_heads); empty without rows
+};
+
+class DecodeStep {
+ public:
+  /// `spin`: how long an answer is looked for before the thread sleeps. `local` must outlive it.
+  DecodeStep(const DecoderOptions& options, const ZoneShape& zone, std::vector<DaemonShare> shares,
+             std::chrono::microseconds spin, LocalCopy& local);
+
+  /// Once, before all else. The totals grow by what is taken.
+  absl::Status Allocate(size_t& device_bytes, size_t& pinned_bytes);
+  const std::vector<kernels::cuda::PagePool>& pools() const { return pools_; }
+  const std::vector<DaemonShare>& shares() const { return far_.shares(); }
+
+  /// The zones hold the step's new tokens already, as their last ones.
+  absl::Status Begin(std::vector<StepSequence> batch, uint32_t tokens, cudaStream_t stream);
+  /// See SparseDecoder::Attend.
+  absl::Status Attend(uint32_t layer, const void* queries, const void* keys, const void* values,
+                      void* out, cudaStream_t stream);
+
+  /// Sums of what Attend counts; the other members are zero.
+  const DecoderStats& stats() const { return stats_; }
+
+ private:
+  /// Parts of one layer's attention that are there to be merged.
+  struct Parts {
+    bool rest = false;   ///< states of daemons, in rest_
+    bool rows = false;   ///< rows of daemons
+    bool local = false;  ///< some sequence takes the local copy
+  };
+
+  size_t Heads() const { return batch_.size() * tokens_ * options_.shape.query_heads; }
+  absl::Status WriteTables(cudaStream_t stream);
+  void FindFar();
+  absl::Status AskDaemons(uint32_t layer, const void* queries, cudaStream_t stream);
+  absl::Status WaitForQueries(size_t bytes, cudaStream_t stream);
+  absl::Status AttendSteadyZone(uint32_t layer, const void* queries, const void* keys,
+                                const void* values, cudaStream_t stream);
+  absl::Status TakeReplies(uint32_t layer, Parts& parts);
+  void CountMiss(const absl::Status& status);
+  void PlaceState(const FarReply& reply);
+  void PlaceRows(uint32_t layer, const FarReply& reply);
+  void PlaceHeadRows(uint32_t layer, const FarReply& reply, size_t item, size_t head);
+  void FallBack(Parts& parts);
+  void ListLocal(size_t b);
+  absl::Status FinishLayer(uint32_t layer, const Parts& parts, const void* queries, void* out,
+                           cudaStream_t stream);
+  absl::Status AttendRows(uint32_t layer, const void* queries, cudaStream_t stream);
+  absl::Status AttendLocal(uint32_t layer, const void* queries, cudaStream_t stream);
+  kernels::cuda::PageQueries Queries(const void* queries, uint32_t tokens, bool causal) const;
+
+  const DecoderOptions options_;
+  const ZoneShape zone_;
+  LocalCopy& local_;
+  FarAttention far_;
+  ModeChooser modes_;
+  DecoderStats stats_;
+
+  std::vector<StepSequence> batch_;
+  uint32_t tokens_ = 0;
+  std::vector<FarSequence> far_sequences_;  ///< (batch)
+  std::vector<std::vector<uint8_t>> lost_;  ///< (batch, daemons), as of the step's beginning
+  bool any_far_ = false;
+  std::vector<uint8_t> missed_;    ///< (batch), of this layer
+  uint32_t arrivals_ = 0;          ///< rows of this layer
+  std::vector<int64_t> local_at_;  ///< (batch): where its pages are in local_pages_, or -1
+  size_t local_listed_ = 0;
+
+  // Pools: (layers).
+  std::vector<DeviceArray<uint16_t>> pool_memory_;
+  std::vector<kernels::cuda::PagePool> pools_;
+  std::vector<kernels::cuda::PagePool> cache_pools_;
+
+  // What the step's kernels read: slots of the new tokens, pages and counts of the steady zone.
+  PinnedArray<int32_t> tables_;
+  DeviceArray<int32_t> device_tables_;
+  size_t counts_at_ = 0;  ///< offsets in the tables
+  size_t pages_at_ = 0;
+  GpuEvent tables_copied_;
+
+  PinnedArray<uint16_t> queries_;
+  PinnedArray<uint32_t> queries_flags_;
+  uint32_t queries_number_ = 0;  ///< of the last that were published
+
+  // What the daemons answered.
+  PinnedArray<float> rest_out_, rest_lse_;
+  PinnedArray<uint16_t> arrived_keys_, arrived_values_;
+  PinnedArray<int32_t> arrived_slots_;
+  PinnedArray<int32_t> row_lists_;  ///< counts (batch, tokens, kv_heads), then lists of `rows`
+  DeviceArray<int32_t> device_row_lists_;
+  PinnedArray<int32_t> local_pages_;   ///< of the sequences that fell back in this step
+  PinnedArray<int32_t> local_counts_;  ///< (batch): rows there that this layer attends to
+
+  // States on the GPU: steady zone, rows, local copy.
+  DeviceArray<float> steady_out_, steady_lse_, rows_out_, rows_lse_, local_out_, local_lse_;
+  DeviceArray<uint8_t> workspace_;
+
+  // For the choice between rows and state: (layers).
+  struct Timing {
+    GpuEvent begin;
+    GpuEvent end;
+    double host_us = 0.0;
+    bool valid = false;
+  };
+  std::vector<Timing> timings_;
+};
+
+}  // namespace kvseek::client
+
+#endif  // KVSEEK_CLIENT_DECODER_DECODE_STEP_H_

@@ -1,0 +1,105 @@
+// One layer's questions to the daemons: attention to the tokens that are not in the steady zone.
+//
+// KV heads are spread over the daemons in equal runs; of each daemon's heads those in state mode
+// go into one Attend, those in rows mode into one TopK, with the whole batch of sequences in each.
+// Ask sends them, Wait returns when each has been answered or has missed. Not thread-safe.
+#ifndef KVSEEK_CLIENT_DECODER_FAR_ATTENTION_H_
+#define KVSEEK_CLIENT_DECODER_FAR_ATTENTION_H_
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "client/decoder/head_modes.h"
+#include "client/decoder/row_cache.h"
+#include "client/kv_client.h"
+
+namespace kvseek::client {
+
+/// A daemon and the KV heads [first_head, first_head + heads) that it holds. Tokens have a
+/// connection of their own, so that no question waits behind them.
+struct DaemonShare {
+  KvClient* questions = nullptr;
+  KvClient* tokens = nullptr;
+  uint32_t first_head = 0;
+  uint32_t heads = 0;
+};
+
+/// The shape of a share's sessions.
+ModelShape ShapeOfShare(const ModelShape& shape, const DaemonShare& share);
+
+/// One sequence of a batch.
+struct FarSequence {
+  absl::Span<const Session> sessions;  ///< one a daemon
+  absl::Span<const uint8_t> lost;      ///< one a daemon: true if it no longer has the session
+  uint64_t begin = 0;                  ///< positions that daemons answer for; empty: not asked
+  uint64_t end = 0;
+  RowCache* caches = nullptr;  ///< (kv_heads) of this layer; needed for rows
+};
+
+struct FarQuestion {
+  uint32_t layer = 0;
+  uint32_t tokens = 1;  ///< query tokens
+  absl::Span<const FarSequence> batch;
+  const uint16_t* queries = nullptr;  ///< (batch, tokens, query_heads, key_dim), shape.dtype;
+                                      ///< valid until Wait returns
+  absl::Span<const HeadMode> modes;   ///< (kv_heads), without kAuto
+  uint32_t rows = 0;                  ///< keys of each KV head in rows mode
+  SearchOptions options;
+  std::chrono::microseconds deadline{};
+};
+
+/// One request and what became of it.
+struct FarReply {
+  uint32_t daemon = 0;
+  bool rows = false;            ///< a TopK
+  std::vector<uint32_t> heads;  ///< KV heads of the model, ascending
+  std::vector<uint32_t> batch;  ///< which of the batch the items are of
+  absl::StatusOr<SearchResponse> answer = absl::UnknownError("not answered yet");
+};
+
+class FarAttention {
+ public:
+  /// Wait looks for answers for `spin` before the thread goes to sleep.
+  FarAttention(const ModelShape& shape, std::vector<DaemonShare> shares,
+               std::chrono::microseconds spin);
+
+  const std::vector<DaemonShare>& shares() const { return shares_; }
+
+  /// A daemon that missed is not asked again before the next step: a step waits for it once.
+  void BeginStep();
+  /// Sends the requests. Sequences with an empty range are left out, and so are heads in kLocal.
+  void Ask(const FarQuestion& question);
+  /// All replies, once each is there. Requests that were not even sent have a status that says why.
+  const std::deque<FarReply>& Wait();
+
+ private:
+  /// Shared with callbacks.
+  struct Countdown {
+    std::atomic<int> left{0};
+  };
+
+  void AskDaemon(const FarQuestion& question, uint32_t daemon, HeadMode mode);
+  QueryItem MakeItem(const FarQuestion& question, uint32_t b, const FarReply& reply);
+  absl::Span<const uint8_t> PackQueries(const FarQuestion& question, uint32_t b,
+                                        const std::vector<uint32_t>& heads);
+
+  const ModelShape shape_;
+  const std::vector<DaemonShare> shares_;
+  const std::chrono::microseconds spin_;
+  std::vector<uint8_t> missed_;  ///< (daemons), in this step
+  std::deque<FarReply> replies_;
+  std::deque<std::vector<uint16_t>> packed_;  ///< queries of requests under way
+  std::deque<std::vector<uint32_t>> held_;    ///< their lists of held positions
+  std::shared_ptr<Countdown> countdown_ = std::make_shared<Countdown>();
+};
+
+}  // namespace kvseek::client
+
+#endif  // KVSEEK_CLIENT_DECODER_FAR_ATTENTION_H_

@@ -1,0 +1,261 @@
+// Questions to several daemons, put together, against one daemon that holds all heads.
+#include "client/decoder/far_attention.h"
+
+#include <gtest/gtest.h>
+
+#include <random>
+
+#include "service/daemon.h"
+#include "tests/client/raw_socket.h"
+
+namespace kvseek::client {
+namespace {
+
+constexpr ModelShape kShape{
+    .layers = 1, .kv_heads = 4, .query_heads = 12, .key_dim = 64, .value_dim = 32};
+constexpr uint32_t kTokens = 300;
+constexpr std::chrono::seconds kDeadline{20};
+
+class FarAttentionTest : public testing::Test {
+ protected:
+  FarAttentionTest() {
+    std::normal_distribution<float> normal;
+    const auto fill = [&](std::vector<uint16_t>& rows, size_t count) {
+      rows.resize(count);
+      for (uint16_t& element : rows) element = kernels::FloatToBf16(normal(random_));
+    };
+    fill(keys_, size_t{kTokens} * kShape.kv_heads * kShape.key_dim);
+    fill(values_, size_t{kTokens} * kShape.kv_heads * kShape.value_dim);
+    fill(queries_, size_t{2} * 2 * kShape.query_heads * kShape.key_dim);
+  }
+
+  /// Starts `count` daemons and gives each its heads, twice: for two sequences.
+  void Start(uint32_t count) {
+    for (uint32_t d = 0; d < count; ++d) {
+      service::DaemonOptions options;
+      options.listen = {"unix:" + directory_.path() + "/" + std::to_string(d)};
+      options.workers = 1;
+      auto daemon = service::Daemon::Start(options);
+      ASSERT_TRUE(daemon.ok()) << daemon.status();
+      auto client = KvClient::Connect({.address = (*daemon)->addresses()[0]});
+      ASSERT_TRUE(client.ok()) << client.status();
+      const uint32_t heads = kShape.kv_heads / count;
+      shares_.push_back({client->get(), client->get(), d * heads, heads});
+      daemons_.push_back(*std::move(daemon));
+      clients_.push_back(*std::move(client));
+    }
+    for (std::vector<Session>& sessions : sessions_) {
+      for (const DaemonShare& share : shares_) sessions.push_back(Fill(share));
+    }
+  }
+
+  Session Fill(const DaemonShare& share) {
+    auto session = share.tokens->Open(ShapeOfShare(kShape, share), {});
+    EXPECT_TRUE(session.ok()) << session.status();
+    const auto part = [&](const std::vector<uint16_t>& rows, uint32_t dim) {
+      std::vector<uint16_t> out;
+      for (uint32_t t = 0; t < kTokens; ++t) {
+        const auto row = rows.begin() + (t * kShape.kv_heads + share.first_head) * dim;
+        out.insert(out.end(), row, row + share.heads * dim);
+      }
+      return out;
+    };
+    const auto held = share.tokens->Append(*session, 0, 0, kTokens, part(keys_, kShape.key_dim),
+                                           part(values_, kShape.value_dim));
+    EXPECT_TRUE(held.ok()) << held.status();
+    return *session;
+  }
+
+  FarQuestion Question(uint32_t tokens, absl::Span<const HeadMode> modes) {
+    batch_.clear();
+    for (size_t b = 0; b < 2; ++b) {
+      FarSequence& sequence = batch_.emplace_back();
+      sequence.sessions = sessions_[b];
+      sequence.lost = lost_[b];
+      sequence.begin = 16;
+      sequence.end = 200 + 50 * b;
+      sequence.caches = caches_[b].data();
+    }
+    FarQuestion question;
+    question.tokens = tokens;
+    question.batch = batch_;
+    question.queries = queries_.data();
+    question.modes = modes;
+    question.rows = 20;
+    question.options.index = IndexKind::kExact;
+    question.deadline = kDeadline;
+    return question;
+  }
+
+  /// What one session with all heads answers.
+  ItemResult Whole(const FarQuestion& question, size_t b) {
+    KvClient& client = *clients_[0];
+    if (whole_.session_id == 0) whole_ = Fill({&client, &client, 0, kShape.kv_heads});
+    AttendRequest request;
+    QueryItem& item = request.items.emplace_back();
+    item.session = whole_;
+    item.tokens = question.tokens;
+    const size_t elements = size_t{question.tokens} * kShape.query_heads * kShape.key_dim;
+    item.queries = AsBytes(absl::MakeConstSpan(queries_).subspan(b * elements, elements));
+    item.range_begin = question.batch[b].begin;
+    item.range_end = {question.batch[b].end};
+    request.options = question.options;
+    request.query_dtype = DType::kBf16;
+    auto answer = client.Attend(request, {.deadline = kDeadline});
+    EXPECT_TRUE(answer.ok()) << answer.status();
+    return answer.ok() ? answer->items[0] : ItemResult();
+  }
+
+  /// The lse of token t and KV head `head` in an answer for `heads` KV heads is that of the whole.
+  static void ExpectSameState(const ItemResult& item, size_t t, size_t h, size_t heads,
+                              const ItemResult& whole, size_t head) {
+    const size_t group = kShape.Group();
+    for (size_t g = 0; g < group; ++g) {
+      const size_t from = (t * heads + h) * group + g;
+      const size_t to = (t * kShape.kv_heads + head) * group + g;
+      EXPECT_EQ(item.lse[from], whole.lse[to]);
+      for (size_t d = 0; d < kShape.value_dim; ++d) {
+        EXPECT_EQ(item.out[from * kShape.value_dim + d], whole.out[to * kShape.value_dim + d]);
+      }
+    }
+  }
+
+  const uint64_t seed_ = std::random_device()();
+  std::mt19937_64 random_{seed_};
+  testing::ScopedTrace trace_{__FILE__, __LINE__, seed_};
+  test::TempDir directory_;
+  std::vector<std::unique_ptr<service::Daemon>> daemons_;
+  std::vector<std::unique_ptr<KvClient>> clients_;
+  std::vector<DaemonShare> shares_;
+  std::vector<Session> sessions_[2];
+  std::vector<uint8_t> lost_[2] = {std::vector<uint8_t>(4), std::vector<uint8_t>(4)};
+  std::vector<RowCache> caches_[2] = {{4, RowCache(64)}, {4, RowCache(64)}};
+  std::vector<FarSequence> batch_;
+  Session whole_;
+  std::vector<uint16_t> keys_, values_, queries_;
+};
+
+TEST_F(FarAttentionTest, StatesOfSeveralDaemonsAreTheWhole) {
+  for (const uint32_t daemons : {1, 2, 4}) {
+    shares_.clear();
+    for (auto& sessions : sessions_) sessions.clear();
+    clients_.clear();
+    daemons_.clear();
+    whole_ = {};
+    Start(daemons);
+    FarAttention far(kShape, shares_, std::chrono::microseconds(50));
+    const std::vector<HeadMode> modes(kShape.kv_heads, HeadMode::kState);
+    for (const uint32_t tokens : {1, 2}) {
+      const FarQuestion question = Question(tokens, modes);
+      far.BeginStep();
+      far.Ask(question);
+      size_t seen = 0;
+      for (const FarReply& reply : far.Wait()) {
+        ASSERT_TRUE(reply.answer.ok()) << reply.answer.status();
+        EXPECT_FALSE(reply.rows);
+        ASSERT_EQ(reply.batch, (std::vector<uint32_t>{0, 1}));
+        for (size_t b = 0; b < 2; ++b) {
+          const ItemResult whole = Whole(question, b);
+          for (size_t h = 0; h < reply.heads.size(); ++h) {
+            ++seen;
+            for (size_t t = 0; t < tokens; ++t) {
+              ExpectSameState(reply.answer->items[b], t, h, reply.heads.size(), whole,
+                              reply.heads[h]);
+            }
+          }
+        }
+      }
+      EXPECT_EQ(seen, 2 * kShape.kv_heads);
+    }
+  }
+}
+
+TEST_F(FarAttentionTest, HeadsGoTheirOwnWays) {
+  Start(2);
+  FarAttention far(kShape, shares_, std::chrono::microseconds(50));
+  const std::vector<HeadMode> modes{HeadMode::kState, HeadMode::kRows, HeadMode::kLocal,
+                                    HeadMode::kRows};
+  for (int repeat = 0; repeat < 2; ++repeat) {
+    far.BeginStep();
+    far.Ask(Question(2, modes));
+    std::vector<uint32_t> state, rows;
+    for (const FarReply& reply : far.Wait()) {
+      ASSERT_TRUE(reply.answer.ok()) << reply.answer.status();
+      auto& heads = reply.rows ? rows : state;
+      heads.insert(heads.end(), reply.heads.begin(), reply.heads.end());
+      if (!reply.rows) continue;
+      for (size_t i = 0; i < reply.batch.size(); ++i) {
+        const std::vector<Selection>& selections = reply.answer->items[i].selections;
+        ASSERT_EQ(selections.size(), 2 * reply.heads.size());
+        for (size_t h = 0; h < reply.heads.size(); ++h) {
+          std::vector<absl::Span<const int64_t>> positions;
+          for (size_t t = 0; t < 2; ++t) {
+            const Selection& selection = selections[t * reply.heads.size() + h];
+            EXPECT_EQ(selection.positions.size(), 20U);
+            // The second time all of them are held.
+            EXPECT_EQ(selection.keys.size(), repeat == 0 ? 20U * kShape.key_dim : 0U);
+            positions.emplace_back(selection.positions);
+          }
+          std::vector<int32_t> slots(40);
+          caches_[reply.batch[i]][reply.heads[h]].Admit(positions, slots.data());
+        }
+      }
+    }
+    EXPECT_EQ(state, (std::vector<uint32_t>{0}));
+    EXPECT_EQ(rows, (std::vector<uint32_t>{1, 3}));
+  }
+}
+
+TEST_F(FarAttentionTest, AsksNobodyForNothing) {
+  Start(1);
+  FarAttention far(kShape, shares_, std::chrono::microseconds(50));
+  far.Ask(Question(1, std::vector<HeadMode>(kShape.kv_heads, HeadMode::kLocal)));
+  EXPECT_TRUE(far.Wait().empty());
+  const std::vector<HeadMode> modes(kShape.kv_heads, HeadMode::kState);
+  FarQuestion question = Question(1, modes);
+  for (FarSequence& sequence : batch_) sequence.end = sequence.begin;
+  far.Ask(question);
+  EXPECT_TRUE(far.Wait().empty());
+}
+
+TEST_F(FarAttentionTest, MissesOneDaemonAlone) {
+  Start(2);
+  FarAttention far(kShape, shares_, std::chrono::microseconds(50));
+  daemons_[1]->Stop();
+  const std::vector<HeadMode> modes(kShape.kv_heads, HeadMode::kState);
+  const auto ask = [&] {
+    FarQuestion question = Question(1, modes);
+    question.deadline = std::chrono::milliseconds(300);
+    far.Ask(question);
+    const auto& replies = far.Wait();
+    EXPECT_EQ(replies.size(), 2U);
+    EXPECT_TRUE(replies[0].answer.ok());
+    return replies[1].answer.status();
+  };
+  const absl::Status missed = ask();
+  EXPECT_TRUE(missed.code() == absl::StatusCode::kUnavailable ||
+              missed.code() == absl::StatusCode::kDeadlineExceeded)
+      << missed;
+  const auto begun = std::chrono::steady_clock::now();
+  EXPECT_EQ(ask().message(), "the daemon missed earlier in this step");
+  EXPECT_LT(std::chrono::steady_clock::now() - begun, std::chrono::milliseconds(200));
+  far.BeginStep();
+  EXPECT_NE(ask().message(), "the daemon missed earlier in this step");
+}
+
+TEST_F(FarAttentionTest, LostSessionsAreNotAskedFor) {
+  Start(1);
+  lost_[1][0] = 1;
+  FarAttention far(kShape, shares_, std::chrono::microseconds(50));
+  const std::vector<HeadMode> modes(kShape.kv_heads, HeadMode::kState);
+  far.Ask(Question(1, modes));
+  const auto& replies = far.Wait();
+  ASSERT_EQ(replies.size(), 2U);
+  EXPECT_EQ(replies[0].answer.status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_TRUE(replies[0].batch.empty());
+  EXPECT_TRUE(replies[1].answer.ok());
+  EXPECT_EQ(replies[1].batch, (std::vector<uint32_t>{0}));
+}
+
+}  // namespace
+}  // namespace kvseek::client
