@@ -2,12 +2,13 @@
 # Builds what a machine with a GPU needs into build/device/bin, ready to be copied to another Linux machine: stripped
 # binaries, and beside them the shared libraries that they need beyond glibc. cuBLAS, hundreds of megabytes, stays out: it is
 # that machine's own, found through LD_LIBRARY_PATH. Ends with an error if anything else is needed.
-#   scripts/device_build.sh [target...]    default: kvseekd cuda_test gpu_bench sparse_decode
+#   scripts/device_build.sh [target...]    default: all that device_check.sh and device_bench.sh run
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 targets=("$@")
-((${#targets[@]})) || targets=(kvseekd cuda_test gpu_bench sparse_decode)
+((${#targets[@]})) || targets=(kvseekd cuda_test
+  cuda_ladder_encode_test cuda_query_statistics_test sparse_decoder_test decoder_faults_test sparse_decode gpu_bench decode_bench)
 bin=build/device/bin
 bytes_max=$((48 << 20))
 system='^(libcublas(Lt)?|linux-vdso|ld-linux[^.]*|libc|libm|libdl|librt|libpthread|libresolv)\.so'

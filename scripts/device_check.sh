@@ -38,18 +38,32 @@ check() {
 
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null || echo "no nvidia-smi"
 
+# cuBLAS is this machine's own.
+for folder in /usr/local/cuda/lib64 /usr/local/cuda/targets/x86_64-linux/lib; do
+  LD_LIBRARY_PATH=$folder${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+done
+export LD_LIBRARY_PATH
+
 check cuda_test 40 "$bin/cuda_test" --gtest_brief=1
+check ladder_encode 40 "$bin/cuda_ladder_encode_test" --gtest_brief=1
+check query_statistics 40 "$bin/cuda_query_statistics_test" --gtest_brief=1
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
+# sanitize NAME TOOL TEST FILTER
+sanitize() {
+  check "$1" 60 "$sanitizer" --tool "$2" --error-exitcode 9 "$bin/$3" --gtest_brief=1 "--gtest_filter=$4"
+}
 if [[ -n $sanitizer ]]; then
-  check memcheck 60 "$sanitizer" --tool memcheck --error-exitcode 9 "$bin/cuda_test" --gtest_brief=1 \
-    --gtest_filter='-*OneLongGroup*'
-  check racecheck 60 "$sanitizer" --tool racecheck --error-exitcode 9 "$bin/cuda_test" --gtest_brief=1 \
-    --gtest_filter='*DimTest*/1:*SameBits*:*SeveralTokens*:*InPlace*:*SeveralLists*'
+  sanitize memcheck memcheck cuda_test '-*OneLongGroup*'
+  sanitize racecheck racecheck cuda_test '*DimTest*/1:*SameBits*:*SeveralTokens*:*InPlace*:*SeveralLists*'
+  sanitize memcheck_encode memcheck cuda_ladder_encode_test '*UnequalDims*'
+  sanitize racecheck_encode racecheck cuda_ladder_encode_test '*UnequalDims*'
+  sanitize memcheck_statistics memcheck cuda_query_statistics_test '*EqualScores*:*FarMassOfExtremes*:*Moments*'
+  sanitize racecheck_statistics racecheck cuda_query_statistics_test '*EqualScores*:*FarMassOfExtremes*:*Moments*'
 else
   echo "skip  memcheck, racecheck: no compute-sanitizer"
 fi
-
-if check gpu_bench 60 "$bin/gpu_bench" --quick; then cat "$work/gpu_bench"; fi
+check sparse_decoder 90 "$bin/sparse_decoder_test" --gtest_brief=1
+check decoder_faults 60 "$bin/decoder_faults_test" --gtest_brief=1
 
 "$bin/kvseekd" --listen "unix:$work/kvseek.sock" >"$work/kvseekd" 2>&1 &
 daemon=$!
