@@ -7,7 +7,6 @@
 
 #include "absl/strings/str_cat.h"
 #include "client/decoder/block_uploader.h"
-#include "client/decoder/check_options.h"
 #include "client/decoder/decode_step.h"
 #include "client/decoder/far_attention.h"
 #include "client/decoder/far_store.h"
@@ -185,8 +184,13 @@ absl::Status SparseDecoder::Impl::Close(SequenceId id) {
   if (uploader_ != nullptr) Drain(sequence);
   absl::Status status;
   for (size_t d = 0; d < step_.shares().size(); ++d) {
-    if (sequence.store->lost[d].load() != 0) continue;
-    status.Update(step_.shares()[d].tokens->Close(sequence.store->sessions[d]));
+    const Session& session = sequence.store->sessions[d];
+    KvClient& daemon = *step_.shares()[d].tokens;
+    if (sequence.store->lost[d].load() == 0) {
+      status.Update(daemon.Close(session));
+    } else {  // given up, but it may be there
+      daemon.Close(session, {.deadline = options_.layer_deadline}).IgnoreError();
+    }
   }
   local_.Shrink(sequence.store->local_pages, 0);
   places_.push_back(sequence.place);

@@ -36,82 +36,15 @@
 #include <chrono>
 #include <cstdint>
 #include <memory>
-#include <string>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
-#include "client/decoder/head_modes.h"
+#include "client/decoder/decoder_options.h"
 #include "client/kv_client.h"
 
 namespace kvseek {
-
-/// What takes a daemon's place in a step that it missed.
-enum class Fallback : uint8_t {
-  kSteadyZone,  ///< nothing: those heads attend to the steady zone alone
-  kLocalCopy,   ///< exact attention to a copy in pinned host memory, over the bus
-  kError,       ///< Attend returns the daemon's error; Truncate takes the step's tokens back
-};
-
-struct DecoderOptions {
-  ModelShape shape{};             ///< of this rank; dims at most 256, group at most 64
-  uint32_t sequences_max = 16;    ///< open at once
-  uint32_t query_tokens_max = 1;  ///< of a step, 1..64 (speculative decoding needs more than one)
-
-  // The steady zone. Multiples of kPageTokens.
-  uint32_t sink_tokens = 16;
-  uint32_t recent_tokens = 512;  ///< at least block_tokens + query_tokens_max
-  uint32_t block_tokens = 64;    ///< tokens go to the daemons in blocks of so many
-
-  /// (layers, kv_heads), or empty: kAuto for all. See `kvseek plan` for finding streaming heads.
-  std::vector<HeadMode> head_modes{};
-  uint32_t rows = 256;        ///< kRows: keys of each KV head that a daemon returns; 0: never kRows
-  uint32_t cache_rows = 512;  ///< kRows: rows that stay in HBM for each (sequence, layer, KV head);
-                              ///< at least rows * query_tokens_max
-  SearchOptions search{};     ///< of every request
-
-  std::chrono::microseconds layer_deadline{50000};   ///< of one layer's answers
-  std::chrono::milliseconds append_deadline{10000};  ///< of one block's way to a daemon
-  Fallback fallback = Fallback::kSteadyZone;
-  uint64_t local_tokens_max = 0;  ///< kLocalCopy: tokens of all sequences that pinned memory holds
-  uint32_t prefill_chunk_tokens = 2048;  ///< of one Append while a prompt is sent
-  OpenOptions open{};                    ///< of the sessions on the daemons
-};
-
-inline constexpr uint32_t kPageTokens = 16;  ///< of a page of the steady zone
-
-/// One layer's keys and values of the tokens of BeginPrefill: row (t, h) at keys + t * token_stride
-/// + h * head_stride elements, values likewise. Strides are multiples of 8.
-struct PrefillTensors {
-  const void* keys = nullptr;
-  const void* values = nullptr;
-  int64_t key_token_stride = 0;  ///< 0: contiguous (tokens, kv_heads, key_dim)
-  int64_t key_head_stride = 0;
-  int64_t value_token_stride = 0;
-  int64_t value_head_stride = 0;
-};
-
-/// Sums since Create. Times are of the host's clock.
-struct DecoderStats {
-  uint64_t layers = 0;        ///< calls of Attend
-  uint64_t layers_asked = 0;  ///< of them, those that asked a daemon
-  uint64_t requests = 0;      ///< Attend and TopK requests sent
-  uint64_t misses = 0;        ///< requests without an answer in time, or not sent to a lost session
-  uint64_t misses_deadline = 0;     ///< of them, by deadline
-  uint64_t misses_unavailable = 0;  ///< of them, daemon not reachable
-  uint64_t fallbacks = 0;           ///< layers in which at least one head took the fallback
-  uint64_t rows_asked = 0;          ///< rows that kRows heads attended to
-  uint64_t rows_cached = 0;         ///< of them, those that were in HBM already
-  uint64_t bytes_to_host = 0;       ///< over the bus, queries and blocks
-  uint64_t bytes_to_device = 0;     ///< over the bus, rows and states
-  uint64_t blocks_sent = 0;         ///< blocks that all daemons hold
-  uint64_t sequences_lost = 0;      ///< sessions that a daemon no longer has
-  uint64_t queries_us = 0;          ///< from Attend's begin until the queries were in host memory
-  uint64_t asking_us = 0;           ///< from then until all answers were there, or missed
-  uint64_t daemon_us = 0;           ///< of that, the slowest daemon's own time in it, as it says
-  uint64_t placing_us = 0;          ///< from then until the last kernel of the layer was launched
-};
 
 using SequenceId = uint32_t;
 

@@ -21,7 +21,8 @@ if(TARGET kvseek_decoder)
     ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR})
   install(FILES ${CMAKE_SOURCE_DIR}/client/sparse_decoder.h
     DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/kvseek/client)
-  install(FILES ${CMAKE_SOURCE_DIR}/client/decoder/head_modes.h
+  install(FILES ${CMAKE_SOURCE_DIR}/client/decoder/decoder_options.h
+    ${CMAKE_SOURCE_DIR}/client/decoder/head_modes.h
     DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/kvseek/client/decoder)
   install(FILES ${CMAKE_SOURCE_DIR}/kernels/cuda/attention.h
     ${CMAKE_SOURCE_DIR}/kernels/cuda/kv_pages.h

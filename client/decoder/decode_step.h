@@ -14,13 +14,13 @@
 
 #include "absl/status/status.h"
 #include "absl/types/span.h"
+#include "client/decoder/decoder_options.h"
 #include "client/decoder/far_attention.h"
 #include "client/decoder/far_store.h"
 #include "client/decoder/gpu_memory.h"
 #include "client/decoder/head_modes.h"
 #include "client/decoder/row_cache.h"
 #include "client/decoder/steady_zone.h"
-#include "client/sparse_decoder.h"
 #include "kernels/cuda/attention.h"
 
 namespace kvseek::client {

@@ -14,11 +14,11 @@
 
 #include "absl/status/status.h"
 #include "client/decoder/block_uploader.h"
+#include "client/decoder/decoder_options.h"
 #include "client/decoder/far_attention.h"
 #include "client/decoder/far_store.h"
 #include "client/decoder/gpu_memory.h"
 #include "client/decoder/steady_zone.h"
-#include "client/sparse_decoder.h"
 #include "kernels/cuda/kv_pages.h"
 
 namespace kvseek::client {

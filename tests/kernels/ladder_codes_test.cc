@@ -11,24 +11,14 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/rotation.h"
-#include "kernels/cpu/simd_level.h"
 #include "tests/kernels/ladder_reference.h"
 #include "tests/kernels/reference.h"
+#include "tests/kernels/simd_level_fixture.h"
 
 namespace kvseek::kernels {
 namespace {
 
-class LadderCodesTest : public testing::TestWithParam<std::string> {
- protected:
-  void SetUp() override { ASSERT_TRUE(ForceSimdLevel(GetParam())); }
-  void TearDown() override { ForceSimdLevel(""); }
-};
-
-std::string LevelName(const testing::TestParamInfo<std::string>& level) {
-  std::string name = level.param;
-  std::replace(name.begin(), name.end(), '-', '_');
-  return name;
-}
+using LadderCodesTest = SimdLevelTest;
 
 INSTANTIATE_TEST_SUITE_P(Levels, LadderCodesTest, testing::ValuesIn(SupportedSimdLevels()),
                          LevelName);

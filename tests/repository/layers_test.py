@@ -43,7 +43,7 @@ BOOST_FILES = re.compile(
 # CUDA is for the GPU kernels and for the decoder's files that move rows; all else builds without it.
 CUDA_FILES = re.compile(
     r"^(kernels/cuda/|tests/kernels/cuda/|client/sparse_decoder\.|tests/client/decoder/(decoder|sparse_decoder)_"
-    r"|client/decoder/(block_uploader|check_options|decode_step|far_store|gpu_memory|prefill)\.|examples/|bench/)"
+    r"|client/decoder/(block_uploader|decode_step|decoder_options|far_store|gpu_memory|prefill)\.|examples/|bench/)"
 )
 # Vector intrinsics stay in the CPU kernels.
 INTRINSICS = re.compile(r"^(immintrin|x86intrin|arm_neon)\.h$")

@@ -1,4 +1,4 @@
-#include "client/decoder/check_options.h"
+#include "client/decoder/decoder_options.h"
 
 #include <algorithm>
 
