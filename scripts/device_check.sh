@@ -71,7 +71,7 @@ for _ in {1..100}; do
   [[ -S $work/kvseek.sock ]] && break
   sleep 0.1
 done
-if check sparse_decode 40 "$bin/sparse_decode" "unix:$work/kvseek.sock"; then
+if check sparse_decode 60 "$bin/sparse_decode" "unix:$work/kvseek.sock"; then
   cat "$work/sparse_decode"
 else
   tail -20 "$work/kvseekd"
