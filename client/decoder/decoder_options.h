@@ -30,7 +30,8 @@ struct DecoderOptions {
   uint32_t recent_tokens = 512;  ///< at least block_tokens + query_tokens_max
   uint32_t block_tokens = 64;    ///< tokens go to the daemons in blocks of so many
 
-  /// (layers, kv_heads), or empty: kAuto for all. See `kvseek plan` for finding streaming heads.
+  /// (layers, kv_heads), or empty: kAuto for all. MeasureFarMass (kernels/cuda/query_statistics.h)
+  /// finds streaming heads.
   std::vector<HeadMode> head_modes{};
   uint32_t rows = 256;        ///< kRows: keys of each KV head that a daemon returns; 0: never kRows
   uint32_t cache_rows = 512;  ///< kRows: rows that stay in HBM for each (sequence, layer, KV head);
