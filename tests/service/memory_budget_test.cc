@@ -34,6 +34,7 @@ TEST(MemoryBudgetTest, GivesBackWithTheReservation) {
     MemoryBudget::Reservation assigned;
     assigned = std::move(moved);
     EXPECT_EQ(assigned.bytes(), 30U);
+    // NOLINTNEXTLINE(bugprone-use-after-move,clang-analyzer-cplusplus.Move): that is the question.
     EXPECT_EQ(moved.bytes(), 0U);
     EXPECT_EQ(budget.used_bytes(), 30U);
   }

@@ -180,7 +180,7 @@ class RequestFuzzTest : public testing::Test {
     shape->set_key_dim(kKeyDim);
     shape->set_value_dim(kValueDim);
     shape->set_dtype(proto::DTYPE_BF16);
-    const auto session = Succeed<proto::OpenSessionResponse>(Op::kOpenSession, open).session();
+    auto session = Succeed<proto::OpenSessionResponse>(Op::kOpenSession, open).session();
     proto::MessageMutator random(seed);
     for (uint32_t layer = 0; layer < kLayers; ++layer) {
       const Call append = AppendCall(session, layer, 0, tokens, random);

@@ -81,7 +81,7 @@ class RequestHandlerTest : public testing::Test {
  protected:
   /// A session whose layers hold `lengths` tokens of the rows in rows_.
   proto::SessionRef OpenWith(Service& service, const std::vector<size_t>& lengths) {
-    const proto::SessionRef session = OpenSession(service, SmallShape());
+    proto::SessionRef session = OpenSession(service, SmallShape());
     for (size_t layer = 0; layer < lengths.size(); ++layer) {
       Rows part = rows_;
       part.keys.resize(lengths[layer] * kKvHeads * kKeyDim);

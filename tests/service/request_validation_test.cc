@@ -154,7 +154,8 @@ TEST_F(RequestValidationTest, Handles) {
 }
 
 TEST_F(RequestValidationTest, Append) {
-  const auto call = [&](const std::function<void(proto::AppendRequest&)>& spoil, Tensors tensors) {
+  const auto call = [&](const std::function<void(proto::AppendRequest&)>& spoil,
+                        const Tensors& tensors) {
     proto::AppendRequest request = Append(2);
     spoil(request);
     return Describe(service_.Call(request, tensors).status);

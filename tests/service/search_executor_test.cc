@@ -71,7 +71,7 @@ class SearchExecutorTest : public testing::TestWithParam<int> {
     return {std::chrono::steady_clock::now() + time, std::make_shared<std::atomic<bool>>(false),
             std::make_shared<std::atomic<bool>>(false)};
   }
-  std::vector<SearchTask> Tasks(std::vector<int64_t> pieces) {
+  std::vector<SearchTask> Tasks(const std::vector<int64_t>& pieces) {
     std::vector<SearchTask> tasks;
     for (const int64_t count : pieces) {
       tasks.push_back({&index_, {}, {nullptr, 1, std::min<int64_t>(count, 0), count}, {}});

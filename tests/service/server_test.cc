@@ -27,7 +27,7 @@ using Clock = std::chrono::steady_clock;
 
 /// Echoes, on a thread of its own where the metadata says "slow".
 Dispatch Echo() {
-  return [](Request request, std::function<void(Response)> done) {
+  return [](Request request, const std::function<void(Response)>& done) {
     Response response;
     response.metadata = request.metadata;
     response.payload = std::move(request.payload);
