@@ -91,8 +91,8 @@ class Timer {
     Seconds(call, 2, number);
     const double once = Seconds(call, 3, number) / 3;
     const int calls = std::clamp(static_cast<int>(3e-3 / once), 3, 400);
-    std::vector<double> seconds;
-    for (int i = 0; i < kRepeats; ++i) seconds.push_back(Seconds(call, calls, number) / calls);
+    std::vector<double> seconds(kRepeats);
+    for (double& time : seconds) time = Seconds(call, calls, number) / calls;
     std::nth_element(seconds.begin(), seconds.begin() + kRepeats / 2, seconds.end());
     return seconds[kRepeats / 2];
   }

@@ -247,7 +247,7 @@ struct Encoded {
   std::vector<uint8_t> records;
   std::vector<FineFactors> factors;
   std::vector<uint16_t> means;
-  float noise[3];  // scan with 1 and 2 planes, fine
+  std::vector<float> noise = std::vector<float>(3);  // scan with 1 and 2 planes, fine
 };
 
 Encoded Encode(const std::vector<uint16_t>& keys, const std::vector<uint16_t>& values, DType dtype,
@@ -299,7 +299,7 @@ TEST_P(LadderCodesTest, SameBitsAsEveryOtherLevel) {
       EXPECT_TRUE(SameBytes(here.records, scalar.records));
       EXPECT_TRUE(SameBytes(here.factors, scalar.factors));
       EXPECT_TRUE(SameBytes(here.means, scalar.means));
-      EXPECT_EQ(std::memcmp(here.noise, scalar.noise, sizeof(here.noise)), 0);
+      EXPECT_TRUE(SameBytes(here.noise, scalar.noise));
     }
   }
 }
