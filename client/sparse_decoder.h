@@ -50,7 +50,8 @@ using SequenceId = uint32_t;
 
 class SparseDecoder {
  public:
-  /// Connects to every daemon, and allocates all memory that it will ever use. The number of
+  /// Connects to every daemon, and allocates all device and pinned memory that it
+  /// will ever use. The number of
   /// daemons divides shape.kv_heads. With a `spin` longer than an answer takes, neither the
   /// client's thread nor the caller's has to be woken up for it.
   static absl::StatusOr<std::unique_ptr<SparseDecoder>> Create(

@@ -178,7 +178,6 @@ void BlockUploader::WriteLocal(const Block& block) {
                    chunk + layout.Keys(share), chunk + layout.Values(share));
     }
   }
-  block.store->local_held.store(block.start + block.slots.size());
 }
 
 /// Repeats what did not reach a daemon, which is safe: a daemon skips what it holds.

@@ -283,13 +283,11 @@ absl::Status DecodeStep::TakeReplies(uint32_t layer, Parts& parts) {
     CountMiss(reply.answer.status());
     if (options_.fallback == Fallback::kError) return reply.answer.status();
     any_missed = true;
-    for (const uint32_t b : reply.batch) {
+    for (const uint32_t b : reply.batch) missed_[b] = 1;
+    for (const uint32_t b : reply.lost) {
       missed_[b] = 1;
-      if (!IsLost(reply.answer.status())) continue;
+      lost_[b][reply.daemon] = 1;  // the step's next layers leave it out
       if (batch_[b].store->lost[reply.daemon].exchange(1) == 0) ++stats_.sequences_lost;
-    }
-    for (size_t b = 0; b < batch_.size() && reply.batch.empty(); ++b) {
-      if (lost_[b][reply.daemon] != 0) missed_[b] = 1;
     }
   }
   stats_.daemon_us += daemon_us;

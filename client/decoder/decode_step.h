@@ -91,7 +91,7 @@ class DecodeStep {
   std::vector<StepSequence> batch_;
   uint32_t tokens_ = 0;
   std::vector<FarSequence> far_sequences_;  ///< (batch)
-  std::vector<std::vector<uint8_t>> lost_;  ///< (batch, daemons), as of the step's beginning
+  std::vector<std::vector<uint8_t>> lost_;  ///< (batch, daemons), as the step knows it
   bool any_far_ = false;
   std::vector<uint8_t> missed_;    ///< (batch), of this layer
   uint32_t arrivals_ = 0;          ///< rows of this layer

@@ -2,7 +2,13 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <optional>
+#include <string>
 #include <utility>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/string_view.h"
+#include "absl/strings/strip.h"
 
 namespace kvseek::client {
 namespace {
@@ -15,11 +21,31 @@ void Pause() {
 #endif
 }
 
+/// Which item of a request an error blames, by its field ("items[3].session.boot_id"), if its
+/// session is what is gone; the others' sessions are as they were.
+std::optional<size_t> LostItem(const absl::Status& status) {
+  if (!IsLost(status)) return std::nullopt;
+  const std::string field = ErrorField(status);
+  absl::string_view rest = field;
+  size_t item = 0;
+  if (!absl::ConsumePrefix(&rest, "items[")) return std::nullopt;
+  const size_t end = rest.find("].session");
+  if (end == absl::string_view::npos || !absl::SimpleAtoi(rest.substr(0, end), &item)) {
+    return std::nullopt;
+  }
+  return item;
+}
+
 bool AreInARow(const std::vector<uint32_t>& heads) {
   return heads.back() - heads.front() + 1 == heads.size();
 }
 
 }  // namespace
+
+bool IsLost(const absl::Status& status) {
+  return status.code() == absl::StatusCode::kFailedPrecondition ||
+         status.code() == absl::StatusCode::kNotFound;
+}
 
 ModelShape ShapeOfShare(const ModelShape& shape, const DaemonShare& share) {
   ModelShape part = shape;
@@ -102,20 +128,21 @@ void FarAttention::AskDaemon(const FarQuestion& question, uint32_t daemon, HeadM
     if (question.modes[head] == mode) reply.heads.push_back(head);
   }
   if (reply.heads.empty()) return;
-  bool any_lost = false;
+  std::vector<uint32_t> lost;
   for (uint32_t b = 0; b < question.batch.size(); ++b) {
     const FarSequence& sequence = question.batch[b];
     if (sequence.begin >= sequence.end) continue;
     if (sequence.lost[daemon] != 0) {
-      any_lost = true;
+      lost.push_back(b);
     } else {
       reply.batch.push_back(b);
     }
   }
-  if (any_lost) {
-    FarReply& lost = replies_.emplace_back();
-    lost.daemon = daemon;
-    lost.answer = absl::FailedPreconditionError("the daemon no longer has the session");
+  if (!lost.empty()) {
+    FarReply& unasked = replies_.emplace_back();
+    unasked.daemon = daemon;
+    unasked.lost = std::move(lost);
+    unasked.answer = absl::FailedPreconditionError("the daemon no longer has the session");
   }
   if (reply.batch.empty()) return;
   FarReply& sent = replies_.emplace_back(std::move(reply));
@@ -160,7 +187,9 @@ const std::deque<FarReply>& FarAttention::Wait() {
        now = left.load(std::memory_order_acquire)) {
     left.wait(now, std::memory_order_acquire);
   }
-  for (const FarReply& reply : replies_) {
+  for (FarReply& reply : replies_) {
+    const std::optional<size_t> item = LostItem(reply.answer.status());
+    if (item.has_value() && *item < reply.batch.size()) reply.lost = {reply.batch[*item]};
     const absl::StatusCode code = reply.answer.status().code();
     if (code == absl::StatusCode::kDeadlineExceeded || code == absl::StatusCode::kUnavailable) {
       missed_[reply.daemon] = 1;

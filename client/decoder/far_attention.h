@@ -34,6 +34,9 @@ struct DaemonShare {
 /// The shape of a share's sessions.
 ModelShape ShapeOfShare(const ModelShape& shape, const DaemonShare& share);
 
+/// Whether an error says that a session is gone for good.
+bool IsLost(const absl::Status& status);
+
 /// One sequence of a batch.
 struct FarSequence {
   absl::Span<const Session> sessions;  ///< one a daemon
@@ -60,7 +63,8 @@ struct FarReply {
   uint32_t daemon = 0;
   bool rows = false;            ///< a TopK
   std::vector<uint32_t> heads;  ///< KV heads of the model, ascending
-  std::vector<uint32_t> batch;  ///< which of the batch the items are of
+  std::vector<uint32_t> batch;  ///< which of the batch the items are of; empty: nothing was sent
+  std::vector<uint32_t> lost;   ///< which of the batch the daemon no longer has a session of
   absl::StatusOr<SearchResponse> answer = absl::UnknownError("not answered yet");
 };
 

@@ -73,9 +73,4 @@ void LocalCopy::Write(uint32_t layer, absl::Span<const int32_t> slots, uint32_t 
   put(pool.values, values, pool.value_dim);
 }
 
-bool IsLost(const absl::Status& status) {
-  return status.code() == absl::StatusCode::kFailedPrecondition ||
-         status.code() == absl::StatusCode::kNotFound;
-}
-
 }  // namespace kvseek::client

@@ -53,20 +53,10 @@ struct FarStore {
   std::vector<std::atomic<uint8_t>> lost;  ///< one a daemon: it no longer has the session
   std::atomic<uint64_t> held{0};           ///< tokens that every daemon that is not lost holds
   std::atomic<int> blocks_under_way{0};
-  std::vector<int32_t> local_pages;     ///< of LocalCopy, in the order of positions
-  std::atomic<uint64_t> local_held{0};  ///< tokens that LocalCopy holds
+  std::vector<int32_t> local_pages;  ///< of LocalCopy, in the order of positions
 
   explicit FarStore(size_t daemons) : sessions(daemons), lost(daemons) {}
-  bool AllLost() const {
-    for (const auto& one : lost) {
-      if (one.load(std::memory_order_relaxed) == 0) return false;
-    }
-    return true;
-  }
 };
-
-/// Whether an error says that the session is gone for good.
-bool IsLost(const absl::Status& status);
 
 }  // namespace kvseek::client
 

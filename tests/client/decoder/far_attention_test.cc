@@ -243,6 +243,30 @@ TEST_F(FarAttentionTest, MissesOneDaemonAlone) {
   EXPECT_NE(ask().message(), "the daemon missed earlier in this step");
 }
 
+TEST_F(FarAttentionTest, OneLostSessionIsNotTheOthersLoss) {
+  Start(1);
+  FarAttention far(kShape, shares_, std::chrono::microseconds(50));
+  const std::vector<HeadMode> modes(kShape.kv_heads, HeadMode::kState);
+  const Session whole = sessions_[1][0];
+  Session of_another_boot = whole;
+  ++of_another_boot.boot_id;
+  Session closed = Fill(shares_[0]);
+  ASSERT_TRUE(clients_[0]->Close(closed).ok());
+  for (const Session& gone : {of_another_boot, closed}) {
+    sessions_[1][0] = gone;
+    far.Ask(Question(1, modes));
+    const auto& replies = far.Wait();
+    ASSERT_EQ(replies.size(), 1U);
+    EXPECT_TRUE(IsLost(replies[0].answer.status())) << replies[0].answer.status();
+    EXPECT_EQ(replies[0].batch, (std::vector<uint32_t>{0, 1}));
+    EXPECT_EQ(replies[0].lost, (std::vector<uint32_t>{1}));
+  }
+  sessions_[1][0] = whole;
+  far.Ask(Question(1, modes));
+  EXPECT_TRUE(far.Wait()[0].answer.ok());
+  EXPECT_TRUE(far.Wait()[0].lost.empty());
+}
+
 TEST_F(FarAttentionTest, LostSessionsAreNotAskedFor) {
   Start(1);
   lost_[1][0] = 1;
@@ -253,6 +277,7 @@ TEST_F(FarAttentionTest, LostSessionsAreNotAskedFor) {
   ASSERT_EQ(replies.size(), 2U);
   EXPECT_EQ(replies[0].answer.status().code(), absl::StatusCode::kFailedPrecondition);
   EXPECT_TRUE(replies[0].batch.empty());
+  EXPECT_EQ(replies[0].lost, (std::vector<uint32_t>{1}));
   EXPECT_TRUE(replies[1].answer.ok());
   EXPECT_EQ(replies[1].batch, (std::vector<uint32_t>{0}));
 }
