@@ -40,7 +40,7 @@ for part in "${parts[@]}"; do
   case $part in
     kernels)
       "$bin/gpu_bench" --json "$out/gpu_bench.json"
-      python3 bench/sdpa_bench.py --json "$out/sdpa_bench.json" || echo "no PyTorch: sdpa_bench.py was left out"
+      python3 bench/sdpa_bench.py | tee "$out/sdpa_bench.jsonl" || echo "sdpa_bench.py did not run: is PyTorch there?"
       ;;
     latency)  # what a layer takes beyond the daemon's own time
       DAEMON_FLAGS=${DAEMON_FLAGS:---workers 12 --io-spin-us 2000 --worker-spin-us 2000} decode latency --attention-only --tokens 32768 --attention state,rows --steps 200 --warm-up 20
