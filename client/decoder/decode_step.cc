@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdint>
 #include <cstring>
 #include <limits>
 #include <utility>
@@ -107,8 +108,23 @@ absl::Status DecodeStep::Allocate(size_t& device_bytes, size_t& pinned_bytes) {
                     Int(batch * shape.kv_heads), Int(options_.query_tokens_max), group, value_dim),
                 kernels::cuda::AttendWorkspaceBytes(Int(kv_heads), 1, group, value_dim)),
        device_bytes);
+  take(rest_permit_, 1, pinned_bytes);
   if (status.ok()) status = tables_copied_.Create(cudaEventDisableTiming);
+  if (status.ok()) status = LoadKernels();
   return status;
+}
+
+/// What MergeAhead launches: code that is loaded then may wait for the stream, which waits for the
+/// permit.
+absl::Status DecodeStep::LoadKernels() {
+  const StateList empty{steady_out_.get(), steady_lse_.get(), 1};
+  cudaError_t error = kernels::cuda::AwaitPermit(rest_permit_.get(), rest_number_, nullptr);
+  if (error == cudaSuccess) {
+    error = kernels::cuda::MergeStates(&empty, 1, 1, Int(options_.shape.value_dim),
+                                       steady_out_.get(), options_.shape.dtype, nullptr, nullptr);
+  }
+  if (error == cudaSuccess) error = cudaStreamSynchronize(nullptr);
+  return CudaStatus(error, "loading kernels");
 }
 
 absl::Status DecodeStep::Begin(std::vector<StepSequence> batch, uint32_t tokens,
@@ -169,24 +185,45 @@ absl::Status DecodeStep::Attend(uint32_t layer, const void* queries, const void*
     modes_.Record(layer, timing.host_us + 1000.0 * static_cast<double>(tail_ms));
   }
   const auto begun = Clock::now();
+  const std::vector<HeadMode>& modes = modes_.Next(layer);
+  const auto asks = [&](HeadMode mode) {
+    return any_far_ && std::find(modes.begin(), modes.end(), mode) != modes.end();
+  };
+  const bool asks_rows = asks(HeadMode::kRows);
+  const bool asks_daemons = asks_rows || asks(HeadMode::kState);
   absl::Status status;
-  Parts parts;
-  if (any_far_) status = AskDaemons(layer, queries, stream);
+  if (asks_daemons) status = AskDaemons(layer, queries, modes, stream);
   const auto asked = Clock::now();
   if (status.ok()) status = AttendSteadyZone(layer, queries, keys, values, stream);
-  if (any_far_) {
-    far_.Wait();  // also after an error: questions under way read this step's memory
-    stats_.queries_us += Microseconds(asked - begun);
-    stats_.asking_us += MicrosecondsSince(asked);
-    if (status.ok()) status = TakeReplies(layer, parts);
-  }
-  if (!status.ok()) return status;
+  if (!asks_daemons) return status.ok() ? FinishLayer(layer, {}, queries, out, stream) : status;
+
+  const bool ahead = status.ok() && !asks_rows;
+  if (ahead) status = MergeAhead(layer, queries, out, stream);
+  far_.Wait();  // also after an error: questions under way read this step's memory
+  stats_.queries_us += Microseconds(asked - begun);
+  stats_.asking_us += MicrosecondsSince(asked);
   const auto placing = Clock::now();
+  Parts parts;
+  absl::Status taken = TakeReplies(layer, parts);
+  if (ahead) kernels::cuda::Permit(rest_permit_.get(), rest_number_);
+  if (status.ok()) status = std::move(taken);
+  if (!status.ok()) return status;
   timing.host_us =
       static_cast<double>(MicrosecondsSince(begun)) / static_cast<double>(batch_.size() * tokens_);
-  status = FinishLayer(layer, parts, queries, out, stream);
+  if (!ahead || parts.local) status = FinishLayer(layer, parts, queries, out, stream);
   stats_.placing_us += MicrosecondsSince(placing);
   return status;
+}
+
+/// Steady zone and rest, merged as soon as the rest is permitted.
+absl::Status DecodeStep::MergeAhead(uint32_t layer, const void* queries, void* out,
+                                    cudaStream_t stream) {
+  absl::Status waits = CudaStatus(
+      kernels::cuda::AwaitPermit(rest_permit_.get(), ++rest_number_, stream), "AwaitPermit");
+  if (!waits.ok()) return waits;
+  Parts parts;
+  parts.rest = true;
+  return FinishLayer(layer, parts, queries, out, stream);
 }
 
 PageQueries DecodeStep::Queries(const void* queries, uint32_t tokens, bool causal) const {
@@ -199,7 +236,8 @@ PageQueries DecodeStep::Queries(const void* queries, uint32_t tokens, bool causa
 }
 
 /// The queries go first of all: the daemons wait for them.
-absl::Status DecodeStep::AskDaemons(uint32_t layer, const void* queries, cudaStream_t stream) {
+absl::Status DecodeStep::AskDaemons(uint32_t layer, const void* queries,
+                                    const std::vector<HeadMode>& modes, cudaStream_t stream) {
   ++stats_.layers_asked;
   const ModelShape& shape = options_.shape;
   const size_t bytes = Heads() * shape.key_dim * sizeof(uint16_t);
@@ -219,7 +257,7 @@ absl::Status DecodeStep::AskDaemons(uint32_t layer, const void* queries, cudaStr
   question.tokens = tokens_;
   question.batch = far_sequences_;
   question.queries = queries_.get();
-  question.modes = modes_.Next(layer);
+  question.modes = modes;
   question.rows = options_.rows;
   question.options = options_.search;
   question.deadline = options_.layer_deadline;
@@ -467,13 +505,14 @@ absl::Status DecodeStep::AttendLocal(uint32_t layer, const void* queries, cudaSt
 
 absl::Status DecodeStep::FinishLayer(uint32_t layer, const Parts& parts, const void* queries,
                                      void* out, cudaStream_t stream) {
-  const ModelShape& shape = options_.shape;
-  Timing& timing = timings_[layer];
-  if (timing.valid) cudaEventRecord(timing.begin.get(), stream);
   absl::Status status;
-  if (parts.rows) status = AttendRows(layer, queries, stream);
+  if (modes_.Chooses(layer)) {
+    status = CudaStatus(cudaEventRecord(timings_[layer].begin.get(), stream), "event");
+  }
+  if (status.ok() && parts.rows) status = AttendRows(layer, queries, stream);
   if (status.ok() && parts.local) status = AttendLocal(layer, queries, stream);
   if (!status.ok()) return status;
+  const ModelShape& shape = options_.shape;
   StateList lists[kernels::cuda::kMaxStateLists];
   int count = 0;
   lists[count++] = {steady_out_.get(), steady_lse_.get(), 1};
@@ -483,8 +522,8 @@ absl::Status DecodeStep::FinishLayer(uint32_t layer, const Parts& parts, const v
   status = CudaStatus(kernels::cuda::MergeStates(lists, count, Int(Heads()), Int(shape.value_dim),
                                                  out, shape.dtype, nullptr, stream),
                       "MergeStates");
-  if (status.ok() && timing.valid) cudaEventRecord(timing.end.get(), stream);
-  return status;
+  if (!status.ok() || !modes_.Chooses(layer)) return status;
+  return CudaStatus(cudaEventRecord(timings_[layer].end.get(), stream), "event");
 }
 
 }  // namespace kvseek::client

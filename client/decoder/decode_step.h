@@ -2,9 +2,10 @@
 //
 // For each layer, on the caller's stream and thread:
 //
-//   stream  queries to host |      | new rows into pages, steady zone |        | arrived rows,
-//   merge thread                  | ask  | launch, and wait for the daemons ........ | launch
+//   stream  queries to host |     | new rows into pages, steady zone | waits | rows, merge
+//   thread                  | ask | launch all that, wait for the daemons .. | permit
 //
+// With rows to come, what the stream does with them is launched when they are there.
 // Owns the pools of pages (steady zone and row cache) of all layers. Not thread-safe.
 #ifndef KVSEEK_CLIENT_DECODER_DECODE_STEP_H_
 #define KVSEEK_CLIENT_DECODER_DECODE_STEP_H_
@@ -62,12 +63,15 @@ class DecodeStep {
   };
 
   size_t Heads() const { return batch_.size() * tokens_ * options_.shape.query_heads; }
+  absl::Status LoadKernels();
   absl::Status WriteTables(cudaStream_t stream);
   void FindFar();
-  absl::Status AskDaemons(uint32_t layer, const void* queries, cudaStream_t stream);
+  absl::Status AskDaemons(uint32_t layer, const void* queries, const std::vector<HeadMode>& modes,
+                          cudaStream_t stream);
   absl::Status WaitForQueries(size_t bytes, cudaStream_t stream);
   absl::Status AttendSteadyZone(uint32_t layer, const void* queries, const void* keys,
                                 const void* values, cudaStream_t stream);
+  absl::Status MergeAhead(uint32_t layer, const void* queries, void* out, cudaStream_t stream);
   absl::Status TakeReplies(uint32_t layer, Parts& parts);
   void CountMiss(const absl::Status& status);
   void PlaceState(const FarReply& reply);
@@ -116,6 +120,8 @@ class DecodeStep {
 
   // What the daemons answered.
   PinnedArray<float> rest_out_, rest_lse_;
+  PinnedArray<uint32_t> rest_permit_;  ///< lets the merge that was launched ahead go on
+  uint32_t rest_number_ = 0;           ///< of the last that waits for it
   PinnedArray<uint16_t> arrived_keys_, arrived_values_;
   PinnedArray<int32_t> arrived_slots_;
   PinnedArray<int32_t> row_lists_;  ///< counts (batch, tokens, kv_heads), then lists of `rows`

@@ -21,6 +21,12 @@ __global__ void __launch_bounds__(kPublishThreads)
   }
 }
 
+__global__ void AwaitPermitKernel(const volatile uint32_t* flag, uint32_t number) {
+  while (*flag != number) {
+  }
+  __threadfence_system();
+}
+
 }  // namespace
 
 cudaError_t Publish(const void* data, size_t bytes, void* out, uint32_t* flags, uint32_t number,
@@ -30,6 +36,12 @@ cudaError_t Publish(const void* data, size_t bytes, void* out, uint32_t* flags, 
   return Launch(PublishKernel, dim3(static_cast<unsigned>(PublishBlocks(bytes))), kPublishThreads,
                 0, stream, static_cast<const uint4*>(data), bytes / 16, static_cast<uint4*>(out),
                 static_cast<volatile uint32_t*>(flags), number);
+}
+
+cudaError_t AwaitPermit(const uint32_t* flag, uint32_t number, cudaStream_t stream) noexcept {
+  if (flag == nullptr) return cudaErrorInvalidValue;
+  return Launch(AwaitPermitKernel, dim3(1), 1, 0, stream,
+                static_cast<const volatile uint32_t*>(flag), number);
 }
 
 }  // namespace kvseek::kernels::cuda

@@ -1,6 +1,10 @@
-// A tensor from the device to a host thread that waits for it, without a copy engine or an event: a
-// kernel writes to pinned host memory and raises flags there, at which the thread looks. For some
-// kilobytes that takes half of the time of cudaMemcpyAsync and cudaEventQuery.
+// A stream and a host thread that hand data to each other through flags in pinned host memory,
+// without a copy engine or an event.
+//
+// Publish: a kernel writes a tensor to host memory and raises flags there, at which the thread
+// looks. For some kilobytes that takes half of the time of cudaMemcpyAsync and cudaEventQuery.
+// AwaitPermit: a kernel looks at a flag that the thread raises when its data is there, so that what
+// works on the data is launched before, while the thread has to wait anyway.
 #ifndef KVSEEK_KERNELS_CUDA_PUBLISH_H_
 #define KVSEEK_KERNELS_CUDA_PUBLISH_H_
 
@@ -36,6 +40,21 @@ inline bool IsPublished(uint32_t* flags, size_t bytes, uint32_t number) {
     if (std::atomic_ref<uint32_t>(flags[i]).load(std::memory_order_acquire) != number) return false;
   }
   return true;
+}
+
+/// All that is enqueued after it runs when `*flag` (pinned host memory) is `number`, and then sees
+/// what the host wrote before Permit. Takes one warp of the device, and reads the flag about once a
+/// microsecond.
+///
+/// Whoever waits for the stream waits for the permit. So it must be given on every path, errors
+/// included, and before it the thread that gives it must make no call that may wait for the device:
+/// the first launch of a kernel of this process is one (it may load code). Only enqueues. Errors:
+/// cudaErrorInvalidValue, or what the launch returned.
+cudaError_t AwaitPermit(const uint32_t* flag, uint32_t number, cudaStream_t stream) noexcept;
+
+/// Lets the AwaitPermit of `number` end.
+inline void Permit(uint32_t* flag, uint32_t number) {
+  std::atomic_ref<uint32_t>(*flag).store(number, std::memory_order_release);
 }
 
 }  // namespace kvseek::kernels::cuda
