@@ -93,12 +93,7 @@ OutFrame OutFrame::Prepare(Message message, Clock::time_point deadline) {
   frame.payload = message.payload;
   frame.owned = std::move(message.owned);
   frame.deadline = deadline;
-  if (!frame.payload.empty()) {
-    const uint64_t sum = proto::Checksum(frame.payload);
-    for (size_t i = 0; i < frame.trailer.size(); ++i) {
-      frame.trailer[i] = static_cast<uint8_t>(sum >> (8 * i));
-    }
-  }
+  if (!frame.payload.empty()) frame.trailer = proto::MakeTrailer(frame.payload);
   return frame;
 }
 

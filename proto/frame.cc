@@ -134,6 +134,12 @@ absl::StatusOr<FrameHeader> DecodeHeader(absl::Span<const uint8_t> bytes,
 
 uint64_t Checksum(absl::Span<const uint8_t> bytes) { return XXH64(bytes.data(), bytes.size(), 0); }
 
+std::array<uint8_t, kTrailerBytes> MakeTrailer(absl::Span<const uint8_t> payload) {
+  std::array<uint8_t, kTrailerBytes> trailer{};
+  StoreLittle(Checksum(payload), trailer.data());
+  return trailer;
+}
+
 absl::Status VerifyPayload(absl::Span<const uint8_t> payload, absl::Span<const uint8_t> trailer) {
   if (trailer.size() != kTrailerBytes) {
     return absl::DataLossError(
@@ -159,9 +165,8 @@ std::string EncodeFrame(FrameHeader header, const std::string& metadata,
   if (payload.empty()) return frame;
   frame.append(header.PaddingBytes(), '\0');
   frame.append(payload.begin(), payload.end());
-  uint8_t trailer[kTrailerBytes];
-  StoreLittle(Checksum(payload), trailer);
-  frame.append(trailer, trailer + kTrailerBytes);
+  const auto trailer = MakeTrailer(payload);
+  frame.append(trailer.begin(), trailer.end());
   return frame;
 }
 

@@ -13,6 +13,7 @@
 #ifndef KVSEEK_PROTO_FRAME_H_
 #define KVSEEK_PROTO_FRAME_H_
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -92,6 +93,9 @@ absl::StatusOr<FrameHeader> DecodeHeader(absl::Span<const uint8_t> bytes,
 
 /// xxHash64 with seed 0.
 uint64_t Checksum(absl::Span<const uint8_t> bytes);
+
+/// The trailer that belongs to a payload.
+std::array<uint8_t, kTrailerBytes> MakeTrailer(absl::Span<const uint8_t> payload);
 
 /// data_loss unless `trailer` holds the payload's checksum.
 absl::Status VerifyPayload(absl::Span<const uint8_t> payload, absl::Span<const uint8_t> trailer);

@@ -31,9 +31,7 @@ using proto::Op;
 using std::chrono::milliseconds;
 
 constexpr auto kAsTuple = asio::as_tuple(asio::use_awaitable);
-constexpr milliseconds kGoodbye{1000};    ///< a peer may take so long to read a last Error
-constexpr size_t kBatchBytes = 64 << 10;  ///< answers that fit are sent together
-constexpr size_t kBatchFrames = 16;
+constexpr milliseconds kGoodbye{1000};  ///< a peer may take so long to read a last Error
 constexpr proto::FrameLimits kHelloLimits{.metadata_bytes_max = 16 << 10, .payload_bytes_max = 0};
 
 /// Takes the same time whatever the first difference is.
@@ -52,8 +50,8 @@ Connection::Connection(Stream stream, const ConnectionContext& context)
     : context_(context),
       stream_(std::move(stream)),
       wake_reader_(stream_.get_executor(), asio::steady_timer::time_point::max()),
-      wake_writer_(stream_.get_executor(), asio::steady_timer::time_point::max()),
       watchdog_(stream_.get_executor()),
+      writer_(stream_, context_.options.frame_timeout),
       buffer_(new uint8_t[kBufferBytes]) {
   TuneStream(stream_);
   read_deadline_ = Clock::now() + context_.options.hello_timeout;
@@ -78,111 +76,41 @@ void Connection::Abort() {
   asio::dispatch(stream_.get_executor(), [self = shared_from_this()] { self->Close(); });
 }
 
-void Connection::CancelAll() {
-  for (const auto& [id, flag] : under_way_) flag->store(true);
-}
-
 void Connection::Close() {
   if (closed_) return;
   closed_ = true;
-  ended_ = true;
-  CancelAll();
-  ErrorCode ignored;
-  stream_.close(ignored);
+  under_way_.CancelAll();
+  writer_.Close();
   wake_reader_.cancel();
-  wake_writer_.cancel();
   watchdog_.cancel();
   context_.closed(this);
 }
 
 // ---- answers
 
-Connection::OutFrame Connection::MakeFrame(Op op, uint64_t request_id, Response response) {
-  FrameHeader header;
-  header.op = op;
-  header.flags = proto::kFlagResponse;
-  if (response.error) header.flags |= proto::kFlagError;
-  header.request_id = request_id;
-  header.metadata_bytes = static_cast<uint32_t>(response.metadata.size());
-  header.payload_bytes = static_cast<uint32_t>(response.payload.bytes);
-  OutFrame frame;
-  frame.head.reserve(proto::kHeaderBytes + response.metadata.size() + header.PaddingBytes());
-  frame.head.resize(proto::kHeaderBytes);
-  proto::EncodeHeader(header, reinterpret_cast<uint8_t*>(frame.head.data()));
-  frame.head.append(response.metadata);
-  frame.head.append(header.PaddingBytes(), '\0');
-  frame.payload = std::move(response.payload);
-  if (frame.payload.bytes != 0) {
-    const uint64_t sum = proto::Checksum({frame.payload.data.get(), frame.payload.bytes});
-    for (size_t i = 0; i < frame.trailer.size(); ++i) {
-      frame.trailer[i] = static_cast<uint8_t>(sum >> (8 * i));
-    }
-  }
-  return frame;
-}
-
-Connection::OutFrame Connection::MakeError(Op op, uint64_t request_id, const absl::Status& status) {
-  Response response;
-  response.error = true;
-  response.metadata = proto::ToError(status).SerializeAsString();
-  return MakeFrame(op, request_id, std::move(response));
-}
-
-void Connection::Answer(OutFrame frame) {
+void Connection::Answer(AnswerFrame frame) {
   ++outstanding_;
-  Enqueue(std::move(frame));
+  writer_.Push(std::move(frame));
 }
 
-void Connection::Enqueue(OutFrame frame) {
-  queue_bytes_ += frame.Bytes();
-  queue_.push_back(std::move(frame));
-  if (!writing_) wake_writer_.cancel();
-}
-
-void Connection::Finish(uint64_t request_id, uint64_t held_bytes, OutFrame frame) {
+void Connection::Finish(uint64_t held_bytes, bool left) {
   context_.gate->Release(held_bytes);
-  under_way_.erase(request_id);
-  if (ended_) {
+  if (left) {
     --outstanding_;
-    return;
+    wake_reader_.cancel();
+  } else {
+    writer_.Wake();
   }
-  Enqueue(std::move(frame));
 }
 
 Connection::Awaitable<void> Connection::Write(std::shared_ptr<Connection> self) {
   Connection& c = *self;
-  std::vector<OutFrame> batch;
-  std::vector<asio::const_buffer> buffers;
   while (!c.closed_) {
-    if (c.queue_.empty()) {
-      co_await c.wake_writer_.async_wait(kAsTuple);
-      continue;
-    }
-    size_t bytes = 0;
-    do {
-      bytes += c.queue_.front().Bytes();
-      batch.push_back(std::move(c.queue_.front()));
-      c.queue_.pop_front();
-    } while (!c.queue_.empty() && batch.size() < kBatchFrames &&
-             bytes + c.queue_.front().Bytes() <= kBatchBytes);
-    for (const OutFrame& frame : batch) {
-      buffers.emplace_back(frame.head.data(), frame.head.size());
-      if (frame.payload.bytes == 0) continue;
-      buffers.emplace_back(frame.payload.data.get(), frame.payload.bytes);
-      buffers.emplace_back(frame.trailer.data(), frame.trailer.size());
-    }
-    c.writing_ = true;
-    c.write_deadline_ = Clock::now() + c.context_.options.frame_timeout;
-    const auto [error, sent] = co_await asio::async_write(c.stream_, buffers, kAsTuple);
-    c.write_deadline_ = Clock::time_point::max();
-    c.writing_ = false;
-    c.outstanding_ -= batch.size();
-    c.queue_bytes_ -= bytes;
-    batch.clear();
-    buffers.clear();
+    const AnswerWriter::Written written = co_await c.writer_.WriteNext();
+    c.outstanding_ -= written.frames;
     c.wake_reader_.cancel();
-    if (error) {
-      spdlog::debug("connection ended while writing: {}", error.message());
+    if (written.error && !c.closed_) {
+      spdlog::debug("connection ended while writing: {}", written.error.message());
       c.Close();
     }
   }
@@ -200,7 +128,7 @@ Connection::Awaitable<void> Connection::Watch(std::shared_ptr<Connection> self) 
     co_await c.watchdog_.async_wait(kAsTuple);
     if (c.closed_) break;
     const Clock::time_point now = Clock::now();
-    if (now > c.write_deadline_) {
+    if (c.writer_.Overdue(now)) {
       spdlog::info("connection closed: the peer did not read an answer in time");
       c.Close();
     } else if (now > c.read_deadline_) {
@@ -268,7 +196,7 @@ Connection::Awaitable<bool> Connection::WaitForRoom(bool is_cancel) {
   // A cancel may pass a full house, or it would come too late; but not without end.
   const size_t max = size_t{context_.options.inflight_requests_max} * (is_cancel ? 2 : 1);
   while (!closed_ && !stopping_ &&
-         (outstanding_ >= max || queue_bytes_ > context_.options.payload_bytes_max)) {
+         (outstanding_ >= max || writer_.queued_bytes() > context_.options.payload_bytes_max)) {
     read_deadline_ = Clock::time_point::max();
     co_await wake_reader_.async_wait(kAsTuple);
   }
@@ -318,12 +246,12 @@ Connection::Awaitable<bool> Connection::ReadRequest(FrameHeader header) {
     refused = FieldError(absl::StatusCode::kInvalidArgument, "op", "hello was said already");
   } else if ((header.flags & proto::kFlagResponse) != 0) {
     refused = FieldError(absl::StatusCode::kInvalidArgument, "flags", "not a request");
-  } else if (under_way_.contains(header.request_id)) {
+  } else if (under_way_.Contains(header.request_id)) {
     refused = FieldError(absl::StatusCode::kInvalidArgument, "request_id", "is under way already");
   }
   if (!refused.ok()) {
     if (!co_await Discard(header.BodyBytes())) co_return false;
-    Answer(MakeError(header.op, header.request_id, refused));
+    Answer(AnswerFrame::MakeError(header.op, header.request_id, refused));
     co_return true;
   }
   const uint64_t held = is_cancel ? 0 : uint64_t{header.metadata_bytes} + header.payload_bytes;
@@ -338,7 +266,7 @@ Connection::Awaitable<bool> Connection::ReadRequest(FrameHeader header) {
     const absl::Status intact =
         proto::VerifyPayload({request.payload.data.get(), request.payload.bytes}, trailer);
     if (!intact.ok()) {
-      Answer(MakeError(header.op, header.request_id, intact));
+      Answer(AnswerFrame::MakeError(header.op, header.request_id, intact));
       co_return true;
     }
   }
@@ -358,19 +286,17 @@ Connection::Awaitable<bool> Connection::ReadRequest(FrameHeader header) {
 void Connection::Cancel(const FrameHeader& header, const std::string& metadata) {
   proto::CancelRequest message;
   if (!message.ParseFromString(metadata)) {
-    Answer(MakeError(
+    Answer(AnswerFrame::MakeError(
         header.op, header.request_id,
         FieldError(absl::StatusCode::kInvalidArgument, "metadata", "not a CancelRequest")));
     return;
   }
-  const auto found = under_way_.find(message.request_id());
-  if (found != under_way_.end()) found->second->store(true);
-  Answer(MakeFrame(header.op, header.request_id, {}));
+  under_way_.Cancel(message.request_id());
+  Answer(AnswerFrame::Make(header.op, header.request_id, {}));
 }
 
 void Connection::Accept(const FrameHeader& header, Request request, uint64_t held_bytes) {
-  request.cancelled = std::make_shared<std::atomic<bool>>(false);
-  under_way_.emplace(header.request_id, request.cancelled);
+  request.cancelled = under_way_.Add(header.request_id);
   ++outstanding_;
   // The guard keeps the io threads, and with them what the connection is made of, until the answer
   // has come. It is dropped after the connection, and both on an io thread: the worker that calls
@@ -379,12 +305,11 @@ void Connection::Accept(const FrameHeader& header, Request request, uint64_t hel
       std::move(request),
       [work = asio::make_work_guard(stream_.get_executor()), self = shared_from_this(),
        op = header.op, id = header.request_id, held_bytes](Response response) mutable {
-        OutFrame frame = MakeFrame(op, id, std::move(response));
+        self->under_way_.Remove(id);
+        const bool left = self->writer_.Send(AnswerFrame::Make(op, id, std::move(response)));
         const auto executor = self->stream_.get_executor();
-        asio::dispatch(executor, [work = std::move(work), self = std::move(self), id, held_bytes,
-                                  frame = std::move(frame)]() mutable {
-          self->Finish(id, held_bytes, std::move(frame));
-        });
+        asio::dispatch(executor, [work = std::move(work), self = std::move(self), held_bytes,
+                                  left] { self->Finish(held_bytes, left); });
       });
 }
 
@@ -439,7 +364,7 @@ Connection::Awaitable<std::optional<Connection::Ending>> Connection::Greet() {
   limits.set_lease_ms_max(static_cast<uint64_t>(options.lease_max.count()));
   Response response;
   response.metadata = welcome.SerializeAsString();
-  Answer(MakeFrame(Op::kHello, header->request_id, std::move(response)));
+  Answer(AnswerFrame::Make(Op::kHello, header->request_id, std::move(response)));
   co_return std::nullopt;
 }
 
@@ -468,9 +393,9 @@ Connection::Awaitable<Connection::Ending> Connection::ReadFrames() {
 
 Connection::Awaitable<void> Connection::SayGoodbye(Ending ending) {
   spdlog::info("connection refused: {}", ending.notice.ToString());
-  Answer(MakeError(ending.op, ending.request_id, ending.notice));
-  ended_ = true;  // what is under way is not waited for
-  while (!closed_ && (writing_ || !queue_.empty())) co_await wake_reader_.async_wait(kAsTuple);
+  Answer(AnswerFrame::MakeError(ending.op, ending.request_id, ending.notice));
+  writer_.TakeNoMore();  // what is under way is not waited for
+  while (!closed_ && !writer_.Idle()) co_await wake_reader_.async_wait(kAsTuple);
   if (closed_) co_return;
   // Closing with bytes unread would make the system drop what the peer has not read yet.
   read_deadline_ = Clock::now() + kGoodbye;
@@ -499,7 +424,7 @@ Connection::Awaitable<void> Connection::Read(std::shared_ptr<Connection> self) {
   if (c.stopping_) {
     while (!c.closed_ && c.outstanding_ != 0) co_await c.wake_reader_.async_wait(kAsTuple);
   } else {
-    c.CancelAll();
+    c.under_way_.CancelAll();
     if (!ending.notice.ok() && !c.closed_) co_await c.SayGoodbye(std::move(ending));
   }
   c.Close();

@@ -2,32 +2,33 @@
 // any order.
 //
 //   reader    one frame after the other; waits while too much of this connection or of the daemon
-//   is under way writer    sends answers from where they are, without copying payloads watchdog
-//   ends what takes too long: hello, a frame from its first byte to its last, either way
+//   is
+//             under way
+//   writer    service/answer_writer.h: whoever made an answer sends it, or queues it here
+//   watchdog  ends what takes too long: hello, a frame from its first byte to its last, either way
 //
-// All three are coroutines on the connection's strand. What a peer does wrong inside a frame is
+// All three are coroutines on the connection's strand; only RequestsUnderWay and AnswerWriter::Send
+// are for the threads that answer as well. What a peer does wrong inside a frame is
 // answered and forgotten; what makes the byte stream unreadable is answered with an Error frame of
 // request id 0, and the connection ends. When the peer is gone, all its requests are cancelled.
 #ifndef KVSEEK_SERVICE_CONNECTION_H_
 #define KVSEEK_SERVICE_CONNECTION_H_
 
 #include <array>
-#include <atomic>
 #include <boost/asio/awaitable.hpp>
 #include <boost/asio/steady_timer.hpp>
 #include <chrono>
-#include <deque>
 #include <functional>
 #include <memory>
 #include <optional>
 #include <string>
-#include <vector>
 
-#include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "proto/frame.h"
+#include "service/answer_writer.h"
 #include "service/byte_gate.h"
 #include "service/options.h"
+#include "service/requests_under_way.h"
 #include "service/server.h"
 #include "service/stream.h"
 
@@ -60,24 +61,12 @@ class Connection : public std::enable_shared_from_this<Connection> {
   template <typename T>
   using Awaitable = boost::asio::awaitable<T>;
 
-  /// One answer on its way out.
-  struct OutFrame {
-    std::string head;  ///< header, metadata, padding
-    Payload payload;
-    std::array<uint8_t, proto::kTrailerBytes> trailer{};
-    size_t Bytes() const {
-      return head.size() + (payload.bytes == 0 ? 0 : payload.bytes + trailer.size());
-    }
-  };
   /// Why reading ended: nothing to tell a peer that is gone, or a last Error.
   struct Ending {
     absl::Status notice;
     uint64_t request_id = 0;
     proto::Op op = proto::Op::kHello;
   };
-
-  static OutFrame MakeFrame(proto::Op op, uint64_t request_id, Response response);
-  static OutFrame MakeError(proto::Op op, uint64_t request_id, const absl::Status& status);
 
   static Awaitable<void> Read(std::shared_ptr<Connection> self);
   static Awaitable<void> Write(std::shared_ptr<Connection> self);
@@ -100,35 +89,29 @@ class Connection : public std::enable_shared_from_this<Connection> {
   void Cancel(const proto::FrameHeader& header, const std::string& metadata);
   size_t Buffered() const { return buffer_end_ - buffer_begin_; }
 
-  void Finish(uint64_t request_id, uint64_t held_bytes, OutFrame frame);
-  void Answer(OutFrame frame);
-  void Enqueue(OutFrame frame);
-  void CancelAll();
+  void Answer(AnswerFrame frame);
+  /// The books of a request whose answer was given to writer_.Send, which returned `left`.
+  void Finish(uint64_t held_bytes, bool left);
   void Close();
 
   static constexpr size_t kBufferBytes = size_t{64} << 10;
 
   const ConnectionContext& context_;
   Stream stream_;
-  boost::asio::steady_timer wake_reader_;  ///< these two only ever wake by cancel
-  boost::asio::steady_timer wake_writer_;
+  boost::asio::steady_timer wake_reader_;  ///< only ever wakes by cancel
   boost::asio::steady_timer watchdog_;
+  AnswerWriter writer_;
   Clock::time_point read_deadline_ = Clock::time_point::max();
-  Clock::time_point write_deadline_ = Clock::time_point::max();
 
   std::unique_ptr<uint8_t[]> buffer_;
   size_t buffer_begin_ = 0;
   size_t buffer_end_ = 0;
 
-  absl::flat_hash_map<uint64_t, std::shared_ptr<std::atomic<bool>>> under_way_;
-  std::deque<OutFrame> queue_;
-  size_t outstanding_ = 0;  ///< requests read whose answers have not left yet
-  uint64_t queue_bytes_ = 0;
-  bool writing_ = false;
+  RequestsUnderWay under_way_;
+  size_t outstanding_ = 0;    ///< requests read whose answers have not left yet
   bool bytes_taken_ = false;  ///< the gate has let the waiting reader through
   bool stopping_ = false;     ///< reads no more, but answers
   bool timed_out_ = false;
-  bool ended_ = false;  ///< answers have nowhere to go
   bool closed_ = false;
 };
 

@@ -1,5 +1,6 @@
-// Byte streams of the server: unix sockets and TCP behind one socket type. The one header of this
-// folder that includes Asio; only connection.h and the .cc files of the network include it.
+// Byte streams of the server: unix sockets and TCP behind one socket type. Only this header and
+// those that include it (connection.h, answer_writer.h) know Asio, and only the network's files
+// these.
 #ifndef KVSEEK_SERVICE_STREAM_H_
 #define KVSEEK_SERVICE_STREAM_H_
 

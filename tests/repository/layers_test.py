@@ -38,7 +38,7 @@ LIBRARIES = {
 }
 # Asio is a matter of the network files alone.
 BOOST_FILES = re.compile(
-    r"^(service/(stream|connection|server|daemon|listener)|client/(channel|kv_client|connector))\S*\.(cc|h)$|^tests/"
+    r"^(service/(stream|answer_writer|connection|server|daemon|listener)|client/(channel|kv_client|connector))\S*\.(cc|h)$|^tests/"
 )
 # CUDA is for the GPU kernels and for the decoder's files that move rows; all else builds without it.
 CUDA_FILES = re.compile(

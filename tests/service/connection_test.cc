@@ -5,11 +5,14 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <condition_variable>
 #include <cstring>
-#include <map>
 #include <mutex>
+#include <random>
+#include <set>
 #include <thread>
+#include <vector>
 
 #include "proto/status_code.h"
 #include "tests/client/raw_socket.h"
@@ -419,6 +422,93 @@ TEST_P(ConnectionTest, PeerThatReadsNothingIsCutOff) {
     std::this_thread::sleep_for(milliseconds(10));
   }
   EXPECT_EQ(server_->connections_open(), 0U);
+}
+
+TEST_P(ConnectionTest, AnswersOfManyWorkersReachASlowReaderWhole) {
+  options_.inflight_requests_max = 400;
+  Start();
+  const unsigned seed = std::random_device()();
+  SCOPED_TRACE(seed);
+  std::mt19937 random(seed);
+  constexpr uint64_t kRequests = 300;
+  std::vector<size_t> bytes;
+  for (uint64_t id = 1; id <= kRequests; ++id) {  // some are more than a socket takes at once
+    bytes.push_back(random() % (id % 10 == 0 ? 1U << 20 : 1U << 12));
+  }
+  RawSocket socket = Greeted();
+  for (uint64_t id = 1; id <= kRequests; ++id) ASSERT_TRUE(socket.SendFrame(Op::kAttend, id, ""));
+  ASSERT_TRUE(script_.Await(kRequests));
+  std::atomic<size_t> next{0};
+  std::vector<std::thread> workers;
+  for (int i = 0; i < 4; ++i) {
+    workers.emplace_back([&] {
+      for (size_t at = next++; at < kRequests; at = next++) {
+        script_.Answer(at, std::to_string(at + 1), bytes[at]);
+      }
+    });
+  }
+  std::set<uint64_t> seen;
+  for (uint64_t i = 0; i < kRequests; ++i) {
+    if (i % 16 == 0) std::this_thread::sleep_for(milliseconds(2));
+    const std::optional<RawFrame> answer = socket.ReadFrame();
+    if (!answer.has_value()) break;
+    const uint64_t id = answer->header.request_id;
+    EXPECT_TRUE(seen.insert(id).second);
+    EXPECT_EQ(answer->metadata, std::to_string(id));
+    EXPECT_TRUE(answer->payload == std::string(bytes[id - 1], 'p'));
+  }
+  EXPECT_EQ(seen.size(), kRequests);
+  for (std::thread& worker : workers) worker.join();
+  ExpectAlive(socket);
+}
+
+TEST_P(ConnectionTest, AnIdMayBeUsedAgainAsSoonAsItIsAnswered) {
+  options_.io_threads = 2;
+  Start();
+  RawSocket socket = Greeted();
+  constexpr size_t kTimes = 2000;
+  std::thread worker([&] {
+    for (size_t at = 0; at < kTimes && script_.Await(at + 1); ++at) script_.Answer(at, "", 64);
+  });
+  size_t answered = 0;
+  for (; answered < kTimes; ++answered) {
+    EXPECT_TRUE(socket.SendFrame(Op::kAttend, 8, ""));
+    const std::optional<RawFrame> answer = socket.ReadFrame();
+    if (!answer.has_value() || answer->IsError()) break;
+  }
+  EXPECT_EQ(answered, kTimes);
+  worker.join();
+}
+
+TEST_P(ConnectionTest, PeersAndServerMayGoWhileWorkersSend) {
+  options_.shutdown_grace = milliseconds(1);
+  options_.inflight_requests_max = 400;
+  Start();
+  constexpr uint64_t kRequests = 100;
+  std::vector<RawSocket> sockets;
+  for (int i = 0; i < 4; ++i) {
+    sockets.push_back(Greeted());
+    for (uint64_t id = 1; id <= kRequests; ++id) {
+      ASSERT_TRUE(sockets.back().SendFrame(Op::kAttend, id, ""));
+    }
+  }
+  ASSERT_TRUE(script_.Await(4 * kRequests));
+  std::atomic<size_t> next{0};
+  std::vector<std::thread> workers;
+  for (int i = 0; i < 3; ++i) {
+    workers.emplace_back([&] {
+      for (size_t at = next++; at < 4 * kRequests; at = next++) {
+        script_.Answer((at * 101) % (4 * kRequests), "", 20000);
+      }
+    });
+  }
+  while (next < 50) std::this_thread::yield();
+  sockets[0].Close();
+  sockets[1].Close();
+  while (next < 200) std::this_thread::yield();
+  server_->Stop();  // waits for all answers
+  EXPECT_EQ(server_->connections_open(), 0U);
+  for (std::thread& worker : workers) worker.join();
 }
 
 TEST_P(ConnectionTest, ReadingPausesWhenTooManyAreUnderWay) {
