@@ -31,7 +31,7 @@ struct Message {
   std::unique_ptr<uint8_t[]> owned;
 };
 
-/// The answer to one, its payload's checksum verified.
+/// The answer to one, its payload's checksum verified where the connection has checksums.
 struct Answer {
   std::string metadata;
   std::unique_ptr<uint8_t[]> payload;

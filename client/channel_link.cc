@@ -68,6 +68,10 @@ asio::awaitable<absl::StatusOr<std::vector<Endpoint>>> Resolve(std::string addre
 
 }  // namespace
 
+bool AsksUnchecked(const ClientOptions& options) {
+  return absl::StartsWith(options.address, "unix:");
+}
+
 absl::Status Malformed(absl::string_view what) {
   return absl::DataLossError(absl::StrCat("malformed answer: ", what));
 }
@@ -93,11 +97,17 @@ OutFrame OutFrame::Prepare(Message message, Clock::time_point deadline) {
   frame.payload = message.payload;
   frame.owned = std::move(message.owned);
   frame.deadline = deadline;
-  if (!frame.payload.empty()) frame.trailer = proto::MakeTrailer(frame.payload);
   return frame;
 }
 
-void OutFrame::Seal() {
+void OutFrame::Sum() {
+  if (summed || payload.empty()) return;
+  trailer = proto::MakeTrailer(payload);
+  summed = true;
+}
+
+void OutFrame::Seal(bool checked) {
+  if (checked) Sum();
   const auto left =
       std::chrono::duration_cast<std::chrono::microseconds>(deadline - Clock::now()).count();
   header.time_left_us =
@@ -210,11 +220,12 @@ Link::Awaitable<absl::Status> Link::ConnectSocket(const std::string& address) {
   co_return absl::OkStatus();
 }
 
-Link::Awaitable<absl::Status> Link::SayHello(const std::string& token, DaemonInfo& info) {
+Link::Awaitable<absl::Status> Link::SayHello(const ClientOptions& options, DaemonInfo& info) {
   proto::HelloRequest hello;
   hello.set_version_min(proto::kVersion);
   hello.set_version_max(proto::kVersion);
-  hello.set_token(token);
+  if (AsksUnchecked(options)) hello.add_features(proto::kUncheckedPayloads);
+  hello.set_token(options.token);
   hello.set_client(kClientName);
   FrameHeader request;
   request.request_id = kHelloId;
@@ -240,6 +251,8 @@ Link::Awaitable<absl::Status> Link::SayHello(const std::string& token, DaemonInf
         absl::StrCat("the daemon wants version ", welcome.version()));
   }
   limits = welcome.limits();
+  checked = !AsksUnchecked(options) ||
+            std::ranges::count(welcome.features(), proto::kUncheckedPayloads) == 0;
   info = {welcome.boot_id(), welcome.server(), welcome.simd_level()};
   co_return absl::OkStatus();
 }
@@ -247,7 +260,7 @@ Link::Awaitable<absl::Status> Link::SayHello(const std::string& token, DaemonInf
 Link::Awaitable<absl::Status> Link::Open(const ClientOptions& options, DaemonInfo& info) {
   absl::Status connected = co_await ConnectSocket(options.address);
   if (!connected.ok()) co_return connected;
-  co_return co_await SayHello(options.token, info);
+  co_return co_await SayHello(options, info);
 }
 
 }  // namespace kvseek::client

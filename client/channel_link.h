@@ -37,13 +37,17 @@ struct OutFrame {
   absl::Span<const uint8_t> payload;
   std::unique_ptr<uint8_t[]> owned;  ///< what `payload` points into, unless it is the caller's
   std::array<uint8_t, proto::kTrailerBytes> trailer{};
+  bool summed = false;  ///< `trailer` holds the checksum
   Clock::time_point deadline;
   size_t sent = 0;
 
-  /// All that needs no request id, so that callers do it on their own threads.
+  /// All that needs neither request id nor link, so that callers do it on their own threads.
   static OutFrame Prepare(Message message, Clock::time_point deadline);
-  /// Writes the header, with the time left until the deadline as of now.
-  void Seal();
+  /// Writes the checksum, unless it is there. For callers too, if they know that it is needed.
+  void Sum();
+  /// Writes the header, with the time left until the deadline as of now, and for a `checked` link
+  /// the checksum.
+  void Seal(bool checked);
   /// Copies a payload that is the caller's.
   void Detach();
   size_t Bytes() const;
@@ -78,13 +82,17 @@ struct Link {
   std::deque<OutFrame> queue;
   proto::Limits limits;  ///< the daemon's
   bool up = false;       ///< hello has been answered
+  bool checked = true;   ///< payloads, by their trailers; what hello has agreed on
   bool broken = false;
   bool waiting = false;  ///< until the socket takes more
 
  private:
   Awaitable<absl::Status> ConnectSocket(const std::string& address);
-  Awaitable<absl::Status> SayHello(const std::string& token, DaemonInfo& info);
+  Awaitable<absl::Status> SayHello(const ClientOptions& options, DaemonInfo& info);
 };
+
+/// Whether hello asks for frames without checksums: on unix sockets.
+bool AsksUnchecked(const ClientOptions& options);
 
 /// data_loss: the daemon does not keep to the protocol.
 absl::Status Malformed(absl::string_view what);

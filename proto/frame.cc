@@ -152,7 +152,7 @@ absl::Status VerifyPayload(absl::Span<const uint8_t> payload, absl::Span<const u
 }
 
 std::string EncodeFrame(FrameHeader header, const std::string& metadata,
-                        absl::Span<const uint8_t> payload) {
+                        absl::Span<const uint8_t> payload, bool checked) {
   header.metadata_bytes = static_cast<uint32_t>(metadata.size());
   header.payload_bytes = static_cast<uint32_t>(payload.size());
   uint8_t head[kHeaderBytes];
@@ -165,7 +165,8 @@ std::string EncodeFrame(FrameHeader header, const std::string& metadata,
   if (payload.empty()) return frame;
   frame.append(header.PaddingBytes(), '\0');
   frame.append(payload.begin(), payload.end());
-  const auto trailer = MakeTrailer(payload);
+  std::array<uint8_t, kTrailerBytes> trailer{};
+  if (checked) trailer = MakeTrailer(payload);
   frame.append(trailer.begin(), trailer.end());
   return frame;
 }

@@ -5,7 +5,8 @@
 //   metadata  metadata_bytes of protobuf
 //   padding   zero bytes up to the next multiple of 64, counted from the frame's first byte
 //   payload   payload_bytes of raw tensors
-//   trailer   8 bytes, little-endian: xxHash64 of the payload
+//   trailer   8 bytes, little-endian: xxHash64 of the payload; zero, and not looked at, on a
+//             connection whose hello has agreed on kUncheckedPayloads
 //
 // Padding and trailer are there only if there is a payload. A peer believes the lengths only after
 // the header's checksum, and checks them against its limits before it allocates. Nothing here
@@ -56,6 +57,10 @@ const char* OpName(Op op);
 inline constexpr uint16_t kFlagResponse = 1U << 0;
 /// The metadata is an Error; only together with kFlagResponse.
 inline constexpr uint16_t kFlagError = 1U << 1;
+
+/// Feature of a hello: trailers are zero and nobody looks at them. Asked for and granted on unix
+/// sockets only, which do not lose bits.
+inline constexpr char kUncheckedPayloads[] = "unchecked_payloads";
 
 struct FrameHeader {
   uint32_t magic = kMagic;     ///< offset 0
@@ -125,9 +130,9 @@ class PayloadLayout {
 };
 
 /// One whole frame in memory, for tests, fixtures and small messages. The transports write header,
-/// metadata and payload from where they are instead.
+/// metadata and payload from where they are instead. Without `checked` the trailer is zero.
 std::string EncodeFrame(FrameHeader header, const std::string& metadata,
-                        absl::Span<const uint8_t> payload);
+                        absl::Span<const uint8_t> payload, bool checked = true);
 
 }  // namespace kvseek::proto
 

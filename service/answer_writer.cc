@@ -25,7 +25,7 @@ constexpr size_t kBatchFrames = 16;
 
 // ---- frames
 
-AnswerFrame AnswerFrame::Make(proto::Op op, uint64_t request_id, Response response) {
+AnswerFrame AnswerFrame::Make(proto::Op op, uint64_t request_id, Response response, bool checked) {
   proto::FrameHeader header;
   header.op = op;
   header.flags = proto::kFlagResponse;
@@ -40,7 +40,7 @@ AnswerFrame AnswerFrame::Make(proto::Op op, uint64_t request_id, Response respon
   frame.head.append(response.metadata);
   frame.head.append(header.PaddingBytes(), '\0');
   frame.payload = std::move(response.payload);
-  if (frame.payload.bytes != 0) {
+  if (checked && frame.payload.bytes != 0) {
     frame.trailer = proto::MakeTrailer({frame.payload.data.get(), frame.payload.bytes});
   }
   return frame;
@@ -50,7 +50,7 @@ AnswerFrame AnswerFrame::MakeError(proto::Op op, uint64_t request_id, const absl
   Response response;
   response.error = true;
   response.metadata = proto::ToError(status).SerializeAsString();
-  return Make(op, request_id, std::move(response));
+  return Make(op, request_id, std::move(response), true);
 }
 
 size_t AnswerFrame::Left() const {

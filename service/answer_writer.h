@@ -39,7 +39,8 @@ struct AnswerFrame {
   std::array<uint8_t, proto::kTrailerBytes> trailer{};
   size_t sent = 0;
 
-  static AnswerFrame Make(proto::Op op, uint64_t request_id, Response response);
+  /// Without `checked` the trailer stays zero.
+  static AnswerFrame Make(proto::Op op, uint64_t request_id, Response response, bool checked);
   static AnswerFrame MakeError(proto::Op op, uint64_t request_id, const absl::Status& status);
   /// Bytes left to be sent.
   size_t Left() const;

@@ -17,7 +17,6 @@
 
 #include "absl/cleanup/cleanup.h"
 #include "absl/strings/str_cat.h"
-#include "proto/kvseek.pb.h"
 #include "proto/status_code.h"
 
 namespace kvseek::service {
@@ -262,7 +261,7 @@ Connection::Awaitable<bool> Connection::ReadRequest(FrameHeader header) {
   request.op = header.op;
   std::array<uint8_t, proto::kTrailerBytes> trailer{};
   if (!co_await ReadBody(header, request, trailer)) co_return false;
-  if (header.payload_bytes != 0) {
+  if (checked_ && header.payload_bytes != 0) {
     const absl::Status intact =
         proto::VerifyPayload({request.payload.data.get(), request.payload.bytes}, trailer);
     if (!intact.ok()) {
@@ -292,7 +291,7 @@ void Connection::Cancel(const FrameHeader& header, const std::string& metadata) 
     return;
   }
   under_way_.Cancel(message.request_id());
-  Answer(AnswerFrame::Make(header.op, header.request_id, {}));
+  Answer(AnswerFrame::Make(header.op, header.request_id, {}, checked_));
 }
 
 void Connection::Accept(const FrameHeader& header, Request request, uint64_t held_bytes) {
@@ -306,7 +305,8 @@ void Connection::Accept(const FrameHeader& header, Request request, uint64_t hel
       [work = asio::make_work_guard(stream_.get_executor()), self = shared_from_this(),
        op = header.op, id = header.request_id, held_bytes](Response response) mutable {
         self->under_way_.Remove(id);
-        const bool left = self->writer_.Send(AnswerFrame::Make(op, id, std::move(response)));
+        const bool left =
+            self->writer_.Send(AnswerFrame::Make(op, id, std::move(response), self->checked_));
         const auto executor = self->stream_.get_executor();
         asio::dispatch(executor, [work = std::move(work), self = std::move(self), held_bytes,
                                   left] { self->Finish(held_bytes, left); });
@@ -316,7 +316,8 @@ void Connection::Accept(const FrameHeader& header, Request request, uint64_t hel
 // ---- the connection's life
 
 std::optional<Connection::Ending> Connection::CheckHello(const FrameHeader& header,
-                                                         const std::string& metadata) {
+                                                         const std::string& metadata,
+                                                         proto::HelloRequest& hello) const {
   const auto refuse = [&header](absl::StatusCode code, absl::string_view field,
                                 absl::string_view message) {
     return Ending{FieldError(code, field, message), header.request_id, header.op};
@@ -324,7 +325,6 @@ std::optional<Connection::Ending> Connection::CheckHello(const FrameHeader& head
   if (header.op != Op::kHello || (header.flags & proto::kFlagResponse) != 0) {
     return refuse(absl::StatusCode::kFailedPrecondition, "op", "the first request must be hello");
   }
-  proto::HelloRequest hello;
   if (!hello.ParseFromString(metadata)) {
     return refuse(absl::StatusCode::kInvalidArgument, "metadata", "not a HelloRequest");
   }
@@ -347,7 +347,8 @@ Connection::Awaitable<std::optional<Connection::Ending>> Connection::Greet() {
   std::string metadata(header->metadata_bytes, '\0');
   auto* bytes = reinterpret_cast<uint8_t*>(metadata.data());
   if (!co_await ReadInto(bytes, metadata.size())) co_return Ending{};
-  std::optional<Ending> refused = CheckHello(*header, metadata);
+  proto::HelloRequest hello;
+  std::optional<Ending> refused = CheckHello(*header, metadata, hello);
   if (refused.has_value()) co_return refused;
 
   const DaemonOptions& options = context_.options;
@@ -362,9 +363,11 @@ Connection::Awaitable<std::optional<Connection::Ending>> Connection::Greet() {
   limits.set_batch_items_max(options.batch_items_max);
   limits.set_inflight_requests_max(options.inflight_requests_max);
   limits.set_lease_ms_max(static_cast<uint64_t>(options.lease_max.count()));
+  checked_ = !(IsUnix(stream_) && std::ranges::count(hello.features(), proto::kUncheckedPayloads));
+  if (!checked_) welcome.add_features(proto::kUncheckedPayloads);
   Response response;
   response.metadata = welcome.SerializeAsString();
-  Answer(AnswerFrame::Make(Op::kHello, header->request_id, std::move(response)));
+  Answer(AnswerFrame::Make(Op::kHello, header->request_id, std::move(response), checked_));
   co_return std::nullopt;
 }
 

@@ -25,6 +25,7 @@
 
 #include "absl/status/status.h"
 #include "proto/frame.h"
+#include "proto/kvseek.pb.h"
 #include "service/answer_writer.h"
 #include "service/byte_gate.h"
 #include "service/options.h"
@@ -84,7 +85,9 @@ class Connection : public std::enable_shared_from_this<Connection> {
   Awaitable<bool> Fill(size_t bytes);
   Awaitable<bool> ReadInto(uint8_t* out, size_t bytes);
   Awaitable<bool> Discard(size_t bytes);
-  std::optional<Ending> CheckHello(const proto::FrameHeader& header, const std::string& metadata);
+  /// Fills `hello` if it returns nothing.
+  std::optional<Ending> CheckHello(const proto::FrameHeader& header, const std::string& metadata,
+                                   proto::HelloRequest& hello) const;
   void Accept(const proto::FrameHeader& header, Request request, uint64_t held_bytes);
   void Cancel(const proto::FrameHeader& header, const std::string& metadata);
   size_t Buffered() const { return buffer_end_ - buffer_begin_; }
@@ -109,6 +112,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
 
   RequestsUnderWay under_way_;
   size_t outstanding_ = 0;    ///< requests read whose answers have not left yet
+  bool checked_ = true;       ///< payloads, by their trailers; what hello has agreed on
   bool bytes_taken_ = false;  ///< the gate has let the waiting reader through
   bool stopping_ = false;     ///< reads no more, but answers
   bool timed_out_ = false;

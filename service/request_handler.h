@@ -25,7 +25,7 @@ struct Payload {
   size_t bytes = 0;
 };
 
-/// One request, its payload's checksum already verified.
+/// One request, its payload's checksum already verified where the connection has checksums.
 struct Request {
   proto::Op op = proto::Op::kHealth;
   std::string metadata;

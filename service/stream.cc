@@ -159,6 +159,12 @@ void Listener::Close() {
 
 Listener::~Listener() { Close(); }
 
+bool IsUnix(const Stream& stream) {
+  ErrorCode error;
+  const auto endpoint = stream.local_endpoint(error);
+  return !error && endpoint.protocol().family() == AF_UNIX;
+}
+
 void TuneStream(Stream& stream) {
   ErrorCode not_tcp;
   stream.set_option(asio::ip::tcp::no_delay(true), not_tcp);

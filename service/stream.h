@@ -63,6 +63,9 @@ class Listener {
   ino_t inode_ = 0;
 };
 
+/// Whether it is a unix socket.
+bool IsUnix(const Stream& stream);
+
 /// Settings of an accepted stream: no Nagle delay on TCP.
 void TuneStream(Stream& stream);
 

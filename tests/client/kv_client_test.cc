@@ -3,7 +3,11 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <barrier>
 #include <future>
@@ -20,6 +24,7 @@ using proto::Op;
 using std::chrono::milliseconds;
 using test::FakeServer;
 using test::MakeFrame;
+using test::RawFrame;
 using test::RawSocket;
 using Clock = std::chrono::steady_clock;
 
@@ -235,6 +240,75 @@ TEST_F(KvClientTest, DamagedPayloadIsDataLossAndTheConnectionGoesOn) {
   const auto client = Connect();
   EXPECT_EQ(client->Health().code(), absl::StatusCode::kDataLoss);
   EXPECT_TRUE(client->Health().ok());
+}
+
+TEST_F(KvClientTest, PayloadsGoUncheckedWhereTheDaemonGrantsIt) {
+  constexpr Session kSession{.boot_id = 7, .session_id = 1, .shape = kShape};
+  const std::vector<int64_t> positions = {3, 5};
+  for (const bool granted : {false, true}) {
+    SCOPED_TRACE(granted);
+    unlink(path().c_str());
+    std::vector<RawFrame> requests;
+    {
+      FakeServer server(path(), [&](RawSocket& socket) {
+        if (!FakeServer::Welcome(socket, 1U << 20, granted ? proto::kUncheckedPayloads : "rows")) {
+          return;
+        }
+        while (const auto request = socket.ReadFrame(!granted)) {
+          requests.push_back(*request);
+          std::string frame = MakeFrame(Op::kFetchRows, request->header.request_id, "",
+                                        std::string(64 + 32, 'r'), 0, proto::kFlagResponse);
+          if (requests.size() > 1) frame.back() = static_cast<char>(frame.back() ^ 1);
+          socket.Send(frame);
+        }
+      });
+      const auto client = Connect();
+      ASSERT_NE(client, nullptr);
+      EXPECT_TRUE(client->FetchRows(kSession, 0, 0, positions).ok());
+      EXPECT_EQ(client->FetchRows(kSession, 0, 0, positions).status().code(),
+                granted ? absl::StatusCode::kOk : absl::StatusCode::kDataLoss);
+    }
+    ASSERT_EQ(requests.size(), 2U);  // whole frames, with right checksums unless it was granted
+    for (const RawFrame& request : requests) {
+      EXPECT_EQ(request.payload.size(), 16U);
+      if (granted) {
+        EXPECT_THAT(request.trailer, testing::Each(0));
+      }
+    }
+  }
+}
+
+TEST_F(KvClientTest, UncheckedPayloadsAreAskedForOnUnixSocketsOnly) {
+  std::vector<bool> asked;
+  const FakeServer::Script script = [&](RawSocket& socket) {
+    const auto frame = socket.ReadFrame();
+    proto::HelloRequest hello;
+    if (!frame.has_value() || !hello.ParseFromString(frame->metadata)) return;
+    asked.push_back(std::ranges::count(hello.features(), proto::kUncheckedPayloads) == 1);
+  };
+  {
+    FakeServer server(path(), script);
+    EXPECT_FALSE(KvClient::Connect(options()).ok());  // the script hangs up
+  }
+
+  const int listener = socket(AF_INET, SOCK_STREAM, 0);
+  sockaddr_in at{};
+  at.sin_family = AF_INET;
+  at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t size = sizeof(at);
+  ASSERT_EQ(bind(listener, reinterpret_cast<sockaddr*>(&at), size), 0);
+  ASSERT_EQ(listen(listener, 1), 0);
+  ASSERT_EQ(getsockname(listener, reinterpret_cast<sockaddr*>(&at), &size), 0);
+  std::thread daemon([&] {
+    RawSocket accepted(accept(listener, nullptr, nullptr));
+    script(accepted);
+  });
+  ClientOptions tcp = options();
+  tcp.address = "tcp://127.0.0.1:" + std::to_string(ntohs(at.sin_port));
+  EXPECT_FALSE(KvClient::Connect(tcp).ok());
+  daemon.join();
+  close(listener);
+  EXPECT_THAT(asked, testing::ElementsAre(true, false));
 }
 
 TEST_F(KvClientTest, TooLargeAnswerIsSkipped) {

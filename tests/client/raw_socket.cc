@@ -132,7 +132,7 @@ bool RawSocket::ReadBytes(void* out, size_t bytes) {
   return true;
 }
 
-std::optional<RawFrame> RawSocket::ReadFrame() {
+std::optional<RawFrame> RawSocket::ReadFrame(bool checked) {
   std::array<uint8_t, proto::kHeaderBytes> head{};
   if (!ReadBytes(head.data(), head.size())) return std::nullopt;
   const auto header = proto::DecodeHeader(head, {});
@@ -143,15 +143,16 @@ std::optional<RawFrame> RawSocket::ReadFrame() {
   if (!ReadBytes(frame.metadata.data(), frame.metadata.size())) return std::nullopt;
   if (header->payload_bytes == 0) return frame;
   std::string padding(header->PaddingBytes(), '\0');
-  std::array<uint8_t, proto::kTrailerBytes> trailer{};
   frame.payload.resize(header->payload_bytes);
   if (!ReadBytes(padding.data(), padding.size()) ||
       !ReadBytes(frame.payload.data(), frame.payload.size()) ||
-      !ReadBytes(trailer.data(), trailer.size())) {
+      !ReadBytes(frame.trailer.data(), frame.trailer.size())) {
     return std::nullopt;
   }
   const auto* payload = reinterpret_cast<const uint8_t*>(frame.payload.data());
-  if (!proto::VerifyPayload({payload, frame.payload.size()}, trailer).ok()) return std::nullopt;
+  if (checked && !proto::VerifyPayload({payload, frame.payload.size()}, frame.trailer).ok()) {
+    return std::nullopt;
+  }
   return frame;
 }
 
@@ -185,13 +186,15 @@ FakeServer::~FakeServer() {
   close(listener_);
 }
 
-bool FakeServer::Welcome(RawSocket& socket, uint32_t payload_bytes_max) {
+bool FakeServer::Welcome(RawSocket& socket, uint32_t payload_bytes_max,
+                         const std::string& feature) {
   const std::optional<RawFrame> hello = socket.ReadFrame();
   if (!hello.has_value() || hello->header.op != proto::Op::kHello) return false;
   proto::HelloResponse welcome;
   welcome.set_version(proto::kVersion);
   welcome.set_boot_id(7);
   welcome.set_server("fake");
+  if (!feature.empty()) welcome.add_features(feature);
   welcome.mutable_limits()->set_payload_bytes_max(payload_bytes_max);
   welcome.mutable_limits()->set_metadata_bytes_max(1U << 20);
   return socket.SendFrame(proto::Op::kHello, hello->header.request_id, welcome.SerializeAsString(),

@@ -3,6 +3,7 @@
 #ifndef KVSEEK_TESTS_CLIENT_RAW_SOCKET_H_
 #define KVSEEK_TESTS_CLIENT_RAW_SOCKET_H_
 
+#include <array>
 #include <chrono>
 #include <cstdint>
 #include <functional>
@@ -33,6 +34,7 @@ struct RawFrame {
   proto::FrameHeader header;
   std::string metadata;
   std::string payload;
+  std::array<uint8_t, proto::kTrailerBytes> trailer{};
 
   bool IsError() const { return (header.flags & proto::kFlagError) != 0; }
   /// Its metadata as an Error; a code of 0 if it is none.
@@ -57,8 +59,9 @@ class RawSocket {
   bool SendHello(const std::string& token = "");
   /// Hello and its answer; false if it was refused.
   bool Greet(const std::string& token = "");
-  /// The next frame; none at the end of the stream, or if it is no frame.
-  std::optional<RawFrame> ReadFrame();
+  /// The next frame; none at the end of the stream, or if it is no frame. Unless `checked`, its
+  /// trailer may be anything.
+  std::optional<RawFrame> ReadFrame(bool checked = true);
   /// Whether the stream ends here, within `patience`.
   bool Ended(std::chrono::milliseconds patience = std::chrono::seconds(10));
   void Close();
@@ -83,8 +86,9 @@ class FakeServer {
   FakeServer(const FakeServer&) = delete;
   FakeServer& operator=(const FakeServer&) = delete;
 
-  /// Reads a hello and accepts it.
-  static bool Welcome(RawSocket& socket, uint32_t payload_bytes_max = 1U << 20);
+  /// Reads a hello and accepts it. Grants `feature`, asked for or not, unless it is "".
+  static bool Welcome(RawSocket& socket, uint32_t payload_bytes_max = 1U << 20,
+                      const std::string& feature = "");
 
  private:
   int listener_ = -1;

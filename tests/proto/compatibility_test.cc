@@ -1,6 +1,7 @@
 // The frames of tests/proto/fixtures: what we encode is what was recorded, and what was recorded
 // decodes to what we expect. KVSEEK_WRITE_FIXTURES=1 writes missing fixtures; to change one that is
 // there, which breaks the protocol, delete it first.
+#include <gmock/gmock.h>
 #include <google/protobuf/unknown_field_set.h>
 #include <google/protobuf/util/message_differencer.h>
 #include <gtest/gtest.h>
@@ -72,7 +73,11 @@ TEST_F(CompatibilityTest, DecodesWhatWasRecorded) {
     const size_t start = AlignUp(kHeaderBytes + header->metadata_bytes);
     const auto payload = BytesOf(recorded).subspan(start, header->payload_bytes);
     EXPECT_EQ(payload, absl::MakeConstSpan(expected.payload));
-    EXPECT_TRUE(VerifyPayload(payload, BytesOf(recorded).last(kTrailerBytes)).ok());
+    const auto trailer = BytesOf(recorded).last(kTrailerBytes);
+    EXPECT_EQ(VerifyPayload(payload, trailer).ok(), expected.checked);
+    if (!expected.checked) {
+      EXPECT_THAT(trailer, testing::Each(0));
+    }
   }
 }
 
@@ -117,6 +122,15 @@ TEST_F(CompatibilityTest, FrameOfAnUnknownOpCanBeSkipped) {
   }
   EXPECT_EQ(ops, (std::vector<int>{200, 6, 11}));
   EXPECT_FALSE(IsKnownOp(200));
+}
+
+TEST_F(CompatibilityTest, AnUncheckedFrameDiffersInItsTrailerAlone) {
+  const std::string checked = ReadFile(FixturePath("fetch_rows_request"));
+  const std::string unchecked = ReadFile(FixturePath("unchecked_fetch_rows_request"));
+  ASSERT_EQ(checked.size(), unchecked.size());
+  const size_t end = checked.size() - kTrailerBytes;
+  EXPECT_TRUE(checked.substr(0, end) == unchecked.substr(0, end));
+  EXPECT_EQ(unchecked.substr(end), std::string(kTrailerBytes, '\0'));
 }
 
 TEST_F(CompatibilityTest, RecordedErrorsComeBackWhole) {

@@ -122,6 +122,23 @@ TEST(ProtocolDocTest, EveryByteOfTheDumpIsExplained) {
   EXPECT_TRUE(explained == DumpedFrame());
 }
 
+TEST(ProtocolDocTest, UncheckedFrameEndsAsTheTextSays) {
+  std::string frame = DumpedFrame();
+  const auto rows = RowsAfter("<!-- trailer of unchecked_fetch_rows_request.bin -->");
+  ASSERT_EQ(rows.size(), 1U);
+  size_t offset = 0;
+  ASSERT_TRUE(absl::SimpleAtoi(rows[0][1], &offset));
+  frame.resize(offset);
+  AppendHex(rows[0][2], frame);
+  EXPECT_TRUE(frame == ReadFile(FixtureFolder() + "/unchecked_fetch_rows_request.bin"));
+}
+
+TEST(ProtocolDocTest, FeaturesAreTheKnownOnes) {
+  const auto rows = RowsAfter("<!-- features -->");
+  ASSERT_EQ(rows.size(), 1U);
+  EXPECT_EQ(rows[0][1], kUncheckedPayloads);
+}
+
 TEST(ProtocolDocTest, HeaderTableIsTheCodec) {
   const std::map<std::string, size_t> offsets = {
       {"magic", 0},           {"version", 4},        {"op", 5},

@@ -164,6 +164,11 @@ void RecordHello(Recorder& recorder) {
   limits->set_inflight_requests_max(256);
   limits->set_lease_ms_max(86400000);
   recorder.Response("hello_response", Op::kHello, response);
+
+  request.add_features(kUncheckedPayloads);
+  recorder.Request("unchecked_hello_request", Op::kHello, request);
+  response.add_features(kUncheckedPayloads);
+  recorder.Response("unchecked_hello_response", Op::kHello, response);
 }
 
 void RecordSessions(Recorder& recorder) {
@@ -322,6 +327,10 @@ void RecordFetchRows(Recorder& recorder) {
   request.set_count(2);
   recorder.Request("fetch_rows_request", Op::kFetchRows, request,
                    PayloadWriter().Part(std::vector<int64_t>{5, 70000}).Take());
+  recorder
+      .Request("unchecked_fetch_rows_request", Op::kFetchRows, request,
+               PayloadWriter().Part(std::vector<int64_t>{5, 70000}).Take())
+      .checked = false;
   recorder.Response(
       "fetch_rows_response", Op::kFetchRows, FetchRowsResponse(),
       PayloadWriter().Bf16(size_t{2} * kKeyDim, 1).Bf16(size_t{2} * kValueDim, 32).Take());
@@ -422,7 +431,7 @@ std::vector<RecordedFrame> RecordedFrames() {
 
 std::string EncodeRecorded(const RecordedFrame& frame) {
   const std::string known = frame.message == nullptr ? std::string() : Serialize(*frame.message);
-  return EncodeFrame(frame.header, known + frame.unknown, frame.payload);
+  return EncodeFrame(frame.header, known + frame.unknown, frame.payload, frame.checked);
 }
 
 std::string FixtureFolder() { return KVSEEK_SOURCE_DIR "/tests/proto/fixtures"; }

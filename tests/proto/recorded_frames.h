@@ -21,6 +21,7 @@ struct RecordedFrame {
   std::unique_ptr<google::protobuf::Message> message;
   std::string unknown;  ///< fields that nobody knows, after the message's own
   std::vector<uint8_t> payload;
+  bool checked = true;  ///< false: of a connection with kUncheckedPayloads
 };
 
 /// At least one request and one response of every op, an Error, and frames of a later version.

@@ -51,7 +51,7 @@ AnswerFrame MakeAnswer(uint64_t id, size_t bytes) {
     Content(id, bytes).copy(reinterpret_cast<char*>(response.payload.data.get()), bytes);
     response.payload.bytes = bytes;
   }
-  return AnswerFrame::Make(Op::kAttend, id, std::move(response));
+  return AnswerFrame::Make(Op::kAttend, id, std::move(response), true);
 }
 
 /// What is left of a frame, as it stands on the stream.

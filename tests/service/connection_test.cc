@@ -168,6 +168,52 @@ TEST_P(ConnectionTest, HelloTellsWhoAnswersAndItsLimits) {
   EXPECT_EQ(server_->connections_open(), 1U);
 }
 
+TEST_P(ConnectionTest, PayloadsGoUncheckedOnUnixSocketsThatAskForIt) {
+  const bool is_unix = !GetParam();
+  Start();
+  for (const bool asks : {false, true}) {
+    SCOPED_TRACE(asks);
+    RawSocket socket = Dial();
+    proto::HelloRequest hello;
+    hello.set_version_min(1);
+    hello.set_version_max(1);
+    hello.add_features("rows");  // not known here
+    if (asks) hello.add_features(proto::kUncheckedPayloads);
+    ASSERT_TRUE(socket.SendFrame(Op::kHello, 1, hello.SerializeAsString()));
+    std::optional<RawFrame> answer = socket.ReadFrame();
+    ASSERT_TRUE(answer.has_value());
+    proto::HelloResponse welcome;
+    ASSERT_TRUE(welcome.ParseFromString(answer->metadata));
+    const bool unchecked = is_unix && asks;
+    ASSERT_EQ(welcome.features_size(), unchecked ? 1 : 0);
+    if (unchecked) {
+      EXPECT_EQ(welcome.features(0), proto::kUncheckedPayloads);
+    }
+
+    std::string frame = MakeFrame(Op::kHealth, 2, "m", "tensor");
+    frame.back() = static_cast<char>(frame.back() ^ 1);
+    ASSERT_TRUE(socket.Send(frame));
+    answer = socket.ReadFrame(!unchecked);
+    ASSERT_TRUE(answer.has_value());
+    EXPECT_EQ(answer->header.request_id, 2U);
+    if (unchecked) {
+      EXPECT_EQ(answer->payload, "tensor");
+      EXPECT_THAT(answer->trailer, testing::Each(0));
+    } else {
+      EXPECT_EQ(CodeOf(answer), absl::StatusCode::kDataLoss);
+    }
+    ASSERT_TRUE(socket.SendFrame(Op::kAttend, 3, ""));  // as workers answer
+    ASSERT_TRUE(script_.Await(asks ? 2 : 1));
+    script_.Answer(asks ? 1 : 0, "", 1000);
+    answer = socket.ReadFrame(!unchecked);
+    ASSERT_TRUE(answer.has_value());
+    EXPECT_EQ(answer->payload, std::string(1000, 'p'));
+    if (unchecked) {
+      EXPECT_THAT(answer->trailer, testing::Each(0));
+    }
+  }
+}
+
 TEST_P(ConnectionTest, FirstRequestMustBeHello) {
   Start();
   RawSocket socket = Dial();
