@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <boost/asio/co_spawn.hpp>
 #include <boost/asio/detached.hpp>
 #include <boost/asio/executor_work_guard.hpp>
@@ -35,6 +36,17 @@ template <typename T>
 using Awaitable = asio::awaitable<T>;
 
 constexpr uint32_t kMetadataBytesMax = 64U << 20;  ///< of answers
+/// The channel's thread is back so long after the last Poll at the latest. Longer than what a
+/// decoder does between two layers' questions, so that it finds the seat free.
+constexpr std::chrono::microseconds kStandBack{200};
+constexpr int kSeatTries = 64;     ///< of Start: some us
+constexpr int kPausesBetween = 4;  ///< turns of a spinning thread, so that others get theirs
+
+void Pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
 
 }  // namespace
 
@@ -70,15 +82,30 @@ class Channel::Impl {
   }
 
   void Start(Message message, Clock::time_point deadline, Done done) {
-    OutFrame frame = OutFrame::Prepare(std::move(message), deadline);
-    if (!AsksUnchecked(options_)) frame.Sum();
-    asio::post(io_, [this, frame = std::move(frame), done = std::move(done)]() mutable {
-      Begin(std::move(frame), std::move(done));
-    });
+    Call call{OutFrame::Prepare(std::move(message), deadline), std::move(done)};
+    if (!AsksUnchecked(options_)) call.frame.Sum();
+    {
+      const std::lock_guard lock(inbox_mutex_);
+      inbox_.push_back(std::move(call));
+    }
+    const Seat seat(*this, kSeatTries);
+    if (seat.taken()) {
+      TakeCalls();
+    } else {
+      asio::post(io_, [this] { TakeCalls(); });
+    }
+  }
+
+  void Poll() {
+    polled_.store(Clock::now(), std::memory_order_relaxed);
+    const Seat seat(*this, 1);
+    if (seat.taken()) io_.poll_one();
   }
 
   void Fail(absl::Status status, Done done) {
-    asio::post(io_, [status = std::move(status), done = std::move(done)] { done(status); });
+    asio::post(io_, [status = std::move(status), done = std::move(done)]() mutable {
+      done(std::move(status));
+    });
   }
 
   DaemonInfo info() const {
@@ -94,39 +121,104 @@ class Channel::Impl {
     uint64_t bytes_sent;
   };
 
-  // All below: on the channel's thread.
+  struct Call {
+    OutFrame frame;
+    Done done;
+  };
 
-  /// io_.run(), which after any work looks for more for a while before it sleeps.
+  /// The right to drive: one thread at a time touches what stands below and runs io_. Nobody gets
+  /// it while the channel's thread sleeps in the kernel, which does it in its seat.
+  class Seat {
+   public:
+    /// Waits for it.
+    explicit Seat(Impl& channel) : channel_(channel), lock_(channel.seat_) { Sit(); }
+    /// Tries so many times. Not taken by a thread that is in it already: a callback's.
+    Seat(Impl& channel, int tries) : channel_(channel), lock_(channel.seat_, std::defer_lock) {
+      if (channel_.driver_.load(std::memory_order_relaxed) == std::this_thread::get_id()) return;
+      for (int i = 0; i < tries && !channel_.asleep_.load(std::memory_order_relaxed); ++i) {
+        if (lock_.try_lock()) {
+          Sit();
+          break;
+        }
+        Pause();
+      }
+    }
+    ~Seat() {
+      if (taken()) channel_.driver_.store({}, std::memory_order_relaxed);
+    }
+    Seat(const Seat&) = delete;
+    Seat& operator=(const Seat&) = delete;
+    bool taken() const { return lock_.owns_lock(); }
+
+   private:
+    void Sit() { channel_.driver_.store(std::this_thread::get_id(), std::memory_order_relaxed); }
+    Impl& channel_;
+    std::unique_lock<std::mutex> lock_;
+  };
+
+  // ---- the channel's thread
+
+  /// io_.run(), which after any work looks for more for a while before it sleeps, and leaves that
+  /// to threads that poll.
   void RunIo() {
     if (options_.spin.count() <= 0) {
+      asleep_.store(true, std::memory_order_relaxed);
+      const Seat seat(*this);
       io_.run();
       return;
     }
     Clock::time_point last_work = Clock::now();
     while (!io_.stopped()) {
-      if (io_.poll() == 0) {
-        if (Clock::now() - last_work < options_.spin) continue;
-        io_.run_one();
+      if (Clock::now() - polled_.load(std::memory_order_relaxed) < kStandBack) {
+        std::this_thread::sleep_for(kStandBack);
+        last_work = Clock::now();
+      } else if (RunTurn(Clock::now() - last_work < options_.spin)) {
+        last_work = Clock::now();
       }
-      last_work = Clock::now();
+      for (int i = 0; i < kPausesBetween; ++i) Pause();
     }
   }
 
+  /// Whether there was anything to do. Sleeps until there is, unless told to look only.
+  bool RunTurn(bool look_only) {
+    const Seat seat(*this);
+    if (io_.poll() != 0) return true;
+    if (look_only) return false;
+    asleep_.store(true, std::memory_order_relaxed);
+    io_.run_one();
+    asleep_.store(false, std::memory_order_relaxed);
+    return true;
+  }
+
+  // ---- all below: in the seat
+
   static absl::Status Closed() { return absl::CancelledError("the client was closed"); }
 
+  /// Runs no callback, since callers of Start do not expect any.
+  void TakeCalls() {
+    {
+      const std::lock_guard lock(inbox_mutex_);
+      taken_.swap(inbox_);
+    }
+    for (Call& call : taken_) Begin(std::move(call.frame), std::move(call.done));
+    taken_.clear();
+  }
+
   void Begin(OutFrame frame, Done done) {
-    if (closed_) return done(Closed());
+    if (closed_) return Fail(Closed(), std::move(done));
     if (frame.deadline <= Clock::now()) {
-      return done(absl::DeadlineExceededError("the deadline had passed before the call"));
+      return Fail(absl::DeadlineExceededError("the deadline had passed before the call"),
+                  std::move(done));
     }
     if (pending_.size() >= options_.inflight_requests_max) {
-      return done(proto::FieldError(absl::StatusCode::kResourceExhausted, "inflight_requests_max",
-                                    "so many calls are under way"));
+      return Fail(proto::FieldError(absl::StatusCode::kResourceExhausted, "inflight_requests_max",
+                                    "so many calls are under way"),
+                  std::move(done));
     }
     if (link_ == nullptr) Dial();
     if (link_->up) {
       const absl::Status fits = CheckLimits(*link_, frame.header);
-      if (!fits.ok()) return done(fits);
+      if (!fits.ok()) return Fail(fits, std::move(done));
     }
     const uint64_t id = next_id_++;
     frame.header.request_id = id;
@@ -238,8 +330,11 @@ class Channel::Impl {
           if (!failed && !link->broken) Pump(link);
         });
       } else if (error) {
-        Break(link,
-              absl::UnavailableError(absl::StrCat("the connection broke: ", error.message())));
+        link->waiting = true;
+        // Not here: it runs callbacks.
+        asio::post(io_, [this, link, what = error.message()] {
+          Break(link, absl::UnavailableError(absl::StrCat("the connection broke: ", what)));
+        });
       } else if (frame.sent == frame.Bytes()) {
         link->queue.pop_front();
       }
@@ -366,6 +461,16 @@ class Channel::Impl {
   }
 
   const ClientOptions options_;
+  std::mutex seat_;
+  std::atomic<std::thread::id> driver_{};  ///< who is in the seat
+  std::atomic<bool> asleep_{false};        ///< the channel's thread, in the seat
+  std::atomic<Clock::time_point> polled_{Clock::time_point()};
+
+  std::mutex inbox_mutex_;
+  std::vector<Call> inbox_ ABSL_GUARDED_BY(inbox_mutex_);  ///< in order
+  std::vector<Call> taken_;                                ///< out of the inbox
+
+  /// One thread at a time: what a handler posts is in the common queue when its turn ends.
   asio::io_context io_{1};
   asio::executor_work_guard<asio::io_context::executor_type> work_;
   std::shared_ptr<Link> link_;  ///< null while there is no connection
@@ -392,6 +497,7 @@ void Channel::Start(Message message, Clock::time_point deadline, Done done) {
 void Channel::Fail(absl::Status status, Done done) {
   impl_->Fail(std::move(status), std::move(done));
 }
+void Channel::Poll() { impl_->Poll(); }
 DaemonInfo Channel::info() const { return impl_->info(); }
 
 }  // namespace kvseek::client

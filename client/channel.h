@@ -1,9 +1,12 @@
 // One connection to a daemon, shared by any number of calls at once.
 //
-// A thread of its own does all socket work and runs all callbacks. Requests carry an id, so answers
-// may come in any order. A call ends at its deadline at the latest: the daemon is then told to give
-// it up, and an answer that still comes is dropped. When the connection breaks, all that is under
-// way fails with unavailable, and the next call connects again.
+// One thread at a time drives it: a thread of its own, or a caller. A caller's Start writes the
+// frame itself if nobody else is at it; its Poll reads answers and runs callbacks. While there are
+// callers that poll, a thread of its own that spins stands back. Requests carry an id, so answers
+// may come in any order; requests of one thread are sent in theirs. A call ends at its deadline at
+// the latest: the daemon is then told to give it up, and an answer that still comes is dropped.
+// When the connection breaks, all that is under way fails with unavailable, and the next call
+// connects again.
 #ifndef KVSEEK_CLIENT_CHANNEL_H_
 #define KVSEEK_CLIENT_CHANNEL_H_
 
@@ -56,11 +59,13 @@ class Channel {
   /// daemon cannot be reached, else what the daemon says. Not from a callback.
   absl::Status Connect();
 
-  /// Sends `message` and calls `done` exactly once, on the channel's thread. message.payload must
-  /// stay valid until then.
+  /// Sends `message` and calls `done` exactly once, on the channel's thread or in a Poll, never in
+  /// here. message.payload must stay valid until then.
   void Start(Message message, Clock::time_point deadline, Done done);
-  /// Calls `done` with an error, on the channel's thread.
+  /// Calls `done` with an error, on the channel's thread or in a Poll.
   void Fail(absl::Status status, Done done);
+  /// As KvClient::Poll.
+  void Poll();
 
   /// What the last hello was answered with.
   DaemonInfo info() const;

@@ -1,6 +1,6 @@
 // One socket of a channel: connecting and hello, exact reads through a buffer, frames on their way
-// out. The one header of this folder that includes Asio; only the channel includes it, and only the
-// channel's thread uses it.
+// out. The one header of this folder that includes Asio; only the channel includes it, and only
+// whoever drives the channel uses it.
 #ifndef KVSEEK_CLIENT_CHANNEL_LINK_H_
 #define KVSEEK_CLIENT_CHANNEL_LINK_H_
 
@@ -84,7 +84,7 @@ struct Link {
   bool up = false;       ///< hello has been answered
   bool checked = true;   ///< payloads, by their trailers; what hello has agreed on
   bool broken = false;
-  bool waiting = false;  ///< until the socket takes more
+  bool waiting = false;  ///< until the socket takes more, or it is closed
 
  private:
   Awaitable<absl::Status> ConnectSocket(const std::string& address);

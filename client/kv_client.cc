@@ -167,6 +167,8 @@ void KvClient::TopKAsync(const TopKRequest& request, const CallOptions& call,
       std::move(done));
 }
 
+void KvClient::Poll() { impl_->channel().Poll(); }
+
 std::chrono::milliseconds RetryAfter(const absl::Status& status) {
   return std::chrono::milliseconds(proto::RetryAfterMs(status));
 }

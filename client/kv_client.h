@@ -17,8 +17,9 @@
 // which a decoder treats as a miss. A broken connection is made again by the next call.
 //
 // Thread safety: a KvClient may be used from any number of threads. The synchronous calls are the
-// asynchronous ones and a wait. Callbacks run on the client's own thread: they must not block and
-// must not make synchronous calls.
+// asynchronous ones and a wait. Callbacks run on the client's own thread, or in a Poll of any
+// thread: they must not block and must not make synchronous calls. They may make asynchronous ones,
+// and never run within the call that they belong to.
 //
 // Tensors are row-major and contiguous. Keys and values are in the session's dtype (bf16 or fp16, 2
 // bytes an element), queries in fp32 unless `query_dtype` says otherwise, unscaled. Memory behind a
@@ -260,6 +261,13 @@ class KvClient {
                    Callback<SearchResponse> done);
   void TopKAsync(const TopKRequest& request, const CallOptions& call,
                  Callback<SearchResponse> done);
+  /// Looks once for what the daemon sent, and may run callbacks, of other threads' calls too. A
+  /// thread that has nothing to do until its answer comes calls it in a loop and saves the
+  /// hand-overs between threads; with ClientOptions::spin, whose work it does, and which rests
+  /// meanwhile and for up to 0.4 ms after. Without, it does nothing, and so it does from callbacks
+  /// and while another thread is at it. Never blocks. Its callers must be gone before the client
+  /// goes.
+  void Poll();
 
  private:
   class Impl;

@@ -13,7 +13,7 @@
 namespace kvseek::client {
 namespace {
 
-constexpr int kLooks = 64;  ///< at the countdown between two at the clock
+constexpr int kLooks = 8;  ///< at the sockets between two at the clock
 
 void Pause() {
 #if defined(__x86_64__)
@@ -64,6 +64,7 @@ void FarAttention::Ask(const FarQuestion& question) {
   replies_.clear();
   packed_.clear();
   held_.clear();
+  asked_.clear();
   countdown_ = std::make_shared<Countdown>();
   for (uint32_t daemon = 0; daemon < shares_.size(); ++daemon) {
     AskDaemon(question, daemon, HeadMode::kState);
@@ -159,6 +160,7 @@ void FarAttention::AskDaemon(const FarQuestion& question, uint32_t daemon, HeadM
     countdown->left.fetch_sub(1, std::memory_order_acq_rel);
     countdown->left.notify_one();
   };
+  if (asked_.empty() || asked_.back() != share.questions) asked_.push_back(share.questions);
   const CallOptions call{.deadline = question.deadline};
   if (sent.rows) {
     TopKRequest request;
@@ -181,6 +183,7 @@ const std::deque<FarReply>& FarAttention::Wait() {
   const auto sleep_at = std::chrono::steady_clock::now() + spin_;
   for (int i = 1; left.load(std::memory_order_acquire) != 0; ++i) {
     if (i % kLooks == 0 && std::chrono::steady_clock::now() >= sleep_at) break;
+    for (KvClient* const client : asked_) client->Poll();
     Pause();
   }
   for (int now = left.load(std::memory_order_acquire); now != 0;

@@ -70,7 +70,7 @@ struct FarReply {
 
 class FarAttention {
  public:
-  /// Wait looks for answers for `spin` before the thread goes to sleep.
+  /// Wait reads answers itself (KvClient::Poll) for `spin` before the thread goes to sleep.
   FarAttention(const ModelShape& shape, std::vector<DaemonShare> shares,
                std::chrono::microseconds spin);
 
@@ -101,6 +101,7 @@ class FarAttention {
   std::deque<FarReply> replies_;
   std::deque<std::vector<uint16_t>> packed_;  ///< queries of requests under way
   std::deque<std::vector<uint32_t>> held_;    ///< their lists of held positions
+  std::vector<KvClient*> asked_;              ///< whose answers Wait waits for
   std::shared_ptr<Countdown> countdown_ = std::make_shared<Countdown>();
 };
 

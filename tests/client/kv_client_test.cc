@@ -594,5 +594,186 @@ TEST_F(KvClientTest, ManyThreadsShareOneConnection) {
   for (std::thread& thread : threads) thread.join();
 }
 
+// ---- Poll
+
+/// A spinning client, one that sleeps soon, and one that never spins.
+constexpr std::chrono::microseconds kSpins[] = {std::chrono::seconds(2), milliseconds(1),
+                                                milliseconds(0)};
+
+/// Answers every request until the connection ends.
+void AnswerAll(RawSocket& socket) {
+  if (!FakeServer::Welcome(socket)) return;
+  while (const auto request = socket.ReadFrame()) {
+    const uint64_t id = request->header.request_id;
+    if (request->header.op == Op::kHealth) {
+      socket.Send(HealthAnswer(id));
+    } else {
+      socket.SendFrame(request->header.op, id, "", "", 0, proto::kFlagResponse);
+    }
+  }
+}
+
+/// Appends one token, which AnswerAll answers, and calls `done`.
+void AppendOne(KvClient& client, Callback<uint64_t> done,
+               std::chrono::microseconds deadline = std::chrono::seconds(20)) {
+  static const std::vector<uint16_t> rows(16);
+  client.AppendAsync({.boot_id = 7, .session_id = 1, .shape = kShape}, 0, 0, 1, rows, rows,
+                     {.deadline = deadline}, std::move(done));
+}
+
+/// Polls until `over`, for ten seconds at most.
+void PollUntil(KvClient& client, const std::function<bool()>& over) {
+  const auto give_up = Clock::now() + std::chrono::seconds(10);
+  while (!over()) {
+    client.Poll();
+    ASSERT_LT(Clock::now(), give_up);
+  }
+}
+
+TEST_F(KvClientTest, PollRunsCallbacksOnTheCallingThread) {
+  FakeServer server(path(), AnswerAll);
+  ClientOptions spinning = options();
+  spinning.spin = std::chrono::seconds(2);
+  const auto client = Connect(spinning);
+  int here = 0;
+  for (int i = 0; i < 200; ++i) {
+    std::atomic<bool> answered{false};
+    std::thread::id on;
+    AppendOne(*client, [&](const absl::StatusOr<uint64_t>& held) {
+      EXPECT_TRUE(held.ok()) << held.status();
+      on = std::this_thread::get_id();
+      answered = true;
+    });
+    EXPECT_NO_FATAL_FAILURE(PollUntil(*client, [&] { return answered.load(); }));
+    here += on == std::this_thread::get_id() ? 1 : 0;
+  }
+  EXPECT_GT(here, 100);
+}
+
+TEST_F(KvClientTest, CallbacksNeverRunWithinTheirCall) {
+  for (const auto spin : kSpins) {
+    unlink(path().c_str());
+    FakeServer server(path(), AnswerAll);
+    ClientOptions some = options();
+    some.spin = spin;
+    some.inflight_requests_max = 1;
+    const auto client = Connect(some);
+    for (int i = 0; i < 200; ++i) {
+      std::mutex mutex;  // which a caller may hold
+      int left = 3;      // one is answered, and one or two are refused
+      const auto done = [&](const absl::StatusOr<uint64_t>&) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        --left;
+      };
+      {
+        const std::lock_guard<std::mutex> lock(mutex);
+        AppendOne(*client, done);
+        AppendOne(*client, done);
+        AppendOne(*client, done, milliseconds(-1));
+        EXPECT_EQ(left, 3);
+      }
+      EXPECT_NO_FATAL_FAILURE(PollUntil(*client, [&] {
+        const std::lock_guard<std::mutex> lock(mutex);
+        return left == 0;
+      }));
+    }
+  }
+}
+
+TEST_F(KvClientTest, ManyThreadsPollAndCallAtOnce) {
+  constexpr int kThreads = 6;
+  constexpr int kRounds = 200;
+  for (const auto spin : kSpins) {
+    unlink(path().c_str());
+    FakeServer server(path(), AnswerAll);
+    ClientOptions some = options();
+    some.spin = spin;
+    some.default_deadline = std::chrono::seconds(20);
+    const auto client = Connect(some);
+    std::atomic<int> answers{0};
+    std::vector<std::thread> threads;
+    for (int i = 0; i < kThreads; ++i) {
+      threads.emplace_back([&, i] {
+        for (int round = 0; round < kRounds; ++round) {
+          if (i % 3 == 0) {  // waits for the client's thread, or for who polls
+            EXPECT_TRUE(client->Health().ok());
+            ++answers;
+            continue;
+          }
+          std::atomic<int> left{i};
+          for (int call = 0; call < i; ++call) {
+            AppendOne(*client, [&](const absl::StatusOr<uint64_t>& held) {
+              EXPECT_TRUE(held.ok()) << held.status();
+              --left;
+            });
+          }
+          EXPECT_NO_FATAL_FAILURE(PollUntil(*client, [&] { return left.load() == 0; }));
+          ++answers;
+        }
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    EXPECT_EQ(answers.load(), kThreads * kRounds);
+  }
+}
+
+TEST_F(KvClientTest, CallbacksMayCallAgainAndPoll) {
+  constexpr int kCalls = 500;
+  for (const auto spin : kSpins) {
+    unlink(path().c_str());
+    FakeServer server(path(), AnswerAll);
+    ClientOptions some = options();
+    some.spin = spin;
+    const auto client = Connect(some);
+    std::atomic<int> made{0};
+    std::atomic<int> deepest{0};
+    int depth = 0;  // callbacks of one client run one at a time
+    Callback<uint64_t> again = [&](const absl::StatusOr<uint64_t>&) {
+      deepest = std::max(deepest.load(), ++depth);
+      client->Poll();
+      // Every third call has failed before it is made.
+      if (++made < kCalls) AppendOne(*client, again, milliseconds(made % 3 == 0 ? -1 : 20000));
+      client->Poll();
+      --depth;
+    };
+    AppendOne(*client, again);
+    EXPECT_NO_FATAL_FAILURE(PollUntil(*client, [&] { return made.load() == kCalls; }));
+    EXPECT_EQ(deepest.load(), 1);
+  }
+}
+
+TEST_F(KvClientTest, DeadlinesAndBreaksWhilePolling) {
+  for (const auto spin : kSpins) {
+    unlink(path().c_str());
+    std::promise<void> die;
+    FakeServer server(path(), [&](RawSocket& socket) {
+      if (FakeServer::Welcome(socket)) die.get_future().wait();
+    });
+    ClientOptions some = options();
+    some.spin = spin;
+    const auto client = Connect(some);
+    std::atomic<absl::StatusCode> code{absl::StatusCode::kOk};
+    const auto done = [&](const absl::StatusOr<uint64_t>& held) { code = held.status().code(); };
+    const auto over = [&] { return code.load() != absl::StatusCode::kOk; };
+    const auto before = Clock::now();
+    AppendOne(*client, done, milliseconds(50));
+    EXPECT_NO_FATAL_FAILURE(PollUntil(*client, over));
+    EXPECT_EQ(code.load(), absl::StatusCode::kDeadlineExceeded);
+    EXPECT_GE(Clock::now() - before, milliseconds(50));
+    EXPECT_LT(Clock::now() - before, milliseconds(500));
+
+    // Nobody polls any more.
+    EXPECT_EQ(client->Health({.deadline = milliseconds(50)}).code(),
+              absl::StatusCode::kDeadlineExceeded);
+
+    code = absl::StatusCode::kOk;
+    AppendOne(*client, done);
+    for (int i = 0; i < 100; ++i) client->Poll();
+    die.set_value();
+    EXPECT_NO_FATAL_FAILURE(PollUntil(*client, over));
+    EXPECT_EQ(code.load(), absl::StatusCode::kUnavailable);
+  }
+}
+
 }  // namespace
 }  // namespace kvseek
