@@ -82,6 +82,7 @@ class Channel::Impl {
   }
 
   void Start(Message message, Clock::time_point deadline, Done done) {
+    message.BringTogether();
     Call call{OutFrame::Prepare(std::move(message), deadline), std::move(done)};
     if (!AsksUnchecked(options_)) call.frame.Sum();
     {
@@ -487,6 +488,13 @@ class Channel::Impl {
 
   std::thread thread_;  ///< last: all else is there when it starts
 };
+
+void Message::BringTogether() {
+  for (const Part& part : parts) {
+    std::copy(part.bytes.begin(), part.bytes.end(), owned.get() + part.offset);
+  }
+  parts.clear();
+}
 
 Channel::Channel(const ClientOptions& options) : impl_(std::make_unique<Impl>(options)) {}
 Channel::~Channel() = default;

@@ -15,6 +15,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -32,6 +33,13 @@ struct Message {
   std::string metadata;               ///< serialised
   absl::Span<const uint8_t> payload;  ///< the caller's memory, or `owned`
   std::unique_ptr<uint8_t[]> owned;
+
+  struct Part {
+    absl::Span<const uint8_t> bytes;  ///< the caller's memory
+    size_t offset = 0;
+  };
+  std::vector<Part> parts;  ///< which Start copies to their places in `owned`
+  void BringTogether();
 };
 
 /// The answer to one, its payload's checksum verified where the connection has checksums.
@@ -60,7 +68,7 @@ class Channel {
   absl::Status Connect();
 
   /// Sends `message` and calls `done` exactly once, on the channel's thread or in a Poll, never in
-  /// here. message.payload must stay valid until then.
+  /// here. The caller's memory behind it is read from now on and must stay valid until then.
   void Start(Message message, Clock::time_point deadline, Done done);
   /// Calls `done` with an error, on the channel's thread or in a Poll.
   void Fail(absl::Status status, Done done);

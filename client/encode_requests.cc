@@ -30,39 +30,37 @@ Message Serialise(Op op, const T& message) {
 }
 
 /// Whether the parts stand in memory as they stand in the payload, without a byte between them.
-bool AreInPlace(const std::vector<absl::Span<const uint8_t>>& parts,
-                const std::vector<size_t>& offsets) {
+bool AreInPlace(const std::vector<Message::Part>& parts) {
   size_t end = 0;
-  for (size_t i = 0; i < parts.size(); ++i) {
-    if (parts[i].empty()) continue;
-    if (offsets[i] != end || parts[i].data() != parts.front().data() + end) return false;
-    end += parts[i].size();
+  for (const Message::Part& part : parts) {
+    if (part.bytes.empty()) continue;
+    if (part.offset != end || part.bytes.data() != parts.front().bytes.data() + end) return false;
+    end += part.bytes.size();
   }
   return true;
 }
 
 /// Lays the parts out in message.payload. What stands in memory as it is to stand there, as one
-/// part always does, is sent from where it is; else parts are brought together, since the payload's
-/// checksum runs over all of it.
+/// part always does, is sent from where it is; else parts will be brought together, since the
+/// payload's checksum runs over all of it.
 absl::Status SetPayload(const std::vector<absl::Span<const uint8_t>>& parts, Message& message) {
   proto::PayloadLayout layout;
-  std::vector<size_t> offsets;
-  offsets.reserve(parts.size());
-  for (const auto& part : parts) offsets.push_back(layout.Add(part.size()));
+  message.parts.reserve(parts.size());
+  for (const auto& part : parts) message.parts.push_back({part, layout.Add(part.size())});
   if (layout.bytes() > kPayloadMax) {
     return Invalid("payload", absl::StrCat(layout.bytes(), " bytes in one request"));
   }
-  if (AreInPlace(parts, offsets)) {
+  if (AreInPlace(message.parts)) {
+    message.parts.clear();
     message.payload = {parts.front().data(), layout.bytes()};
     return absl::OkStatus();
   }
   message.owned.reset(new uint8_t[layout.bytes()]);
   size_t end = 0;
-  for (size_t i = 0; i < parts.size(); ++i) {
-    if (parts[i].empty()) continue;
-    std::memset(message.owned.get() + end, 0, offsets[i] - end);
-    std::memcpy(message.owned.get() + offsets[i], parts[i].data(), parts[i].size());
-    end = offsets[i] + parts[i].size();
+  for (const Message::Part& part : message.parts) {
+    if (part.bytes.empty()) continue;
+    std::memset(message.owned.get() + end, 0, part.offset - end);
+    end = part.offset + part.bytes.size();
   }
   message.payload = {message.owned.get(), layout.bytes()};
   return absl::OkStatus();

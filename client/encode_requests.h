@@ -1,5 +1,6 @@
 // Requests to bytes. They are checked before anything is sent: invalid_argument names the field.
-// A request of one tensor points at the caller's memory; several are brought together.
+// A request of one tensor points at the caller's memory; several are to be brought together. The
+// tensors' elements are not read in here.
 #ifndef KVSEEK_CLIENT_ENCODE_REQUESTS_H_
 #define KVSEEK_CLIENT_ENCODE_REQUESTS_H_
 

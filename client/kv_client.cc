@@ -147,24 +147,36 @@ void KvClient::AppendAsync(const Session& session, uint32_t layer, uint64_t star
                          client::DecodeAppend, std::move(done));
 }
 
-void KvClient::AttendAsync(const AttendRequest& request, const CallOptions& call,
-                           Callback<SearchResponse> done) {
+struct PreparedSearch::Impl {
+  absl::StatusOr<Message> message;
+  client::SearchShape shape;
+};
+
+PreparedSearch::PreparedSearch(const AttendRequest& request)
+    : impl_(std::make_shared<Impl>(Impl{client::EncodeAttend(request), client::ShapeOf(request)})) {
+}
+PreparedSearch::PreparedSearch(const TopKRequest& request)
+    : impl_(std::make_shared<Impl>(Impl{client::EncodeTopK(request), client::ShapeOf(request)})) {}
+
+void KvClient::SendAsync(PreparedSearch search, const CallOptions& call,
+                         Callback<SearchResponse> done) {
+  absl::StatusOr<Message> message = std::move(search.impl_->message);
   impl_->Start<SearchResponse>(
-      client::EncodeAttend(request), call,
-      [shape = client::ShapeOf(request)](const Answer& answer) {
-        return client::DecodeSearch(shape, answer);
+      std::move(message), call,
+      [prepared = std::move(search.impl_)](const Answer& answer) {
+        return client::DecodeSearch(prepared->shape, answer);
       },
       std::move(done));
 }
 
+void KvClient::AttendAsync(const AttendRequest& request, const CallOptions& call,
+                           Callback<SearchResponse> done) {
+  SendAsync(PreparedSearch(request), call, std::move(done));
+}
+
 void KvClient::TopKAsync(const TopKRequest& request, const CallOptions& call,
                          Callback<SearchResponse> done) {
-  impl_->Start<SearchResponse>(
-      client::EncodeTopK(request), call,
-      [shape = client::ShapeOf(request)](const Answer& answer) {
-        return client::DecodeSearch(shape, answer);
-      },
-      std::move(done));
+  SendAsync(PreparedSearch(request), call, std::move(done));
 }
 
 void KvClient::Poll() { impl_->channel().Poll(); }

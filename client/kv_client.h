@@ -216,6 +216,25 @@ struct DaemonInfo {
   std::string simd_level;
 };
 
+/// An Attend or a TopK, checked and encoded but for the elements of its tensors: for callers that
+/// know all of a request some time before its queries are there. Spans keep their addresses and
+/// sizes. It needs no client, and may be sent by any.
+class PreparedSearch {
+ public:
+  explicit PreparedSearch(const AttendRequest& request);
+  explicit PreparedSearch(const TopKRequest& request);
+  PreparedSearch(PreparedSearch&& other) noexcept = default;
+  PreparedSearch& operator=(PreparedSearch&& other) noexcept = default;
+  PreparedSearch(const PreparedSearch&) = delete;
+  PreparedSearch& operator=(const PreparedSearch&) = delete;
+  ~PreparedSearch() = default;
+
+ private:
+  friend class KvClient;
+  struct Impl;
+  std::shared_ptr<Impl> impl_;
+};
+
 template <typename T>
 using Callback = std::function<void(absl::StatusOr<T>)>;
 
@@ -261,6 +280,9 @@ class KvClient {
                    Callback<SearchResponse> done);
   void TopKAsync(const TopKRequest& request, const CallOptions& call,
                  Callback<SearchResponse> done);
+  /// Sends what has been prepared, as the two above do with what they prepare. Reads the elements
+  /// of queries now, and says now what was wrong with the request.
+  void SendAsync(PreparedSearch search, const CallOptions& call, Callback<SearchResponse> done);
   /// Looks once for what the daemon sent, and may run callbacks, of other threads' calls too. A
   /// thread that has nothing to do until its answer comes calls it in a loop and saves the
   /// hand-overs between threads; with ClientOptions::spin, whose work it does, and which rests

@@ -261,9 +261,10 @@ absl::Status DecodeStep::AskDaemons(uint32_t layer, const void* queries,
   question.rows = options_.rows;
   question.options = options_.search;
   question.deadline = options_.layer_deadline;
+  far_.Prepare(question);
   absl::Status there = WaitForQueries(bytes, stream);
   if (!there.ok()) return there;
-  far_.Ask(question);
+  far_.Send();
   return absl::OkStatus();
 }
 

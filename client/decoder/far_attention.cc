@@ -60,21 +60,40 @@ FarAttention::FarAttention(const ModelShape& shape, std::vector<DaemonShare> sha
 
 void FarAttention::BeginStep() { std::fill(missed_.begin(), missed_.end(), uint8_t{0}); }
 
-void FarAttention::Ask(const FarQuestion& question) {
+void FarAttention::Prepare(const FarQuestion& question) {
   replies_.clear();
-  packed_.clear();
+  requests_.clear();
+  packings_.clear();
   held_.clear();
   asked_.clear();
   countdown_ = std::make_shared<Countdown>();
+  deadline_ = question.deadline;
   for (uint32_t daemon = 0; daemon < shares_.size(); ++daemon) {
-    AskDaemon(question, daemon, HeadMode::kState);
-    AskDaemon(question, daemon, HeadMode::kRows);
+    PrepareDaemon(question, daemon, HeadMode::kState);
+    PrepareDaemon(question, daemon, HeadMode::kRows);
   }
 }
 
-/// The queries of the heads asked for, (tokens, heads, group, key_dim).
-absl::Span<const uint8_t> FarAttention::PackQueries(const FarQuestion& question, uint32_t b,
-                                                    const std::vector<uint32_t>& heads) {
+void FarAttention::Send() {
+  for (Packing& packing : packings_) Pack(packing);
+  for (Request& request : requests_) {
+    FarReply& reply = *request.reply;
+    KvClient* const client = shares_[reply.daemon].questions;
+    if (asked_.empty() || asked_.back() != client) asked_.push_back(client);
+    countdown_->left.fetch_add(1, std::memory_order_relaxed);
+    client->SendAsync(std::move(request.search), {.deadline = deadline_},
+                      [&reply, countdown = countdown_](absl::StatusOr<SearchResponse> answer) {
+                        reply.answer = std::move(answer);
+                        countdown->left.fetch_sub(1, std::memory_order_acq_rel);
+                        countdown->left.notify_one();
+                      });
+  }
+  requests_.clear();
+}
+
+/// Where Send will find the queries of the heads asked for, (tokens, heads, group, key_dim).
+absl::Span<const uint8_t> FarAttention::PlaceOfQueries(const FarQuestion& question, uint32_t b,
+                                                       const std::vector<uint32_t>& heads) {
   const size_t head_elements = static_cast<size_t>(shape_.Group()) * shape_.key_dim;
   const size_t token_elements = shape_.kv_heads * head_elements;
   const uint16_t* const first = question.queries + b * question.tokens * token_elements;
@@ -83,15 +102,20 @@ absl::Span<const uint8_t> FarAttention::PackQueries(const FarQuestion& question,
     return AsBytes(absl::MakeConstSpan(first + heads.front() * head_elements,
                                        question.tokens * heads.size() * head_elements));
   }
-  std::vector<uint16_t>& packed = packed_.emplace_back();
-  packed.reserve(question.tokens * heads.size() * head_elements);
-  for (uint32_t t = 0; t < question.tokens; ++t) {
-    for (const uint32_t head : heads) {
-      const uint16_t* const row = first + t * token_elements + head * head_elements;
-      packed.insert(packed.end(), row, row + head_elements);
+  std::vector<uint16_t> packed(question.tokens * heads.size() * head_elements);
+  packings_.push_back({first, &heads, std::move(packed)});
+  return AsBytes(packings_.back().packed);
+}
+
+void FarAttention::Pack(Packing& packing) const {
+  const size_t head_elements = static_cast<size_t>(shape_.Group()) * shape_.key_dim;
+  const uint16_t* token = packing.first;
+  for (auto to = packing.packed.begin(); to != packing.packed.end();) {
+    for (const uint32_t head : *packing.heads) {
+      to = std::copy_n(token + head * head_elements, head_elements, to);
     }
+    token += shape_.kv_heads * head_elements;
   }
-  return AsBytes(packed);
 }
 
 QueryItem FarAttention::MakeItem(const FarQuestion& question, uint32_t b, const FarReply& reply) {
@@ -101,7 +125,7 @@ QueryItem FarAttention::MakeItem(const FarQuestion& question, uint32_t b, const 
   item.session = sequence.sessions[reply.daemon];
   item.layer = question.layer;
   item.tokens = question.tokens;
-  item.queries = PackQueries(question, b, reply.heads);
+  item.queries = PlaceOfQueries(question, b, reply.heads);
   item.range_begin = sequence.begin;
   item.range_end = {sequence.end};
   if (reply.heads.size() < share.heads) {
@@ -120,7 +144,7 @@ QueryItem FarAttention::MakeItem(const FarQuestion& question, uint32_t b, const 
   return item;
 }
 
-void FarAttention::AskDaemon(const FarQuestion& question, uint32_t daemon, HeadMode mode) {
+void FarAttention::PrepareDaemon(const FarQuestion& question, uint32_t daemon, HeadMode mode) {
   const DaemonShare& share = shares_[daemon];
   FarReply reply;
   reply.daemon = daemon;
@@ -151,31 +175,23 @@ void FarAttention::AskDaemon(const FarQuestion& question, uint32_t daemon, HeadM
     sent.answer = absl::UnavailableError("the daemon missed earlier in this step");
     return;
   }
-  std::vector<QueryItem> items;
-  items.reserve(sent.batch.size());
-  for (const uint32_t b : sent.batch) items.push_back(MakeItem(question, b, sent));
-  countdown_->left.fetch_add(1, std::memory_order_relaxed);
-  const auto done = [&sent, countdown = countdown_](absl::StatusOr<SearchResponse> answer) {
-    sent.answer = std::move(answer);
-    countdown->left.fetch_sub(1, std::memory_order_acq_rel);
-    countdown->left.notify_one();
+  requests_.push_back({&sent, PrepareSearch(question, sent)});
+}
+
+PreparedSearch FarAttention::PrepareSearch(const FarQuestion& question, const FarReply& reply) {
+  const auto fill = [&](auto& request) {
+    request.items.clear();
+    for (const uint32_t b : reply.batch) request.items.push_back(MakeItem(question, b, reply));
+    request.options = question.options;
+    request.query_dtype = shape_.dtype;
   };
-  if (asked_.empty() || asked_.back() != share.questions) asked_.push_back(share.questions);
-  const CallOptions call{.deadline = question.deadline};
-  if (sent.rows) {
-    TopKRequest request;
-    request.items = std::move(items);
-    request.options = question.options;
-    request.query_dtype = shape_.dtype;
-    request.k = question.rows;
-    share.questions->TopKAsync(request, call, done);
-  } else {
-    AttendRequest request;
-    request.items = std::move(items);
-    request.options = question.options;
-    request.query_dtype = shape_.dtype;
-    share.questions->AttendAsync(request, call, done);
+  if (!reply.rows) {
+    fill(attend_);
+    return PreparedSearch(attend_);
   }
+  fill(top_k_);
+  top_k_.k = question.rows;
+  return PreparedSearch(top_k_);
 }
 
 const std::deque<FarReply>& FarAttention::Wait() {

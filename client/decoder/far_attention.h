@@ -2,7 +2,8 @@
 //
 // KV heads are spread over the daemons in equal runs; of each daemon's heads those in state mode
 // go into one Attend, those in rows mode into one TopK, with the whole batch of sequences in each.
-// Ask sends them, Wait returns when each has been answered or has missed. Not thread-safe.
+// Prepare makes them, Send sends them when the queries are there, Wait returns when each has been
+// answered or has missed. Not thread-safe.
 #ifndef KVSEEK_CLIENT_DECODER_FAR_ATTENTION_H_
 #define KVSEEK_CLIENT_DECODER_FAR_ATTENTION_H_
 
@@ -51,7 +52,7 @@ struct FarQuestion {
   uint32_t tokens = 1;  ///< query tokens
   absl::Span<const FarSequence> batch;
   const uint16_t* queries = nullptr;  ///< (batch, tokens, query_heads, key_dim), shape.dtype;
-                                      ///< valid until Wait returns
+                                      ///< read by Send, valid until Wait returns
   absl::Span<const HeadMode> modes;   ///< (kv_heads), without kAuto
   uint32_t rows = 0;                  ///< keys of each KV head in rows mode
   SearchOptions options;
@@ -78,8 +79,10 @@ class FarAttention {
 
   /// A daemon that missed is not asked again before the next step: a step waits for it once.
   void BeginStep();
-  /// Sends the requests. Sequences with an empty range are left out, and so are heads in kLocal.
-  void Ask(const FarQuestion& question);
+  /// Makes the requests. Sequences with an empty range are left out, and so are heads in kLocal.
+  void Prepare(const FarQuestion& question);
+  /// Sends them, once. The deadline runs from here.
+  void Send();
   /// All replies, once each is there. Requests that were not even sent have a status that says why.
   const std::deque<FarReply>& Wait();
 
@@ -89,19 +92,37 @@ class FarAttention {
     std::atomic<int> left{0};
   };
 
-  void AskDaemon(const FarQuestion& question, uint32_t daemon, HeadMode mode);
+  /// One of replies_ on its way.
+  struct Request {
+    FarReply* reply;
+    PreparedSearch search;
+  };
+  /// Queries of some heads, to be brought together.
+  struct Packing {
+    const uint16_t* first;               ///< (tokens, query_heads, key_dim), all heads
+    const std::vector<uint32_t>* heads;  ///< of one of replies_
+    std::vector<uint16_t> packed;        ///< (tokens, heads, group, key_dim)
+  };
+
+  void PrepareDaemon(const FarQuestion& question, uint32_t daemon, HeadMode mode);
+  PreparedSearch PrepareSearch(const FarQuestion& question, const FarReply& reply);
   QueryItem MakeItem(const FarQuestion& question, uint32_t b, const FarReply& reply);
-  absl::Span<const uint8_t> PackQueries(const FarQuestion& question, uint32_t b,
-                                        const std::vector<uint32_t>& heads);
+  absl::Span<const uint8_t> PlaceOfQueries(const FarQuestion& question, uint32_t b,
+                                           const std::vector<uint32_t>& heads);
+  void Pack(Packing& packing) const;
 
   const ModelShape shape_;
   const std::vector<DaemonShare> shares_;
   const std::chrono::microseconds spin_;
   std::vector<uint8_t> missed_;  ///< (daemons), in this step
   std::deque<FarReply> replies_;
-  std::deque<std::vector<uint16_t>> packed_;  ///< queries of requests under way
-  std::deque<std::vector<uint32_t>> held_;    ///< their lists of held positions
-  std::vector<KvClient*> asked_;              ///< whose answers Wait waits for
+  AttendRequest attend_;  ///< to be filled and encoded
+  TopKRequest top_k_;
+  std::vector<Request> requests_;           ///< not sent yet
+  std::vector<Packing> packings_;           ///< of requests under way
+  std::deque<std::vector<uint32_t>> held_;  ///< their lists of held positions
+  std::vector<KvClient*> asked_;            ///< whose answers Wait waits for
+  std::chrono::microseconds deadline_{};
   std::shared_ptr<Countdown> countdown_ = std::make_shared<Countdown>();
 };
 

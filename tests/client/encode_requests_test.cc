@@ -35,8 +35,9 @@ TEST(EncodeRequestsTest, OnePartIsSentFromWhereItIs) {
 TEST(EncodeRequestsTest, PartsStartAtBoundaries) {
   const std::vector<uint16_t> keys = Counting<uint16_t>(3 * 2 * 8, 1);
   const std::vector<uint16_t> values = Counting<uint16_t>(3 * 2 * 16, 100);
-  const auto message = EncodeAppend({.shape = kShape}, 0, 0, 3, keys, values);
+  auto message = EncodeAppend({.shape = kShape}, 0, 0, 3, keys, values);
   ASSERT_TRUE(message.ok()) << message.status();
+  message->BringTogether();
   ASSERT_EQ(message->payload.size(), 128U + 192U);
   EXPECT_EQ(std::memcmp(message->payload.data(), keys.data(), 96), 0);
   for (size_t i = 96; i < 128; ++i) EXPECT_EQ(message->payload[i], 0);
@@ -52,8 +53,9 @@ TEST(EncodeRequestsTest, PartsThatStandAsTheyTravelAreNotCopied) {
   EXPECT_EQ(static_cast<const void*>(whole->payload.data()), rows.data());
   EXPECT_EQ(whole->payload.size(), 128U + 256U);
   // The boundary leaves a gap behind these keys.
-  const auto gap = EncodeAppend({.shape = kShape}, 0, 0, 3, all.first(48), all.subspan(48, 96));
+  auto gap = EncodeAppend({.shape = kShape}, 0, 0, 3, all.first(48), all.subspan(48, 96));
   ASSERT_TRUE(gap.ok()) << gap.status();
+  gap->BringTogether();
   EXPECT_NE(static_cast<const void*>(gap->payload.data()), rows.data());
   EXPECT_EQ(std::memcmp(gap->payload.data() + 128, rows.data() + 48, 192), 0);
 }
@@ -87,8 +89,9 @@ TEST(EncodeRequestsTest, PositionsHeldFollowTheirItemsQueries) {
   QueryItem item{.session = {.shape = kShape}, .tokens = 2, .queries = AsBytes(queries)};
   item.held = held;
   item.held_counts = {2, 0, 1, 0};
-  const auto message = EncodeTopK({.items = {item, item}});
+  auto message = EncodeTopK({.items = {item, item}});
   ASSERT_TRUE(message.ok()) << message.status();
+  message->BringTogether();
   proto::TopKRequest sent;
   ASSERT_TRUE(sent.ParseFromString(message->metadata));
   EXPECT_THAT(sent.items(1).held_counts(), testing::ElementsAre(2, 0, 1, 0));
@@ -106,6 +109,22 @@ TEST(EncodeRequestsTest, PositionsHeldFollowTheirItemsQueries) {
   EXPECT_EQ(refused({2, 0, 1}), "items[0].held_counts");
   EXPECT_EQ(refused({2, 0, 1, 1}), "items[0].held");
   EXPECT_EQ(refused({~0U, ~0U, 0, 5}), "items[0].held");
+}
+
+TEST(EncodeRequestsTest, ElementsAreReadAsLateAsCanBe) {
+  std::vector<float> queries(4 * 8), others(4 * 8);
+  const QueryItem item{.session = {.shape = kShape}, .queries = AsBytes(queries)};
+  const QueryItem other{.session = {.shape = kShape}, .queries = AsBytes(others)};
+  auto one = EncodeAttend({.items = {item}});
+  auto two = EncodeAttend({.items = {item, other}});
+  ASSERT_TRUE(one.ok() && two.ok());
+  std::iota(queries.begin(), queries.end(), 1.0F);
+  std::iota(others.begin(), others.end(), 100.0F);
+  one->BringTogether();
+  two->BringTogether();
+  EXPECT_EQ(one->payload, AsBytes(queries));
+  EXPECT_EQ(two->payload.first(128), AsBytes(queries));
+  EXPECT_EQ(two->payload.subspan(128), AsBytes(others));
 }
 
 TEST(EncodeRequestsTest, FieldsTravel) {

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <future>
 #include <random>
 #include <thread>
 
@@ -274,6 +275,35 @@ TEST_P(ServedTest, TopKWithRowsAndState) {
       }
     }
   }
+}
+
+TEST_P(ServedTest, PreparedAheadOfItsQueries) {
+  std::vector<float> late(queries_.size());
+  TopKRequest request{.items = Items(), .options = Options(), .k = 5};
+  const auto expected = client_->TopK(request);
+  ASSERT_TRUE(expected.ok()) << expected.status();
+  for (QueryItem& item : request.items) {
+    const auto offset = item.queries.data() - AsBytes(queries_).data();
+    item.queries = AsBytes(late).subspan(static_cast<size_t>(offset), item.queries.size());
+  }
+  PreparedSearch first(request);
+  PreparedSearch search = std::move(first);
+  request = {};
+  late = queries_;
+  std::promise<absl::StatusOr<SearchResponse>> answer;
+  client_->SendAsync(std::move(search), {},
+                     [&](auto response) { answer.set_value(std::move(response)); });
+  const auto served = answer.get_future().get();
+  ASSERT_TRUE(served.ok()) << served.status();
+  for (size_t i = 0; i < expected->items.size(); ++i) {
+    EXPECT_EQ(served->items[i].selections[0].positions, expected->items[i].selections[0].positions);
+    EXPECT_EQ(Bits(served->items[i].lse), Bits(expected->items[i].lse));
+  }
+  // What is wrong with a request is said when it is sent.
+  std::promise<absl::Status> refused;
+  client_->SendAsync(PreparedSearch(AttendRequest()), {},
+                     [&](const auto& response) { refused.set_value(response.status()); });
+  EXPECT_EQ(ErrorField(refused.get_future().get()), "items");
 }
 
 TEST_P(ServedTest, TopKOfPositionsOnly) {

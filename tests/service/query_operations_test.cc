@@ -116,10 +116,11 @@ class QueryOperationsTest : public testing::TestWithParam<uint64_t> {
   std::deque<std::vector<float>> queries_;  ///< what items point at
 
  private:
-  SearchResponse Answered(const absl::StatusOr<client::Message>& message,
+  SearchResponse Answered(absl::StatusOr<client::Message> message,
                           const client::SearchShape& shape) {
     EXPECT_TRUE(message.ok()) << message.status();
     if (!message.ok()) return {};
+    message->BringTogether();
     Payload payload{index::MakeAligned<uint8_t>(message->payload.size()), message->payload.size()};
     std::memcpy(payload.data.get(), message->payload.data(), payload.bytes);
     const Response response =

@@ -87,6 +87,11 @@ class FarAttentionTest : public testing::Test {
     return question;
   }
 
+  static void Ask(FarAttention& far, const FarQuestion& question) {
+    far.Prepare(question);
+    far.Send();
+  }
+
   /// What one session with all heads answers.
   ItemResult Whole(const FarQuestion& question, size_t b) {
     KvClient& client = *clients_[0];
@@ -148,7 +153,7 @@ TEST_F(FarAttentionTest, StatesOfSeveralDaemonsAreTheWhole) {
     for (const uint32_t tokens : {1, 2}) {
       const FarQuestion question = Question(tokens, modes);
       far.BeginStep();
-      far.Ask(question);
+      Ask(far, question);
       size_t seen = 0;
       for (const FarReply& reply : far.Wait()) {
         ASSERT_TRUE(reply.answer.ok()) << reply.answer.status();
@@ -177,7 +182,7 @@ TEST_F(FarAttentionTest, HeadsGoTheirOwnWays) {
                                     HeadMode::kRows};
   for (int repeat = 0; repeat < 2; ++repeat) {
     far.BeginStep();
-    far.Ask(Question(2, modes));
+    Ask(far, Question(2, modes));
     std::vector<uint32_t> state, rows;
     for (const FarReply& reply : far.Wait()) {
       ASSERT_TRUE(reply.answer.ok()) << reply.answer.status();
@@ -206,15 +211,54 @@ TEST_F(FarAttentionTest, HeadsGoTheirOwnWays) {
   }
 }
 
+TEST_F(FarAttentionTest, QueriesMayComeAfterAllElse) {
+  Start(2);
+  FarAttention far(kShape, shares_, std::chrono::microseconds(50));
+  const std::vector<HeadMode> modes{HeadMode::kRows, HeadMode::kState, HeadMode::kState,
+                                    HeadMode::kRows};
+  const std::vector<uint16_t> queries = queries_;
+  for (const uint32_t tokens : {1, 2}) {
+    const auto ask = [&](bool late) {
+      FarQuestion question = Question(tokens, modes);
+      if (late) std::fill(queries_.begin(), queries_.end(), uint16_t{0});
+      far.Prepare(question);
+      queries_ = queries;
+      far.Send();
+      std::vector<std::vector<float>> lse;
+      for (const FarReply& reply : far.Wait()) {
+        EXPECT_TRUE(reply.answer.ok()) << reply.answer.status();
+        if (!reply.answer.ok()) continue;
+        for (const ItemResult& item : reply.answer->items) {
+          lse.emplace_back(item.lse.begin(), item.lse.end());
+        }
+      }
+      return lse;
+    };
+    const auto early = ask(false);
+    EXPECT_EQ(early.size(), 8U);
+    EXPECT_EQ(ask(true), early);
+  }
+}
+
+TEST_F(FarAttentionTest, NothingIsSentBeforeItIsTold) {
+  Start(1);
+  FarAttention far(kShape, shares_, std::chrono::microseconds(50));
+  const std::vector<HeadMode> modes(kShape.kv_heads, HeadMode::kState);
+  far.Prepare(Question(1, modes));
+  EXPECT_EQ(far.Wait()[0].answer.status().code(), absl::StatusCode::kUnknown);
+  Ask(far, Question(1, modes));
+  EXPECT_TRUE(far.Wait()[0].answer.ok());
+}
+
 TEST_F(FarAttentionTest, AsksNobodyForNothing) {
   Start(1);
   FarAttention far(kShape, shares_, std::chrono::microseconds(50));
-  far.Ask(Question(1, std::vector<HeadMode>(kShape.kv_heads, HeadMode::kLocal)));
+  Ask(far, Question(1, std::vector<HeadMode>(kShape.kv_heads, HeadMode::kLocal)));
   EXPECT_TRUE(far.Wait().empty());
   const std::vector<HeadMode> modes(kShape.kv_heads, HeadMode::kState);
   FarQuestion question = Question(1, modes);
   for (FarSequence& sequence : batch_) sequence.end = sequence.begin;
-  far.Ask(question);
+  Ask(far, question);
   EXPECT_TRUE(far.Wait().empty());
 }
 
@@ -226,7 +270,7 @@ TEST_F(FarAttentionTest, MissesOneDaemonAlone) {
   const auto ask = [&] {
     FarQuestion question = Question(1, modes);
     question.deadline = std::chrono::milliseconds(300);
-    far.Ask(question);
+    Ask(far, question);
     const auto& replies = far.Wait();
     EXPECT_EQ(replies.size(), 2U);
     EXPECT_TRUE(replies[0].answer.ok());
@@ -254,7 +298,7 @@ TEST_F(FarAttentionTest, OneLostSessionIsNotTheOthersLoss) {
   ASSERT_TRUE(clients_[0]->Close(closed).ok());
   for (const Session& gone : {of_another_boot, closed}) {
     sessions_[1][0] = gone;
-    far.Ask(Question(1, modes));
+    Ask(far, Question(1, modes));
     const auto& replies = far.Wait();
     ASSERT_EQ(replies.size(), 1U);
     EXPECT_TRUE(IsLost(replies[0].answer.status())) << replies[0].answer.status();
@@ -262,7 +306,7 @@ TEST_F(FarAttentionTest, OneLostSessionIsNotTheOthersLoss) {
     EXPECT_EQ(replies[0].lost, (std::vector<uint32_t>{1}));
   }
   sessions_[1][0] = whole;
-  far.Ask(Question(1, modes));
+  Ask(far, Question(1, modes));
   EXPECT_TRUE(far.Wait()[0].answer.ok());
   EXPECT_TRUE(far.Wait()[0].lost.empty());
 }
@@ -272,7 +316,7 @@ TEST_F(FarAttentionTest, LostSessionsAreNotAskedFor) {
   lost_[1][0] = 1;
   FarAttention far(kShape, shares_, std::chrono::microseconds(50));
   const std::vector<HeadMode> modes(kShape.kv_heads, HeadMode::kState);
-  far.Ask(Question(1, modes));
+  Ask(far, Question(1, modes));
   const auto& replies = far.Wait();
   ASSERT_EQ(replies.size(), 2U);
   EXPECT_EQ(replies[0].answer.status().code(), absl::StatusCode::kFailedPrecondition);
