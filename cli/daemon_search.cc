@@ -10,9 +10,12 @@ namespace {
 
 index::SearchResult ToSearchResult(ItemResult item) {
   index::SearchResult result;
-  result.out = std::move(item.out);
-  result.lse = std::move(item.lse);
-  if (!item.selections.empty()) result.positions = std::move(item.selections[0].positions);
+  result.out.assign(item.out.begin(), item.out.end());
+  result.lse.assign(item.lse.begin(), item.lse.end());
+  if (!item.selections.empty()) {
+    const absl::Span<const int64_t> positions = item.selections[0].positions;
+    result.positions.assign(positions.begin(), positions.end());
+  }
   if (!item.reports.empty()) {
     Report& report = item.reports[0];
     result.report.keys_scanned = static_cast<int64_t>(report.keys_scanned);

@@ -189,7 +189,8 @@ class Demo {
     if (!response.ok()) return response.status();
     StepAnswer answer;
     AddCosts(*response, answer);
-    answer.out = std::move(response->items[0].out);
+    const absl::Span<const float> out = response->items[0].out;
+    answer.out.assign(out.begin(), out.end());
     return answer;
   }
 
@@ -207,13 +208,13 @@ class Demo {
     if (!response.ok()) return response.status();
     StepAnswer answer;
     AddCosts(*response, answer);
-    ItemResult& rest = response->items[0];
+    const ItemResult& rest = response->items[0];
+    answer.out.resize(rest.out.size());
     const int group = traces_[0].group;
     const int dim = traces_[0].value_dim;
     std::vector<float> scaled(queries);
     for (float& element : scaled) element *= shape_.softmax_scale;
     std::vector<float> storage(static_cast<size_t>(kernels::GroupStateFloats(group, dim)));
-    std::vector<float> out(static_cast<size_t>(group * dim));
     std::vector<float> lse(static_cast<size_t>(group));
     for (int head = 0; head < 2; ++head) {
       const Selection& selection = rest.selections[static_cast<size_t>(head)];
@@ -222,11 +223,11 @@ class Demo {
       kernels::AttendRows(scaled.data() + head * group * traces_[0].key_dim, selection.keys.data(),
                           selection.values.data(), shape_.dtype,
                           static_cast<int>(selection.positions.size()), traces_[0].key_dim, state);
-      kernels::FinishState(state, out.data(), lse.data());
-      kernels::MergeFinished(rest.out.data() + head * group * dim, rest.lse.data() + head * group,
-                             out.data(), lse.data(), group, dim);
+      float* const out = answer.out.data() + head * group * dim;
+      kernels::FinishState(state, out, lse.data());
+      kernels::MergeFinished(out, lse.data(), rest.out.data() + head * group * dim,
+                             rest.lse.data() + head * group, group, dim);
     }
-    answer.out = std::move(rest.out);
     return answer;
   }
 

@@ -14,6 +14,7 @@
 #include <limits>
 #include <map>
 #include <mutex>
+#include <new>
 #include <set>
 #include <thread>
 #include <utility>
@@ -439,7 +440,7 @@ class Channel::Impl {
     if (header.payload_bytes == 0) co_return true;
     if (!co_await link.Discard(header.PaddingBytes())) co_return false;
     answer.payload_bytes = header.payload_bytes;
-    answer.payload.reset(new uint8_t[answer.payload_bytes]);
+    answer.payload = AllocatePayload(answer.payload_bytes);
     if (!co_await link.ReadInto(answer.payload.get(), answer.payload_bytes)) co_return false;
     co_return co_await link.ReadInto(trailer.data(), trailer.size());
   }
@@ -488,6 +489,12 @@ class Channel::Impl {
 
   std::thread thread_;  ///< last: all else is there when it starts
 };
+
+std::shared_ptr<uint8_t[]> AllocatePayload(size_t bytes) {
+  constexpr std::align_val_t kAlignment{proto::kPayloadAlignment};
+  auto* const memory = static_cast<uint8_t*>(::operator new[](bytes, kAlignment));
+  return {memory, [](uint8_t* payload) { ::operator delete[](payload, kAlignment); }};
+}
 
 void Message::BringTogether() {
   for (const Part& part : parts) {

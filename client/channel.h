@@ -42,10 +42,13 @@ struct Message {
   void BringTogether();
 };
 
+/// At a multiple of 64 bytes, as parts stand within payloads; not initialised.
+std::shared_ptr<uint8_t[]> AllocatePayload(size_t bytes);
+
 /// The answer to one, its payload's checksum verified where the connection has checksums.
 struct Answer {
   std::string metadata;
-  std::unique_ptr<uint8_t[]> payload;
+  std::shared_ptr<uint8_t[]> payload;  ///< of AllocatePayload
   size_t payload_bytes = 0;
   uint64_t bytes_sent = 0;
   uint64_t bytes_received = 0;

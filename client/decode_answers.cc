@@ -1,7 +1,7 @@
 #include "client/decode_answers.h"
 
 #include <algorithm>
-#include <cstring>
+#include <cstddef>
 #include <functional>
 #include <numeric>
 #include <utility>
@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/types/span.h"
 #include "client/shape_checks.h"
+#include "google/protobuf/arena.h"
 #include "proto/kvseek.pb.h"
 
 namespace kvseek::client {
@@ -25,6 +26,23 @@ absl::StatusOr<T> Parse(const Answer& answer) {
   return message;
 }
 
+/// Memory of a search's metadata while it is taken apart: a message of many parts, of which the
+/// usual number needs no allocation.
+class MessageMemory {
+ public:
+  /// Owned by this.
+  template <typename T>
+  absl::StatusOr<const T*> Parse(const Answer& answer) {
+    T* const message = google::protobuf::Arena::CreateMessage<T>(&arena_);
+    if (!message->ParseFromString(answer.metadata)) return Malformed("metadata");
+    return message;
+  }
+
+ private:
+  alignas(std::max_align_t) char first_[4096];
+  google::protobuf::Arena arena_{first_, sizeof(first_)};
+};
+
 /// Takes a payload apart, in the order in which it was laid out.
 class PayloadReader {
  public:
@@ -32,7 +50,7 @@ class PayloadReader {
       : data_(answer.payload.get()), bytes_(answer.payload_bytes) {}
 
   /// The next part, `count` elements of T, where it stands; false if the payload does not have so
-  /// many. Parts begin at multiples of 64 bytes of memory that `new` has aligned.
+  /// many. Parts begin at multiples of 64 bytes, and so does the payload.
   template <typename T>
   bool View(uint64_t count, absl::Span<const T>& part) {
     if (count > bytes_ / sizeof(T)) return false;
@@ -142,8 +160,8 @@ bool TakeState(const SearchShape& shape, PayloadReader& payload, SearchResponse&
   for (size_t i = 0; i < shape.items.size(); ++i) {
     const SearchShape::Item& item = shape.items[i];
     const uint64_t heads = Product({item.tokens, item.kv_heads, item.shape.Group()});
-    if (!payload.Take(Product({heads, item.shape.value_dim}), out.items[i].out)) return false;
-    if (!payload.Take(heads, out.items[i].lse)) return false;
+    if (!payload.View(Product({heads, item.shape.value_dim}), out.items[i].out)) return false;
+    if (!payload.View(heads, out.items[i].lse)) return false;
   }
   return true;
 }
@@ -155,7 +173,7 @@ std::vector<std::vector<size_t>> CountRows(const SearchShape& shape, const Searc
     const SearchShape::Item& item = shape.items[i];
     const uint32_t* held = item.held.data();
     for (const Selection& selection : out.items[i].selections) {
-      const std::vector<int64_t>& positions = selection.positions;
+      const absl::Span<const int64_t> positions = selection.positions;
       size_t common = 0;
       if (!item.held_counts.empty()) {
         const uint32_t* const end = held + item.held_counts[rows[i].size()];
@@ -177,23 +195,22 @@ std::vector<std::vector<size_t>> CountRows(const SearchShape& shape, const Searc
 
 bool TakeRows(const SearchShape& shape, const std::vector<std::vector<size_t>>& rows,
               PayloadReader& payload, uint32_t ModelShape::*dim,
-              std::vector<uint16_t> Selection::*member, SearchResponse& out) {
+              absl::Span<const uint16_t> Selection::*member, SearchResponse& out) {
   for (size_t i = 0; i < shape.items.size(); ++i) {
     const uint32_t width = shape.items[i].shape.*dim;
     const uint64_t all = std::accumulate(rows[i].begin(), rows[i].end(), uint64_t{0});
     absl::Span<const uint16_t> part;
     if (!payload.View(Product({all, width}), part)) return false;
-    const uint16_t* from = part.data();
     for (size_t s = 0; s < rows[i].size(); ++s) {
       const size_t elements = rows[i][s] * width;
-      (out.items[i].selections[s].*member).assign(from, from + elements);
-      from += elements;
+      out.items[i].selections[s].*member = part.first(elements);
+      part.remove_prefix(elements);
     }
   }
   return true;
 }
 
-bool Ascending(const std::vector<int64_t>& positions) {
+bool Ascending(absl::Span<const int64_t> positions) {
   return (positions.empty() || positions.front() >= 0) &&
          std::adjacent_find(positions.begin(), positions.end(), std::greater_equal<>()) ==
              positions.end();
@@ -213,13 +230,12 @@ bool TakePositions(const Counts& counts, PayloadReader& payload, SearchResponse&
   for (const uint32_t count : counts) sum += count;
   absl::Span<const int64_t> all;
   if (!payload.View(sum, all)) return false;
-  const int64_t* from = all.data();
   int next = 0;
   for (ItemResult& item : out.items) {
     for (Selection& selection : item.selections) {
       const uint32_t count = counts.Get(next++);
-      selection.positions.assign(from, from + count);
-      from += count;
+      selection.positions = all.first(count);
+      all.remove_prefix(count);
       if (!Ascending(selection.positions)) return false;
     }
   }
@@ -227,28 +243,31 @@ bool TakePositions(const Counts& counts, PayloadReader& payload, SearchResponse&
 }
 
 absl::StatusOr<SearchResponse> DecodeAttendAnswer(const SearchShape& shape, const Answer& answer) {
-  const auto message = Parse<proto::AttendResponse>(answer);
+  MessageMemory memory;
+  const auto message = memory.Parse<proto::AttendResponse>(answer);
   if (!message.ok()) return message.status();
   SearchResponse response;
-  const absl::Status status = MakeItems(shape, *message, response);
+  const absl::Status status = MakeItems(shape, **message, response);
   if (!status.ok()) return status;
   PayloadReader payload(answer);
-  if (!TakeState(shape, payload, response) || !SumFits(message->position_counts(), answer) ||
-      !TakePositions(message->position_counts(), payload, response) || !payload.AtEnd()) {
+  const auto& counts = (*message)->position_counts();
+  if (!TakeState(shape, payload, response) || !SumFits(counts, answer) ||
+      !TakePositions(counts, payload, response) || !payload.AtEnd()) {
     return Malformed("payload");
   }
   return response;
 }
 
 absl::StatusOr<SearchResponse> DecodeTopKAnswer(const SearchShape& shape, const Answer& answer) {
-  const auto message = Parse<proto::TopKResponse>(answer);
+  MessageMemory memory;
+  const auto message = memory.Parse<proto::TopKResponse>(answer);
   if (!message.ok()) return message.status();
   SearchResponse response;
-  const absl::Status status = MakeItems(shape, *message, response);
+  const absl::Status status = MakeItems(shape, **message, response);
   if (!status.ok()) return status;
   PayloadReader payload(answer);
-  bool whole = SumFits(message->position_counts(), answer) &&
-               TakePositions(message->position_counts(), payload, response);
+  const auto& counts = (*message)->position_counts();
+  bool whole = SumFits(counts, answer) && TakePositions(counts, payload, response);
   if (whole && shape.with_rows) {
     const std::vector<std::vector<size_t>> rows = CountRows(shape, response);
     whole = TakeRows(shape, rows, payload, &ModelShape::key_dim, &Selection::keys, response) &&
@@ -294,6 +313,7 @@ absl::StatusOr<SearchResponse> DecodeSearch(const SearchShape& shape, const Answ
   absl::StatusOr<SearchResponse> response =
       shape.k.has_value() ? DecodeTopKAnswer(shape, answer) : DecodeAttendAnswer(shape, answer);
   if (response.ok()) {
+    response->payload = answer.payload;
     response->bytes_sent = answer.bytes_sent;
     response->bytes_received = answer.bytes_received;
   }

@@ -36,6 +36,7 @@ SearchShape ShapeOf(const TopKRequest& request);
 
 absl::StatusOr<Session> DecodeOpen(const ModelShape& shape, const Answer& answer);
 absl::StatusOr<uint64_t> DecodeAppend(const Answer& answer);
+/// Copies no tensors: the response shares the answer's payload.
 absl::StatusOr<SearchResponse> DecodeSearch(const SearchShape& shape, const Answer& answer);
 absl::StatusOr<Rows> DecodeFetchRows(const ModelShape& shape, size_t count, const Answer& answer);
 absl::StatusOr<Session> DecodeFork(const ModelShape& shape, const Answer& answer);

@@ -156,22 +156,25 @@ struct Report {
 /// Keys chosen for one query token and KV head. Rows, with_rows only, are those of `positions` that
 /// are not in the request's list of held ones, in the order of `positions`.
 struct Selection {
-  std::vector<int64_t> positions;  ///< ascending; held ones too
-  std::vector<uint16_t> keys;      ///< (rows, key_dim)
-  std::vector<uint16_t> values;    ///< (rows, value_dim)
+  absl::Span<const int64_t> positions;  ///< ascending; held ones too
+  absl::Span<const uint16_t> keys;      ///< (rows, key_dim)
+  absl::Span<const uint16_t> values;    ///< (rows, value_dim)
 };
 
 /// Answer to one item. kv_heads and query_heads are those asked for.
 struct ItemResult {
-  std::vector<float> out;  ///< (tokens, query_heads, value_dim)
-  std::vector<float> lse;  ///< (tokens, query_heads); -infinity: empty
+  absl::Span<const float> out;  ///< (tokens, query_heads, value_dim)
+  absl::Span<const float> lse;  ///< (tokens, query_heads); -infinity: empty
   std::vector<Selection>
       selections;  ///< (tokens, kv_heads); TopK, or Attend with list_read (positions only)
   std::vector<Report> reports;  ///< (tokens, kv_heads)
 };
 
+/// Tensors stand where they arrived: all spans point into `payload`, which copies of the response
+/// share, so they are good for as long as any copy, or a copy of `payload`, is there.
 struct SearchResponse {
   std::vector<ItemResult> items;
+  std::shared_ptr<const uint8_t[]> payload{};
   uint64_t bytes_sent = 0;      ///< of the request's frame
   uint64_t bytes_received = 0;  ///< of the answer's frame
   /// Of the time that the call took, the daemon's own: from the whole request read to the answer's

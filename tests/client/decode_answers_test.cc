@@ -21,8 +21,7 @@ Answer MakeAnswer(const std::string& metadata, const std::string& payload) {
   Answer answer;
   answer.metadata = metadata;
   answer.payload_bytes = payload.size();
-  answer.payload.reset(
-      new uint8_t[payload.size()]);  // exact, so that a sanitizer sees an over-read
+  answer.payload = AllocatePayload(payload.size());  // exact: a sanitizer sees an over-read
   std::memcpy(answer.payload.get(), payload.data(), payload.size());
   return answer;
 }
@@ -191,6 +190,21 @@ TEST(DecodeAnswersTest, AnswersOfSomeHeadsHaveNoOthers) {
   EXPECT_EQ(
       DecodeSearch(shape, MakeAnswer(message.SerializeAsString(), maker.bytes())).status().code(),
       absl::StatusCode::kDataLoss);
+}
+
+TEST(DecodeAnswersTest, CopiesOfAResponseKeepItsTensors) {
+  SearchResponse copy;
+  const float* place = nullptr;
+  {
+    const auto response = TopK().Decode();
+    ASSERT_TRUE(response.ok()) << response.status();
+    place = response->items[0].out.data();
+    copy = *response;
+  }
+  EXPECT_EQ(copy.items[0].out.data(), place);
+  EXPECT_EQ(reinterpret_cast<uintptr_t>(place) % proto::kPayloadAlignment, 0U);
+  EXPECT_EQ(copy.items[0].out, Counting<float>(64));
+  EXPECT_EQ(copy.items[1].selections[2].values, Counting<uint16_t>(48, 3016));
 }
 
 TEST(DecodeAnswersTest, RowsOfPositionsHeldDoNotCome) {

@@ -25,10 +25,9 @@ constexpr ModelShape kShape{
 constexpr uint32_t kTokens = 2 * index::kSegmentTokens + 200;
 
 /// Bits, so that -0 and NaN count too.
-template <typename T>
-std::vector<uint8_t> Bits(const std::vector<T>& values) {
-  const auto* bytes = reinterpret_cast<const uint8_t*>(values.data());
-  return {bytes, bytes + values.size() * sizeof(T)};
+std::vector<uint8_t> Bits(absl::Span<const float> values) {
+  const absl::Span<const uint8_t> bytes = AsBytes(values);
+  return {bytes.begin(), bytes.end()};
 }
 
 /// The rows of one layer, as the client sends them and as the index library reads them.

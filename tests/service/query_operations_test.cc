@@ -22,10 +22,9 @@ constexpr ModelShape kShape{
 constexpr uint32_t kTokens = 2500;
 
 /// Bits, so that -0 and NaN count too.
-template <typename T>
-std::vector<uint8_t> Bits(const std::vector<T>& values) {
-  const auto* bytes = reinterpret_cast<const uint8_t*>(values.data());
-  return {bytes, bytes + values.size() * sizeof(T)};
+std::vector<uint8_t> Bits(absl::Span<const float> values) {
+  const absl::Span<const uint8_t> bytes = AsBytes(values);
+  return {bytes.begin(), bytes.end()};
 }
 
 class QueryOperationsTest : public testing::TestWithParam<uint64_t> {
@@ -129,7 +128,7 @@ class QueryOperationsTest : public testing::TestWithParam<uint64_t> {
     client::Answer answer;
     answer.metadata = response.metadata;
     answer.payload_bytes = response.payload.bytes;
-    answer.payload.reset(new uint8_t[answer.payload_bytes]);
+    answer.payload = client::AllocatePayload(answer.payload_bytes);
     std::memcpy(answer.payload.get(), response.payload.data.get(), answer.payload_bytes);
     auto decoded = client::DecodeSearch(shape, answer);
     EXPECT_TRUE(decoded.ok()) << decoded.status();
@@ -137,10 +136,16 @@ class QueryOperationsTest : public testing::TestWithParam<uint64_t> {
   }
 };
 
+/// A result, and what its state points into.
+struct Part {
+  ItemResult item;
+  std::vector<float> out, lse;
+};
+
 /// The part of an answer for all heads that belongs to `heads`.
-ItemResult PartOf(const ItemResult& all, uint32_t tokens, const std::vector<uint32_t>& heads) {
-  ItemResult part;
-  const auto append = [](std::vector<float>& to, const std::vector<float>& from, size_t row,
+Part PartOf(const ItemResult& all, uint32_t tokens, const std::vector<uint32_t>& heads) {
+  Part part;
+  const auto append = [](std::vector<float>& to, absl::Span<const float> from, size_t row,
                          size_t width) {
     if (from.empty()) return;
     const auto begin = from.begin() + static_cast<ptrdiff_t>(row * width);
@@ -151,10 +156,12 @@ ItemResult PartOf(const ItemResult& all, uint32_t tokens, const std::vector<uint
       const size_t row = size_t{t} * kShape.kv_heads + head;
       append(part.out, all.out, row, size_t{kShape.Group()} * kShape.value_dim);
       append(part.lse, all.lse, row, kShape.Group());
-      part.reports.push_back(all.reports[row]);
-      if (!all.selections.empty()) part.selections.push_back(all.selections[row]);
+      part.item.reports.push_back(all.reports[row]);
+      if (!all.selections.empty()) part.item.selections.push_back(all.selections[row]);
     }
   }
+  part.item.out = part.out;
+  part.item.lse = part.lse;
   return part;
 }
 
@@ -191,7 +198,7 @@ TEST_P(QueryOperationsTest, AttendForSomeHeadsIsThatPartOfAttendForAll) {
     for (size_t i = 0; i < 3; ++i) {
       std::vector<uint32_t> heads = some.items[i].kv_heads;
       if (heads.empty()) heads = {0, 1, 2, 3, 4};
-      ExpectSame(part.items[i], PartOf(whole.items[i], some.items[i].tokens, heads));
+      ExpectSame(part.items[i], PartOf(whole.items[i], some.items[i].tokens, heads).item);
       asked += some.items[i].tokens * heads.size();
     }
     EXPECT_EQ(Searches() - before, asked) << "heads that are not asked for cost nothing";
@@ -212,7 +219,7 @@ TEST_P(QueryOperationsTest, TopKForSomeHeadsIsThatPartOfTopKForAll) {
     ASSERT_EQ(part.items.size(), 2U);
     for (size_t i = 0; i < 2; ++i) {
       ExpectSame(part.items[i],
-                 PartOf(whole.items[i], some.items[i].tokens, some.items[i].kv_heads));
+                 PartOf(whole.items[i], some.items[i].tokens, some.items[i].kv_heads).item);
     }
   }
 }
@@ -252,22 +259,26 @@ TEST_P(QueryOperationsTest, RowsHeldDoNotTravelAndTheRestIsAsBefore) {
     ASSERT_EQ(part.items.size(), 3U);
     for (size_t i = 0; i < 3; ++i) {
       ItemResult expected = whole.items[i];
+      std::deque<std::vector<uint16_t>> rows;
       auto next = held[i].positions.begin();
       for (size_t s = 0; s < held[i].counts.size(); ++s) {
         const std::set<int64_t> list(next, next + held[i].counts[s]);
         next += held[i].counts[s];
-        const Selection all = std::exchange(expected.selections[s], {});
-        expected.selections[s].positions = all.positions;
+        const Selection& all = whole.items[i].selections[s];
+        std::vector<uint16_t>& keys = rows.emplace_back();
+        std::vector<uint16_t>& values = rows.emplace_back();
         for (size_t p = 0; p < all.positions.size(); ++p) {
           if (list.contains(all.positions[p])) continue;
-          const auto row = [p](const std::vector<uint16_t>& from, size_t width,
+          const auto row = [p](absl::Span<const uint16_t> from, size_t width,
                                std::vector<uint16_t>& to) {
             const auto begin = from.begin() + static_cast<ptrdiff_t>(p * width);
             to.insert(to.end(), begin, begin + static_cast<ptrdiff_t>(width));
           };
-          row(all.keys, kShape.key_dim, expected.selections[s].keys);
-          row(all.values, kShape.value_dim, expected.selections[s].values);
+          row(all.keys, kShape.key_dim, keys);
+          row(all.values, kShape.value_dim, values);
         }
+        expected.selections[s].keys = keys;
+        expected.selections[s].values = values;
       }
       ExpectSame(part.items[i], expected);
     }

@@ -28,10 +28,10 @@ int main(int argc, char** argv) {
     std::printf("%s\n", answer.status().ToString().c_str());
     return 1;
   }
-  kvseek::ItemResult& part = answer->items[0];
-  const std::vector<float> own(8, 6.0F);  // one key of the same score: a quarter of the mass
-  const float own_lse = 0.0F;
-  kvseek::kernels::MergeFinished(part.out.data(), part.lse.data(), own.data(), &own_lse, 1, 8);
-  std::printf("out %.3f, lse %.3f\n", part.out[0], part.lse[0]);
-  return std::abs(part.out[0] - 3.0F) < 1e-3F ? 0 : 1;
+  const kvseek::ItemResult& part = answer->items[0];
+  std::vector<float> out(8, 6.0F);  // one key of the same score: a quarter of the mass
+  float lse = 0.0F;
+  kvseek::kernels::MergeFinished(out.data(), &lse, part.out.data(), part.lse.data(), 1, 8);
+  std::printf("out %.3f, lse %.3f\n", out[0], lse);
+  return std::abs(out[0] - 3.0F) < 1e-3F ? 0 : 1;
 }

@@ -93,7 +93,7 @@ class FarAttentionTest : public testing::Test {
   }
 
   /// What one session with all heads answers.
-  ItemResult Whole(const FarQuestion& question, size_t b) {
+  SearchResponse Whole(const FarQuestion& question, size_t b) {
     KvClient& client = *clients_[0];
     if (whole_.session_id == 0) whole_ = Fill({&client, &client, 0, kShape.kv_heads});
     AttendRequest request;
@@ -108,7 +108,7 @@ class FarAttentionTest : public testing::Test {
     request.query_dtype = DType::kBf16;
     auto answer = client.Attend(request, {.deadline = kDeadline});
     EXPECT_TRUE(answer.ok()) << answer.status();
-    return answer.ok() ? answer->items[0] : ItemResult();
+    return answer.ok() ? *std::move(answer) : SearchResponse{.items = {{}}};
   }
 
   /// The lse of token t and KV head `head` in an answer for `heads` KV heads is that of the whole.
@@ -160,11 +160,11 @@ TEST_F(FarAttentionTest, StatesOfSeveralDaemonsAreTheWhole) {
         EXPECT_FALSE(reply.rows);
         ASSERT_EQ(reply.batch, (std::vector<uint32_t>{0, 1}));
         for (size_t b = 0; b < 2; ++b) {
-          const ItemResult whole = Whole(question, b);
+          const SearchResponse whole = Whole(question, b);
           for (size_t h = 0; h < reply.heads.size(); ++h) {
             ++seen;
             for (size_t t = 0; t < tokens; ++t) {
-              ExpectSameState(reply.answer->items[b], t, h, reply.heads.size(), whole,
+              ExpectSameState(reply.answer->items[b], t, h, reply.heads.size(), whole.items[0],
                               reply.heads[h]);
             }
           }
