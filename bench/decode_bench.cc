@@ -11,8 +11,10 @@
 // and memory are multiplied up to all of the model's layers, and the output head is added. A case
 // that needs more of the GPU's memory than there is, with all layers, is said not to fit. Keys,
 // values and queries are random normal numbers, queries the same in every step (so rows mode finds
-// nearly all of its rows in the cache). --attention-only leaves the matrix products out and
-// waits for the GPU after every layer: what a layer takes beyond the daemon's own time, by parts.
+// nearly all of its rows in the cache). attention_us is the stream's time of a layer's attention,
+// from its queries' being there to its output's being there, the next number what of it is beyond
+// the daemon's own time. --attention-only leaves the matrix products out and waits for the GPU
+// after every layer, so that launching the first kernel is in those times too.
 #include <cublas_v2.h>
 #include <cuda_runtime_api.h>
 
@@ -36,6 +38,7 @@
 namespace kvseek::bench {
 namespace {
 
+using client::GpuEvent;
 using client::DeviceArray;
 using Clock = std::chrono::steady_clock;
 using Json = nlohmann::ordered_json;
@@ -181,17 +184,51 @@ struct NewRows {
   DeviceArray<uint16_t> queries, keys, values;
 };
 
+Json Quantiles(std::vector<double> times) {
+  std::sort(times.begin(), times.end());
+  return {{"p50", times[times.size() / 2]}, {"p99", times[times.size() * 99 / 100]}};
+}
+
+/// How long the stream is at each layer's attention: from its queries' being there to its output's.
+class StreamTimes {
+ public:
+  StreamTimes(uint32_t layers, cudaStream_t stream) : events_(2 * size_t{layers}), stream_(stream) {
+    for (GpuEvent& event : events_) Must("event", event.Create(0));
+  }
+  void Begin(uint32_t layer) {
+    Must("event", cudaEventRecord(events_[size_t{2} * layer].get(), stream_));
+  }
+  void End(uint32_t layer) {
+    Must("event", cudaEventRecord(events_[size_t{2} * layer + 1].get(), stream_));
+  }
+  /// Microseconds, once the stream is idle.
+  double Of(uint32_t layer) const {
+    float ms = 0.0F;
+    Must("event", cudaEventElapsedTime(&ms, events_[size_t{2} * layer].get(),
+                                       events_[size_t{2} * layer + 1].get()));
+    return 1e3 * static_cast<double>(ms);
+  }
+
+ private:
+  std::vector<GpuEvent> events_;
+  cudaStream_t stream_;
+};
+
 /// Times `steps` steps of `layers` layers and one output head, and the head alone: milliseconds.
-template <typename Begin, typename Attend>
+/// And the stream's time of a layer's attention, and what of it is beyond daemon_us(layer).
+template <typename Begin, typename Attend, typename DaemonTime>
 Json TimeSteps(const Options& options, Dense& dense, uint32_t layers, const Begin& begin,
-               const Attend& attend, cudaStream_t stream) {
-  std::vector<double> steps, heads;
+               const Attend& attend, const DaemonTime& daemon_us, cudaStream_t stream) {
+  std::vector<double> steps, heads, attention_us, beyond_us;
+  StreamTimes times(layers, stream);
   for (int step = 0; step < options.warm_up + options.steps; ++step) {
     const auto begun = Clock::now();
     begin();
     for (uint32_t layer = 0; layer < layers; ++layer) {
       dense.BeforeAttention(layer);
+      times.Begin(layer);
       attend(layer);
+      times.End(layer);
       dense.AfterAttention(layer);
     }
     Must("step", cudaStreamSynchronize(stream));
@@ -203,12 +240,18 @@ Json TimeSteps(const Options& options, Dense& dense, uint32_t layers, const Begi
     using Milliseconds = std::chrono::duration<double, std::milli>;
     steps.push_back(Milliseconds(layers_done - begun).count());
     heads.push_back(Milliseconds(done - layers_done).count());
+    for (uint32_t layer = 0; layer < layers; ++layer) {
+      attention_us.push_back(times.Of(layer));
+      beyond_us.push_back(times.Of(layer) - daemon_us(layer));
+    }
   }
   std::sort(steps.begin(), steps.end());
   std::sort(heads.begin(), heads.end());
   return {{"layers_ms", steps[steps.size() / 2]},
           {"layers_worst_ms", steps.back()},
-          {"head_ms", heads[heads.size() / 2]}};
+          {"head_ms", heads[heads.size() / 2]},
+          {"attention_us", Quantiles(std::move(attention_us))},
+          {"attention_beyond_daemon_us", Quantiles(std::move(beyond_us))}};
 }
 
 Json RunFull(const Options& options, const Case& run, uint32_t layers, cudaStream_t stream) {
@@ -269,7 +312,7 @@ Json RunFull(const Options& options, const Case& run, uint32_t layers, cudaStrea
                             dense.attended(), DType::kBf16, nullptr, stream));
   };
   return TimeSteps(
-      options, dense, layers, [] {}, attend, stream);
+      options, dense, layers, [] {}, attend, [](uint32_t) { return 0.0; }, stream);
 }
 
 /// Opens the batch and gives the daemon its tokens, layer by layer.
@@ -328,20 +371,18 @@ Json RunSparse(const Options& options, const Case& run, uint32_t layers, cudaStr
   Dense dense(model, options.attention_only ? 0 : layers, run.batch, stream);
   const NewRows rows(model, run.batch, stream);
   const auto begin = [&] { Must("BeginStep", decoder->BeginStep(sequences, 1, stream)); };
-  std::vector<double> layer_us, beyond_us;
+  std::vector<double> daemon_us(layers);
   const auto attend = [&](uint32_t layer) {
-    const uint64_t daemon_us = decoder->stats().daemon_us;
-    const auto begun = Clock::now();
+    const uint64_t before = decoder->stats().daemon_us;
     Must("Attend", decoder->Attend(layer, rows.queries.get(), rows.keys.get(), rows.values.get(),
                                    dense.attended(), stream));
-    if (!options.attention_only) return;
-    Must("Attend", cudaStreamSynchronize(stream));
-    layer_us.push_back(std::chrono::duration<double, std::micro>(Clock::now() - begun).count());
-    beyond_us.push_back(layer_us.back() -
-                        static_cast<double>(decoder->stats().daemon_us - daemon_us));
+    daemon_us[layer] = static_cast<double>(decoder->stats().daemon_us - before);
+    if (options.attention_only) Must("Attend", cudaStreamSynchronize(stream));
   };
   const DecoderStats start = decoder->stats();
-  Json result = TimeSteps(options, dense, layers, begin, attend, stream);
+  Json result = TimeSteps(
+      options, dense, layers, begin, attend, [&](uint32_t layer) { return daemon_us[layer]; },
+      stream);
   const DecoderStats end = decoder->stats();
   const auto per_layer = [&](uint64_t DecoderStats::*part) {
     return static_cast<double>(end.*part - start.*part) /
@@ -360,14 +401,6 @@ Json RunSparse(const Options& options, const Case& run, uint32_t layers, cudaStr
   result["fill_s"] = fill_s;
   result["fill_gb_per_s"] = 1e-9 * static_cast<double>(model.KvBytesPerToken()) / model.layers *
                             layers * static_cast<double>(run.tokens * run.batch) / fill_s;
-  if (options.attention_only) {
-    for (auto [name, times] :
-         {std::pair{"attend_us", &layer_us}, {"beyond_daemon_us", &beyond_us}}) {
-      std::sort(times->begin(), times->end());
-      result[name] = {{"p50", (*times)[times->size() / 2]},
-                      {"p99", (*times)[times->size() * 99 / 100]}};
-    }
-  }
   for (const SequenceId sequence : sequences) Must("Close", decoder->Close(sequence));
   return result;
 }
@@ -429,10 +462,9 @@ void Print(const Json& result) {
                 100.0 * result["kv_device_share"].get<double>());
     if (result.contains("layer_us"))
       std::printf("\n    a layer, us: %s", result["layer_us"].dump().c_str());
-    if (result.contains("beyond_daemon_us")) {
-      std::printf("\n    a layer %s us, beyond the daemon's time %s us",
-                  result["attend_us"].dump().c_str(), result["beyond_daemon_us"].dump().c_str());
-    }
+    std::printf("\n    a layer's attention %s us, beyond the daemon's time %s us",
+                result["attention_us"].dump().c_str(),
+                result["attention_beyond_daemon_us"].dump().c_str());
     std::printf("\n");
   }
   std::fflush(stdout);
