@@ -10,6 +10,7 @@
 #include "absl/types/span.h"
 #include "client/shape_checks.h"
 #include "google/protobuf/arena.h"
+#include "kernels/cpu/convert.h"
 #include "proto/kvseek.pb.h"
 
 namespace kvseek::client {
@@ -156,13 +157,29 @@ absl::Status MakeItems(const SearchShape& shape, const Proto& message, SearchRes
   return absl::OkStatus();
 }
 
-bool TakeState(const SearchShape& shape, PayloadReader& payload, SearchResponse& out) {
+bool TakeState(const SearchShape& shape, proto::DType dtype, PayloadReader& payload,
+               SearchResponse& out) {
+  if (dtype != proto::DTYPE_FP16 && dtype != proto::DTYPE_UNSPECIFIED) return false;
+  std::vector<absl::Span<const uint16_t>> halves(shape.items.size());
+  size_t elements = 0;
   for (size_t i = 0; i < shape.items.size(); ++i) {
     const SearchShape::Item& item = shape.items[i];
     const uint64_t heads = Product({item.tokens, item.kv_heads, item.shape.Group()});
-    if (!payload.View(Product({heads, item.shape.value_dim}), out.items[i].out)) return false;
-    if (!payload.View(heads, out.items[i].lse)) return false;
+    const uint64_t count = Product({heads, item.shape.value_dim});
+    const bool there = dtype == proto::DTYPE_FP16 ? payload.View(count, halves[i])
+                                                  : payload.View(count, out.items[i].out);
+    if (!there || !payload.View(heads, out.items[i].lse)) return false;
+    elements += halves[i].size();
   }
+  if (elements == 0) return true;
+  const std::shared_ptr<float[]> states(new float[elements]);
+  float* next = states.get();
+  for (size_t i = 0; i < halves.size(); ++i) {
+    kernels::ConvertToFloat(halves[i].data(), DType::kFp16, halves[i].size(), next);
+    out.items[i].out = {next, halves[i].size()};
+    next += halves[i].size();
+  }
+  out.states = states;
   return true;
 }
 
@@ -251,7 +268,7 @@ absl::StatusOr<SearchResponse> DecodeAttendAnswer(const SearchShape& shape, cons
   if (!status.ok()) return status;
   PayloadReader payload(answer);
   const auto& counts = (*message)->position_counts();
-  if (!TakeState(shape, payload, response) || !SumFits(counts, answer) ||
+  if (!TakeState(shape, (*message)->state_dtype(), payload, response) || !SumFits(counts, answer) ||
       !TakePositions(counts, payload, response) || !payload.AtEnd()) {
     return Malformed("payload");
   }
@@ -273,7 +290,9 @@ absl::StatusOr<SearchResponse> DecodeTopKAnswer(const SearchShape& shape, const 
     whole = TakeRows(shape, rows, payload, &ModelShape::key_dim, &Selection::keys, response) &&
             TakeRows(shape, rows, payload, &ModelShape::value_dim, &Selection::values, response);
   }
-  if (whole && shape.with_state) whole = TakeState(shape, payload, response);
+  if (whole && shape.with_state) {
+    whole = TakeState(shape, (*message)->state_dtype(), payload, response);
+  }
   if (!whole || !payload.AtEnd()) return Malformed("payload");
   return response;
 }

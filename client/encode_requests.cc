@@ -163,7 +163,9 @@ absl::Status FillSearch(const Request& request, Proto& message, Message& out) {
     parts.push_back(item.queries);
     if (!item.held.empty()) parts.push_back(AsBytes(item.held));
   }
+  if (request.state_dtype == DType::kBf16) return Invalid("state_dtype", "must be fp32 or fp16");
   message.set_query_dtype(static_cast<proto::DType>(request.query_dtype));
+  if (request.state_dtype == DType::kFp16) message.set_state_dtype(proto::DTYPE_FP16);
   const SearchOptions& options = request.options;
   proto::SearchOptions& to = *message.mutable_options();
   to.set_index(static_cast<proto::IndexKind>(options.index));

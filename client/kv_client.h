@@ -130,6 +130,8 @@ struct AttendRequest {
   std::vector<QueryItem> items{};
   SearchOptions options{};
   DType query_dtype = DType::kFp32;
+  /// How the answer's `out` travels: kFp32, or kFp16 for half of the bytes and a rounding of 2^-11.
+  DType state_dtype = DType::kFp32;
 };
 
 struct TopKRequest {
@@ -138,7 +140,8 @@ struct TopKRequest {
   DType query_dtype = DType::kFp32;
   uint32_t k = 256;
   bool with_rows = true;
-  bool with_state = true;  ///< the attention state of everything not returned
+  bool with_state = true;            ///< the attention state of everything not returned
+  DType state_dtype = DType::kFp32;  ///< as AttendRequest's
 };
 
 /// What an answer says of itself, for one query token and KV head.
@@ -170,11 +173,13 @@ struct ItemResult {
   std::vector<Report> reports;  ///< (tokens, kv_heads)
 };
 
-/// Tensors stand where they arrived: all spans point into `payload`, which copies of the response
-/// share, so they are good for as long as any copy, or a copy of `payload`, is there.
+/// Tensors stand where they arrived: all spans point into `payload` (states that travelled as fp16:
+/// into `states`), which copies of the response share, so they are good for as long as any copy is
+/// there, or a copy of these.
 struct SearchResponse {
   std::vector<ItemResult> items;
   std::shared_ptr<const uint8_t[]> payload{};
+  std::shared_ptr<const float[]> states{};
   uint64_t bytes_sent = 0;      ///< of the request's frame
   uint64_t bytes_received = 0;  ///< of the answer's frame
   /// Of the time that the call took, the daemon's own: from the whole request read to the answer's

@@ -10,6 +10,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/types/span.h"
+#include "kernels/cpu/convert.h"
 #include "proto/frame.h"
 #include "proto/status_code.h"
 
@@ -111,7 +112,8 @@ AnswerLayout LayOut(const CheckedSearch& search, absl::Span<Place> places) {
     const CheckedItem& item = search.items[i];
     const size_t heads = item.tokens * item.QueryHeads();
     const auto value_dim = static_cast<size_t>(item.settings().kv.value_dim);
-    layout.items[i].out = layout.payload.Add(heads * value_dim * sizeof(float));
+    layout.items[i].out =
+        layout.payload.Add(heads * value_dim * kernels::DTypeBytes(search.state_dtype));
     layout.items[i].lse = layout.payload.Add(heads * sizeof(float));
   }
   if (!search.topk()) add_positions();
@@ -169,8 +171,14 @@ void PlaceResult(const CheckedSearch& search, const AnswerLayout& layout, const 
     const auto group = static_cast<size_t>(settings.Group());
     const auto value_dim = static_cast<size_t>(settings.kv.value_dim);
     const size_t first_head = place.token * item.QueryHeads() + place.head * group;
-    std::memcpy(payload + parts.out + first_head * value_dim * sizeof(float), result.out.data(),
-                group * value_dim * sizeof(float));
+    const size_t elements = group * value_dim;
+    if (search.state_dtype == kernels::DType::kFp16) {
+      auto* const out = reinterpret_cast<uint16_t*>(payload + parts.out) + first_head * value_dim;
+      kernels::ConvertToFp16(result.out.data(), elements, out);
+    } else {
+      std::memcpy(payload + parts.out + first_head * value_dim * sizeof(float), result.out.data(),
+                  elements * sizeof(float));
+    }
     std::memcpy(payload + parts.lse + first_head * sizeof(float), result.lse.data(),
                 group * sizeof(float));
   }
@@ -190,6 +198,7 @@ std::string MakeMetadata(const CheckedSearch& search, absl::Span<const Place> pl
                          const std::vector<SearchResult>& results, uint32_t compute_us) {
   Message message;
   message.set_compute_us(compute_us);
+  if (search.state_dtype == kernels::DType::kFp16) message.set_state_dtype(proto::DTYPE_FP16);
   for (size_t r = 0; r < results.size(); ++r) {
     const index::SearchReport& from = results[r].report;
     const CheckedItem& item = search.items[places[r].item];
@@ -275,7 +284,7 @@ std::vector<SearchTask> MakeTasks(const CheckedSearch& search) {
 }
 
 absl::Status CheckAnswerFits(const CheckedSearch& search, const DaemonOptions& options) {
-  size_t metadata_bytes = 6;  // compute_us
+  size_t metadata_bytes = 8;  // compute_us and state_dtype
   for (const CheckedItem& item : search.items) {
     metadata_bytes += item.Results() * MetadataBytes(search, item);
   }

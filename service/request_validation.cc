@@ -9,6 +9,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/cpu/attention.h"
+#include "kernels/cpu/convert.h"
 #include "kernels/dtype.h"
 #include "proto/frame.h"
 
@@ -324,6 +325,14 @@ absl::StatusOr<CheckedItem> RequestValidator::CheckItem(const proto::QueryItem& 
   return item;
 }
 
+absl::Status RequestValidator::CheckStateDType(proto::DType dtype, CheckedSearch& search) {
+  if (dtype == proto::DTYPE_BF16 || !proto::DType_IsValid(dtype)) {
+    return Invalid("state_dtype", "must be fp32 or fp16");
+  }
+  search.state_dtype = dtype == proto::DTYPE_FP16 ? DType::kFp16 : DType::kFp32;
+  return absl::OkStatus();
+}
+
 template <typename Message>
 absl::Status RequestValidator::CheckItems(const Message& message, absl::Span<const uint8_t> payload,
                                           TimePoint now, CheckedSearch& search) const {
@@ -376,9 +385,8 @@ absl::Status RequestValidator::CheckItems(const Message& message, absl::Span<con
       continue;
     }
     item.queries = converted;
-    for (size_t e = 0; e < counts[i]; ++e) {
-      *converted++ = kernels::LoadElement(queries, dtype, e);
-    }
+    kernels::ConvertToFloat(queries, dtype, counts[i], converted);
+    converted += counts[i];
   }
   return absl::OkStatus();
 }
@@ -388,6 +396,7 @@ absl::StatusOr<CheckedSearch> RequestValidator::Check(const proto::AttendRequest
                                                       TimePoint now) const {
   CheckedSearch search;
   absl::Status status = CheckOptions(message.options(), search);
+  status.Update(CheckStateDType(message.state_dtype(), search));
   if (status.ok()) status = CheckItems(message, payload, now, search);
   if (!status.ok()) return status;
   return search;
@@ -399,6 +408,7 @@ absl::StatusOr<CheckedSearch> RequestValidator::Check(const proto::TopKRequest& 
   CheckedSearch search;
   absl::Status status = CheckOptions(message.options(), search);
   status.Update(CheckBetween("k", message.k(), 0, index::kMaxK));
+  status.Update(CheckStateDType(message.state_dtype(), search));
   if (!status.ok()) return status;
   search.options.k = static_cast<int>(message.k());
   search.options.list_read = false;

@@ -53,6 +53,7 @@ struct CheckedSearch {
   proto::IndexKind index = proto::INDEX_AUTO;
   bool with_rows = false;
   bool with_state = true;
+  kernels::DType state_dtype = kernels::DType::kFp32;  ///< or kFp16
   index::AlignedArray<float> converted;
 
   bool topk() const { return options.k >= 0; }
@@ -109,6 +110,7 @@ class RequestValidator {
   absl::StatusOr<std::shared_ptr<Session>> Find(bool given, const proto::SessionRef& session,
                                                 absl::string_view field, TimePoint now) const;
   absl::Status CheckOptions(const proto::SearchOptions& message, CheckedSearch& search) const;
+  static absl::Status CheckStateDType(proto::DType dtype, CheckedSearch& search);
   absl::StatusOr<CheckedItem> CheckItem(const proto::QueryItem& message, const std::string& field,
                                         TimePoint now) const;
   /// Fills search.items, finds their queries in the payload, checks them and converts them.

@@ -184,6 +184,7 @@ PreparedSearch FarAttention::PrepareSearch(const FarQuestion& question, const Fa
     for (const uint32_t b : reply.batch) request.items.push_back(MakeItem(question, b, reply));
     request.options = question.options;
     request.query_dtype = shape_.dtype;
+    request.state_dtype = DType::kFp16;  // rounds less than what the model computes in
   };
   if (!reply.rows) {
     fill(attend_);

@@ -330,6 +330,34 @@ TEST_P(ServedTest, QueriesInBf16) {
   ExpectState(served->items[0], 2, 1, Compute(same, 2, 1, {}));
 }
 
+TEST_P(ServedTest, StatesInHalfPrecisionAreTheRoundedOnes) {
+  AttendRequest attend{.items = Items(), .options = Options()};
+  TopKRequest top_k{.items = Items(), .options = Options(), .k = 40};
+  const auto compare = [](const absl::StatusOr<SearchResponse>& whole,
+                          const absl::StatusOr<SearchResponse>& half) {
+    ASSERT_TRUE(whole.ok()) << whole.status();
+    ASSERT_TRUE(half.ok()) << half.status();
+    ASSERT_EQ(whole->items.size(), half->items.size());
+    EXPECT_LT(half->bytes_received, whole->bytes_received);
+    for (size_t i = 0; i < whole->items.size(); ++i) {
+      const ItemResult& item = half->items[i];
+      EXPECT_EQ(whole->items[i].lse, item.lse);
+      ASSERT_EQ(whole->items[i].out.size(), item.out.size());
+      for (size_t e = 0; e < item.out.size(); ++e) {
+        ASSERT_EQ(item.out[e], kernels::Fp16ToFloat(kernels::FloatToFp16(whole->items[i].out[e])));
+      }
+    }
+  };
+  const auto whole = client_->Attend(attend);
+  attend.state_dtype = DType::kFp16;
+  compare(whole, client_->Attend(attend));
+  const auto whole_rest = client_->TopK(top_k);
+  top_k.state_dtype = DType::kFp16;
+  compare(whole_rest, client_->TopK(top_k));
+  attend.state_dtype = DType::kBf16;
+  EXPECT_EQ(ErrorField(client_->Attend(attend).status()), "state_dtype");
+}
+
 TEST_P(ServedTest, RowsForksAndCuts) {
   const std::vector<int64_t> positions = {5, 0, kTokens - 1, 1023, 1024, 5};
   const auto rows = client_->FetchRows(session_, 1, 1, positions);

@@ -292,6 +292,10 @@ TEST_F(RequestValidationTest, OptionsAndQueries) {
             invalid + "query_dtype");
   EXPECT_EQ(RefusedAttend([](auto& m) { m.set_query_dtype(proto::DTYPE_BF16); }),
             invalid + "payload");
+  for (const int dtype : {static_cast<int>(proto::DTYPE_BF16), 9}) {
+    EXPECT_EQ(RefusedAttend([&](auto& m) { m.set_state_dtype(static_cast<proto::DType>(dtype)); }),
+              invalid + "state_dtype");
+  }
   EXPECT_EQ(Describe(service_.Call(TopK(1 << 17), Tensors().Add(Queries())).status), invalid + "k");
 
   for (const float bad : {NAN, std::numeric_limits<float>::infinity()}) {

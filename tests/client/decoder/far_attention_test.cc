@@ -106,6 +106,7 @@ class FarAttentionTest : public testing::Test {
     item.range_end = {question.batch[b].end};
     request.options = question.options;
     request.query_dtype = DType::kBf16;
+    request.state_dtype = DType::kFp16;
     auto answer = client.Attend(request, {.deadline = kDeadline});
     EXPECT_TRUE(answer.ok()) << answer.status();
     return answer.ok() ? *std::move(answer) : SearchResponse{.items = {{}}};
