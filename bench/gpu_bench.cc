@@ -1,7 +1,7 @@
 // The GPU kernels against what the same run measures of the hardware: attention over pages, merging
 // and packing against the bandwidth of device memory and of the bus. Checks results first.
 //
-//   gpu_bench [--quick] [--json FILE]
+//   gpu_bench [--quick] [--filter REGEX] [--json FILE]
 #include <cuda_runtime_api.h>
 
 #include <CLI/CLI.hpp>
@@ -14,6 +14,7 @@
 #include <nlohmann/json.hpp>
 #include <numeric>
 #include <random>
+#include <regex>
 #include <string>
 #include <vector>
 
@@ -136,7 +137,8 @@ struct AttendCase {
 // Everything that the measurements share.
 class Bench {
  public:
-  Bench() {
+  // Measures lines only whose kind and name, as they are printed, match `filter`.
+  explicit Bench(const std::string& filter) : filter_(filter) {
     const std::vector<uint16_t> tile =
         reference::RandomElements(random_(), size_t{16} << 20, 1.0F, DType::kBf16);
     Fill(keys_, tile, 0);
@@ -191,6 +193,9 @@ class Bench {
     return timer_.Median(
         [&](int) { Must("copy", cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_)); });
   }
+  bool IsChosen(const std::string& kind, const std::string& name) const {
+    return std::regex_search(kind + " " + name, filter_);
+  }
   void Line(const std::string& kind, const std::string& name, size_t bytes, double seconds,
             const char* roof_name, double roof) {
     const double rate = bytes / seconds;
@@ -214,6 +219,7 @@ class Bench {
     return stream;
   }
 
+  std::regex filter_;
   std::mt19937 random_{7};
   cudaStream_t stream_ = NewStream();
   Buffer keys_{kPoolBytes}, values_{kPoolBytes}, host_{kHostBytes, true};
@@ -264,6 +270,7 @@ void Bench::CheckGroup(const AttendCase& shape, const std::vector<uint16_t>& que
 }
 
 void Bench::Attend(const AttendCase& shape) {
+  if (!IsChosen("attend", shape.Name())) return;
   const bool is_row_list = shape.page_tokens == 1;
   const int sequences = is_row_list ? shape.batch * kKvHeads : shape.batch;
   const int kv_heads = is_row_list ? 1 : kKvHeads;
@@ -323,6 +330,9 @@ void Bench::Attend(const AttendCase& shape) {
 void Bench::Merge(int states, int heads, DType out_dtype) {
   constexpr int kDim = 128;
   constexpr size_t kVariants = 4;
+  const std::string name = std::to_string(states) + " states to " + kernels::DTypeName(out_dtype) +
+                           ", heads " + std::to_string(heads) + ", d 128";
+  if (!IsChosen("merge", name)) return;
   const size_t list_bytes = static_cast<size_t>(states) * heads * kDim * 4;
   const size_t out_bytes = static_cast<size_t>(heads) * kDim * kernels::DTypeBytes(out_dtype);
   const size_t lse_bytes = static_cast<size_t>(states) * heads * 4;
@@ -355,10 +365,7 @@ void Bench::Merge(int states, int heads, DType out_dtype) {
     if (!(std::abs(value - tile[i]) <= 1e-2F * std::abs(tile[i]) + 1e-6F)) Fail("MergeStates");
   }
   const size_t bytes = list_bytes + lse_bytes + out_bytes + static_cast<size_t>(heads) * 4;
-  Line("merge",
-       std::to_string(states) + " states to " + kernels::DTypeName(out_dtype) + ", heads " +
-           std::to_string(heads) + ", d 128",
-       bytes, timer_.Median(call), "HBM", hbm_);
+  Line("merge", name, bytes, timer_.Median(call), "HBM", hbm_);
 }
 
 // ScatterRows or PackRows of a row cache: each row goes to, or comes from, a random place.
@@ -366,6 +373,11 @@ void Bench::MoveRows(int rows, bool is_into_pool, bool is_host) {
   constexpr int kDim = 128;
   constexpr size_t kRowBytes = kDim * 2;
   constexpr size_t kPoolRows = kPoolBytes / kRowBytes;
+  const std::string kind = is_into_pool ? "scatter" : "pack";
+  const std::string name = std::to_string(rows) + " rows, d 128, " +
+                           (is_into_pool ? "from " : "to ") +
+                           (is_host ? "pinned memory" : "device memory");
+  if (!IsChosen(kind, name)) return;
   const size_t bytes = rows * kRowBytes;
   const size_t variants = std::min(kHostBytes / (2 * bytes), kColdBytes / (2 * bytes) + 1);
   std::vector<int32_t> slots(variants * rows);
@@ -396,10 +408,7 @@ void Bench::MoveRows(int rows, bool is_into_pool, bool is_host) {
                           cudaMemcpyDefault));
   if (in_array != in_pool) Fail("MoveRows");
   // Within the device a byte is read and written.
-  Line(is_into_pool ? "scatter" : "pack",
-       std::to_string(rows) + " rows, d 128, " + (is_into_pool ? "from " : "to ") +
-           (is_host ? "pinned memory" : "device memory"),
-       (is_host ? 2 : 4) * bytes, seconds,
+  Line(kind, name, (is_host ? 2 : 4) * bytes, seconds,
        !is_host       ? "HBM"
        : is_into_pool ? "H2D"
                       : "D2H",
@@ -412,6 +421,9 @@ void Bench::MoveRows(int rows, bool is_into_pool, bool is_host) {
 void Bench::PackTensor(int tokens, bool is_host) {
   constexpr int kDim = 128;
   constexpr int64_t kTokenStride = (32 + 2 * kKvHeads) * kDim;
+  const std::string name = std::to_string(tokens) + " tokens of 8 heads, strided, to " +
+                           (is_host ? "pinned memory" : "device memory");
+  if (!IsChosen("pack", name)) return;
   const size_t bytes = size_t{2} * tokens * kKvHeads * kDim;
   const size_t source_bytes = static_cast<size_t>(tokens) * kTokenStride * 2;
   const size_t variants = std::min(kPoolBytes / source_bytes, kHostBytes / bytes);
@@ -423,14 +435,12 @@ void Bench::PackTensor(int tokens, bool is_host) {
              is_host ? host_.As<void>(variant * bytes) : values_.As<void>(variant * bytes),
              stream_));
   });
-  Line("pack",
-       std::to_string(tokens) + " tokens of 8 heads, strided, to " +
-           (is_host ? "pinned memory" : "device memory"),
-       (is_host ? 1 : 2) * bytes, seconds, is_host ? "D2H" : "HBM", is_host ? d2h_ : hbm_);
+  Line("pack", name, (is_host ? 1 : 2) * bytes, seconds, is_host ? "D2H" : "HBM",
+       is_host ? d2h_ : hbm_);
 }
 
-void Run(bool is_quick, const std::string& json_path) {
-  Bench bench;
+void Run(bool is_quick, const std::string& filter, const std::string& json_path) {
+  Bench bench(filter);
   bench.MeasureCopies();
   const std::vector<int> batches = is_quick ? std::vector<int>{16} : std::vector<int>{1, 16, 64};
   for (const int page_tokens : {16, 64, 1, 0}) {
@@ -465,8 +475,17 @@ void Run(bool is_quick, const std::string& json_path) {
 int main(int argc, char** argv) {
   CLI::App app("The GPU kernels against the bandwidth of the same machine");
   bool is_quick = false;
+  std::string filter;
   std::string json_path;
   app.add_flag("--quick", is_quick, "fewer shapes");
+  app.add_option("--filter", filter, "only lines whose kind and name match REGEX (ECMAScript)")
+      ->check([](const std::string& text) -> std::string {
+        try {
+          return std::regex(text), "";
+        } catch (const std::regex_error& error) {
+          return error.what();
+        }
+      });
   app.add_option("--json", json_path, "also write all numbers to FILE");
   CLI11_PARSE(app, argc, argv);
   int devices = 0;
@@ -474,6 +493,6 @@ int main(int argc, char** argv) {
     std::puts("skipped: no CUDA device");
     return 0;
   }
-  kvseek::bench::Run(is_quick, json_path);
+  kvseek::bench::Run(is_quick, filter, json_path);
   return 0;
 }
