@@ -57,6 +57,24 @@ size_t WorkspaceBytes(int processors, int tokens, int group, int value_dim) {
   return ArrivalBytes(processors) + rows * PieceRow(value_dim) * sizeof(float);
 }
 
+template <typename Shape>
+cudaError_t LaunchMerge(const MergeArguments& arguments, DType out_dtype, cudaStream_t stream) {
+  const int block_heads = Shape::kHeadsAtOnce * (kMergeThreads / arguments.head_threads);
+  const dim3 grid(static_cast<unsigned>((arguments.heads - 1) / block_heads + 1));
+  const auto launch = [&](auto kernel) {
+    return Launch(kernel, grid, kMergeThreads, 0, stream, arguments);
+  };
+  switch (out_dtype) {
+    case DType::kBf16:
+      return launch(MergeStatesKernel<__nv_bfloat16, Shape>);
+    case DType::kFp16:
+      return launch(MergeStatesKernel<__half, Shape>);
+    case DType::kFp32:
+      break;
+  }
+  return launch(MergeStatesKernel<float, Shape>);
+}
+
 }  // namespace
 
 size_t AttendWorkspaceBytes(int groups, int tokens, int group, int value_dim) noexcept {
@@ -107,7 +125,7 @@ cudaError_t MergeStates(const StateList* lists, int list_count, int heads, int v
   MergeArguments arguments{};
   for (int i = 0; i < list_count; ++i) {
     const StateList& list = lists[i];
-    if (list.count < 0 || list.count > INT_MAX - kStatesAtOnce - arguments.count) {
+    if (list.count < 0 || list.count > INT_MAX - ManyStates::kStatesAtOnce - arguments.count) {
       return cudaErrorInvalidValue;
     }
     if (heads > 0 && list.count > 0 && (!IsAligned(list.outs) || list.lses == nullptr)) {
@@ -123,20 +141,9 @@ cudaError_t MergeStates(const StateList* lists, int list_count, int heads, int v
   arguments.head_threads = value_dim / 4 < kMergeThreads ? value_dim / 4 : kMergeThreads;
   arguments.out = out;
   arguments.lse = lse;
-  const int block_heads = kMergeThreads / arguments.head_threads;
-  const dim3 grid(static_cast<unsigned>((heads - 1) / block_heads + 1));
-  const auto launch = [&](auto kernel) {
-    return Launch(kernel, grid, kMergeThreads, 0, stream, arguments);
-  };
-  switch (out_dtype) {
-    case DType::kBf16:
-      return launch(MergeStatesKernel<__nv_bfloat16>);
-    case DType::kFp16:
-      return launch(MergeStatesKernel<__half>);
-    case DType::kFp32:
-      break;
-  }
-  return launch(MergeStatesKernel<float>);
+  return arguments.count <= FewStates::kStatesAtOnce
+             ? LaunchMerge<FewStates>(arguments, out_dtype, stream)
+             : LaunchMerge<ManyStates>(arguments, out_dtype, stream);
 }
 
 }  // namespace kvseek::kernels::cuda
