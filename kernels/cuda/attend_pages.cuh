@@ -14,6 +14,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cuda/atomic>
 
 #include "kernels/cuda/attend_pages.h"
 #include "kernels/cuda/launch.h"
@@ -27,46 +28,40 @@ namespace kvseek::kernels::cuda {
 inline constexpr float kLog2e = 1.44269504F;
 inline constexpr float kLn2 = 0.693147181F;
 
-// Four elements of a running state, merged from state rows.
-struct StateQuad {
+// Four elements of `kStates` states.
+template <int kStates>
+struct StateQuads {
+  float2 states[kStates];  // max and sum
+  float4 values[kStates];
+
+  __device__ void Clear(int i) {
+    states[i] = make_float2(-INFINITY, 0.0F);
+    values[i] = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
+  }
+};
+
+// Four elements of a running state, merged from others.
+struct MergedQuad {
   float max = -INFINITY;
   float sum = 0.0F;
   float4 acc = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
 
-  // Adds elements [4 quad, 4 quad + 4) of `count` rows; row_of(i) is where row i lies, kAtOnce of
-  // which are read at once. They may come from other blocks, so no stale cache may serve them.
-  template <int kAtOnce, bool kIsGlobal, typename RowOf>
-  __device__ void Add(int count, int quad, RowOf row_of) {
-#pragma unroll 1
-    for (int first = 0; first < count; first += kAtOnce) {
-      float2 states[kAtOnce];
-      float4 values[kAtOnce];
-      float new_max = max;
+  template <int kStates>
+  __device__ void Add(const StateQuads<kStates>& quads) {
+    float new_max = max;
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        states[i] = make_float2(-INFINITY, 0.0F);
-        values[i] = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
-        if (first + i >= count) continue;
-        const float* row = row_of(first + i);
-        const auto* state = reinterpret_cast<const float2*>(row);
-        const auto* value = reinterpret_cast<const float4*>(row + kStateHeader) + quad;
-        states[i] = kIsGlobal ? __ldcg(state) : *state;
-        values[i] = kIsGlobal ? __ldcg(value) : *value;
-      }
+    for (int i = 0; i < kStates; ++i) new_max = fmaxf(new_max, quads.states[i].x);
+    const float reference = new_max == -INFINITY ? 0.0F : new_max;
+    Scale(Exp2(max - reference));
+    max = new_max;
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) new_max = fmaxf(new_max, states[i].x);
-      const float reference = new_max == -INFINITY ? 0.0F : new_max;
-      Scale(Exp2(max - reference));
-      max = new_max;
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const float weight = Exp2(states[i].x - reference);
-        sum = fmaf(weight, states[i].y, sum);
-        acc.x = fmaf(weight, values[i].x, acc.x);
-        acc.y = fmaf(weight, values[i].y, acc.y);
-        acc.z = fmaf(weight, values[i].z, acc.z);
-        acc.w = fmaf(weight, values[i].w, acc.w);
-      }
+    for (int i = 0; i < kStates; ++i) {
+      const float weight = Exp2(quads.states[i].x - reference);
+      sum = fmaf(weight, quads.states[i].y, sum);
+      acc.x = fmaf(weight, quads.values[i].x, acc.x);
+      acc.y = fmaf(weight, quads.values[i].y, acc.y);
+      acc.z = fmaf(weight, quads.values[i].z, acc.z);
+      acc.w = fmaf(weight, quads.values[i].w, acc.w);
     }
   }
 
@@ -76,9 +71,15 @@ struct StateQuad {
   }
 };
 
-// One chunk of one group, as far as a block's share goes.
+// One chunk of one group, as far as a block's share goes. Its threads merge and write (row, quad)
+// items, of kDim / 4 quads a row.
 template <typename Elements, typename Shape>
 struct Piece {
+  static constexpr int kQuads = Shape::kDim / 4;
+  static constexpr int kPiecesAtOnce = 8;  // that a thread reads of each item
+  static constexpr int kItemsAtOnce =
+      Shape::kDim == 64 ? 1 : 2;  // there are fewer of 64 dimensions
+
   int sequence;
   int head;
   int chunk;
@@ -87,63 +88,78 @@ struct Piece {
 
   __device__ bool IsWhole() const { return first_block == last_block; }
 
-  // Merges the warps' states and writes the result, or the block's part of it. `rows` has room for
-  // 8 state rows of each warp. Called by all threads.
+  // Merges the warps' states and writes the result, or the block's part of it. `stages` is where
+  // the first warp's stage that is free now lies; the others follow kRingBytes apart. Called by all
+  // threads.
   __device__ void Finish(const AttendArguments& arguments, WarpState<Elements, Shape>& state,
-                         float* rows) const {
+                         unsigned char* stages) const {
+    __shared__ float2 states[Shape::kWarps][kChunkRows];
     const int warp = static_cast<int>(threadIdx.x) / 32;
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const int quads = arguments.pages.pool.value_dim / 4;
-    const int row_count = RowsOfChunk(arguments);
+    const auto elements_of = [&](int of_warp) {
+      return reinterpret_cast<float*>(stages + of_warp * Shape::kRingBytes);
+    };
     state.FinishSums();
-#pragma unroll
-    for (int r = 0; r < Shape::kThreadRows; ++r) {
-      __syncthreads();  // what was read there before is done with
-      state.Store(rows + (warp * 8 + lane / 4) * Shape::kStateRow, r, lane);
-      __syncthreads();
-      const int half_rows = min(8, row_count - 8 * r);
+    state.Store(states[warp], elements_of(warp), static_cast<int>(threadIdx.x) % 32);
+    __syncthreads();
+    const int items = RowsOfChunk(arguments) * kQuads;
 #pragma unroll 1
-      for (int i = static_cast<int>(threadIdx.x); i < half_rows * quads; i += Shape::kThreads) {
-        const int row = i / quads;
-        StateQuad merged;
-        merged.template Add<Shape::kWarps, false>(Shape::kWarps, i % quads, [&](int of_warp) {
-          return rows + (of_warp * 8 + row) * Shape::kStateRow;
-        });
-        if (IsWhole()) {
-          WriteOut(arguments, merged, 8 * r + row, i % quads);
-        } else {
-          WritePiece(arguments, merged, 8 * r + row, i % quads);
-        }
+    for (int i = static_cast<int>(threadIdx.x); i < items; i += Shape::kThreads) {
+      const int row = i / kQuads;
+      const int quad = i % kQuads;
+      const int at = WarpState<Elements, Shape>::StoredAt(row, 4 * quad);
+      StateQuads<Shape::kWarps> quads;
+#pragma unroll
+      for (int w = 0; w < Shape::kWarps; ++w) {
+        quads.states[w] = states[w][row];
+        quads.values[w] = *reinterpret_cast<const float4*>(elements_of(w) + at);
+      }
+      MergedQuad merged;
+      merged.Add(quads);
+      if (IsWhole()) {
+        WriteOut(arguments, merged, row, quad);
+      } else {
+        WritePiece(arguments, merged, row, quad);
       }
     }
+    __syncthreads();  // the stages are free again, the piece is written
   }
 
   // Merges all pieces of the group and writes the result, if this block is the last of those that
   // share it. Called by all threads, after Finish.
   __device__ void MergeIfLast(const AttendArguments& arguments) const {
     __shared__ bool is_last;
-    __threadfence();
-    __syncthreads();
     if (threadIdx.x == 0) {
-      uint32_t* arrivals = arguments.arrivals + first_block;
-      is_last = atomicAdd(arrivals, 1U) == static_cast<uint32_t>(last_block - first_block);
-      if (is_last) *arrivals = 0U;
+      // Between the barriers it releases and acquires for all threads.
+      ::cuda::atomic_ref<uint32_t, ::cuda::thread_scope_device> arrivals(
+          arguments.arrivals[first_block]);
+      is_last = arrivals.fetch_add(1U, ::cuda::memory_order_acq_rel) ==
+                static_cast<uint32_t>(last_block - first_block);
+      if (is_last) arrivals.store(0U, ::cuda::memory_order_relaxed);
     }
     __syncthreads();
     if (!is_last) return;
-    __threadfence();
-    const int quads = arguments.pages.pool.value_dim / 4;
-    const int slot_floats = arguments.chunk_rows * arguments.piece_row;
+    const int items = RowsOfChunk(arguments) * kQuads;
     const int pieces = last_block - first_block + 1;
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < RowsOfChunk(arguments) * quads;
-         i += Shape::kThreads) {
-      const float* first = PieceRow(arguments, first_block, i / quads);
-      StateQuad merged;
-      merged.template Add<8, true>(pieces, i % quads, [&](int piece) {
-        return first + (2 * piece - (piece == pieces - 1 ? 1 : 0)) * slot_floats;
-      });
-      WriteOut(arguments, merged, i / quads, i % quads);
+    for (int i = static_cast<int>(threadIdx.x); i < items; i += kItemsAtOnce * Shape::kThreads) {
+      MergedQuad merged[kItemsAtOnce];
+#pragma unroll 1
+      for (int piece = 0; piece < pieces; piece += kPiecesAtOnce) {
+        StateQuads<kPiecesAtOnce> quads[kItemsAtOnce];
+#pragma unroll
+        for (int j = 0; j < kItemsAtOnce; ++j) {
+          const int item = i + j * Shape::kThreads;
+          ReadPieces(arguments, piece, item < items ? pieces : 0, item / kQuads, item % kQuads,
+                     quads[j]);
+        }
+#pragma unroll
+        for (int j = 0; j < kItemsAtOnce; ++j) merged[j].Add(quads[j]);
+      }
+#pragma unroll
+      for (int j = 0; j < kItemsAtOnce; ++j) {
+        const int item = i + j * Shape::kThreads;
+        if (item < items) WriteOut(arguments, merged[j], item / kQuads, item % kQuads);
+      }
     }
   }
 
@@ -158,8 +174,24 @@ struct Piece {
     return arguments.pieces + (slot * arguments.chunk_rows + row) * arguments.piece_row;
   }
 
-  __device__ void WriteOut(const AttendArguments& arguments, StateQuad state, int row,
+  // Pieces [piece, piece + kPiecesAtOnce), as far as there are so many. Other blocks wrote them, so
+  // no stale cache may serve them.
+  __device__ void ReadPieces(const AttendArguments& arguments, int piece, int pieces, int row,
+                             int quad, StateQuads<kPiecesAtOnce>& quads) const {
+#pragma unroll
+    for (int i = 0; i < kPiecesAtOnce; ++i) {
+      quads.Clear(i);
+      if (piece + i >= pieces || 4 * quad >= arguments.pages.pool.value_dim) continue;
+      const float* from = PieceRow(arguments, first_block + piece + i, row);
+      quads.states[i] = __ldcg(reinterpret_cast<const float2*>(from));
+      quads.values[i] = __ldcg(reinterpret_cast<const float4*>(from + kStateHeader) + quad);
+    }
+  }
+
+  __device__ void WriteOut(const AttendArguments& arguments, MergedQuad state, int row,
                            int quad) const {
+    const int value_dim = arguments.pages.pool.value_dim;
+    if (4 * quad >= value_dim) return;
     const int64_t out_row =
         QueryRows<Shape>::OutRow(arguments, sequence, head, chunk * kChunkRows + row);
     if (quad == 0) {
@@ -168,12 +200,12 @@ struct Piece {
                                    : -INFINITY;
     }
     state.Scale(state.sum > 0.0F ? 1.0F / state.sum : 0.0F);
-    reinterpret_cast<float4*>(arguments.out + out_row * arguments.pages.pool.value_dim)[quad] =
-        state.acc;
+    reinterpret_cast<float4*>(arguments.out + out_row * value_dim)[quad] = state.acc;
   }
 
-  __device__ void WritePiece(const AttendArguments& arguments, const StateQuad& state, int row,
+  __device__ void WritePiece(const AttendArguments& arguments, const MergedQuad& state, int row,
                              int quad) const {
+    if (4 * quad >= arguments.pages.pool.value_dim) return;
     float* to = PieceRow(arguments, static_cast<int>(blockIdx.x), row);
     if (quad == 0) *reinterpret_cast<float2*>(to) = make_float2(state.max, state.sum);
     reinterpret_cast<float4*>(to + kStateHeader)[quad] = state.acc;
@@ -212,27 +244,16 @@ __device__ void WriteEmptySequences(const AttendArguments& arguments) {
   }
 }
 
-// Grid: up to kBlocks for each multiprocessor.
-template <typename Elements, int kDim, bool kFewRows>
-__global__ void __launch_bounds__(AttendShape<kDim, kFewRows>::kThreads,
-                                  AttendShape<kDim, kFewRows>::kBlocks)
+// Grid: Blocks().
+template <typename Elements, typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     AttendPagesKernel(const __grid_constant__ AttendArguments arguments) {
-  using Shape = AttendShape<kDim, kFewRows>;
   extern __shared__ __align__(128) unsigned char shared[];
-  const PagePool& pool = arguments.pages.pool;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
 
   const WorkShare work = FindShare<Shape::kUnitRows>(arguments);
-  if (pool.key_dim < kDim || pool.value_dim < kDim) {
-    for (int i = static_cast<int>(threadIdx.x); i < Shape::kWarps * Shape::kRingBytes / 16;
-         i += Shape::kThreads) {
-      reinterpret_cast<uint4*>(shared)[i] = make_uint4(0, 0, 0, 0);
-    }
-    __syncthreads();
-  }
   const uint32_t ring = SharedAddress(shared) + static_cast<uint32_t>(warp * Shape::kRingBytes);
-  auto* rows = reinterpret_cast<float*>(shared + Shape::kWarps * Shape::kRingBytes);
   UnitCursor<Shape::kUnitRows> cursor;
   cursor.Start(arguments, work);
   TileLoader<Shape> loader;
@@ -248,6 +269,7 @@ __global__ void __launch_bounds__(AttendShape<kDim, kFewRows>::kThreads,
   QueryRows<Shape> queries;
   queries.Load(arguments, cursor, lane);
   int stage = 0;
+  int free_stage = Shape::kStages - 1;
   for (int unit = work.begin; unit < work.end;) {
     const auto piece = PieceAt<Elements, Shape>(cursor, unit, work);
     WarpState<Elements, Shape> state;
@@ -257,30 +279,36 @@ __global__ void __launch_bounds__(AttendShape<kDim, kFewRows>::kThreads,
     for (; unit < end; ++unit, row += Shape::kUnitRows) {
       WaitForCopies<Shape::kStages - 2>();
       __syncwarp();
-      const int free_stage = stage == 0 ? Shape::kStages - 1 : stage - 1;
       loader.Next(arguments, ring + static_cast<uint32_t>(free_stage * Shape::kStageBytes));
       if (row < cursor.count) {
         state.AddTile(queries, scale, row, ring + static_cast<uint32_t>(stage * Shape::kStageBytes),
                       lane);
       }
+      free_stage = stage;
       stage = stage == Shape::kStages - 1 ? 0 : stage + 1;
     }
     if (unit < work.end) {  // the next queries come while this piece is finished
       cursor.NextGroup(arguments);
       queries.Load(arguments, cursor, lane);
     }
-    piece.Finish(arguments, state, rows);
+    piece.Finish(arguments, state, shared + free_stage * Shape::kStageBytes);
     if (!piece.IsWhole()) piece.MergeIfLast(arguments);
   }
 }
 
+// Blocks for `groups` groups of rows: fewer than `most` if their number then goes with that of
+// groups and hardly any is lost.
+inline int Blocks(int64_t groups, int most) {
+  const int64_t even = groups <= most ? most / groups * groups : groups / ((groups - 1) / most + 1);
+  return even * 16 >= int64_t{most} * 15 ? static_cast<int>(even) : most;
+}
+
 // Shared memory beyond 48 KB must be allowed once for each kernel and device.
-template <typename Elements, int kDim, bool kFewRows>
+template <typename Elements, typename Shape>
 cudaError_t LaunchShape(const AttendArguments& arguments, int processors, cudaStream_t stream) {
   static std::atomic<uint64_t> allowed_devices{0};
-  using Shape = AttendShape<kDim, kFewRows>;
   static_assert(Shape::kBlocks <= kBlocksPerProcessor && Shape::kUnitRows >= kMinUnitRows);
-  const auto kernel = AttendPagesKernel<Elements, kDim, kFewRows>;
+  const auto kernel = AttendPagesKernel<Elements, Shape>;
   int device = 0;
   if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
   const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
@@ -290,15 +318,17 @@ cudaError_t LaunchShape(const AttendArguments& arguments, int processors, cudaSt
     if (error != cudaSuccess) return error;
     allowed_devices.fetch_or(bit, std::memory_order_relaxed);
   }
-  return Launch(kernel, dim3(static_cast<unsigned>(Shape::kBlocks * processors)), Shape::kThreads,
-                Shape::kSharedBytes, stream, arguments);
+  const int64_t groups =
+      int64_t{arguments.pages.sequences} * arguments.pages.pool.kv_heads * arguments.chunks;
+  const dim3 grid(static_cast<unsigned>(Blocks(groups, Shape::kBlocks * processors)));
+  return Launch(kernel, grid, Shape::kThreads, Shape::kSharedBytes, stream, arguments);
 }
 
 template <typename Elements, int kDim>
 cudaError_t ChooseRows(const AttendArguments& arguments, int processors, cudaStream_t stream) {
   return arguments.chunk_rows <= 8
-             ? LaunchShape<Elements, kDim, true>(arguments, processors, stream)
-             : LaunchShape<Elements, kDim, false>(arguments, processors, stream);
+             ? LaunchShape<Elements, AttendShape<kDim, 1>>(arguments, processors, stream)
+             : LaunchShape<Elements, AttendShape<kDim, 2>>(arguments, processors, stream);
 }
 
 template <typename Elements>

@@ -45,6 +45,13 @@ __device__ inline void LoadMatricesTransposed(uint32_t (&matrices)[4], uint32_t 
                : "memory");
 }
 
+/// An 8x8 matrix that the warp holds, a pair of a row's elements a lane, as its transpose.
+__device__ inline uint32_t TransposeMatrix(uint32_t pair) {
+  uint32_t transposed;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+  return transposed;
+}
+
 /// 2^x; 0 for -infinity.
 __device__ inline float Exp2(float x) {
   float y;
@@ -63,12 +70,12 @@ struct Bf16Elements {
   static __device__ float2 Unpack(uint32_t pair) {
     return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000U));
   }
-  static __device__ void Multiply(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0,
-                                  uint32_t b1) {
+  static __device__ void Multiply(float (&sums)[4], const uint32_t (&a)[4],
+                                  const uint32_t (&b)[2]) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
         "{%8,%9}, {%0,%1,%2,%3};"
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
 };
 
@@ -82,12 +89,12 @@ struct Fp16Elements {
   static __device__ float2 Unpack(uint32_t pair) {
     return __half22float2(*reinterpret_cast<const __half2*>(&pair));
   }
-  static __device__ void Multiply(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0,
-                                  uint32_t b1) {
+  static __device__ void Multiply(float (&sums)[4], const uint32_t (&a)[4],
+                                  const uint32_t (&b)[2]) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
         "{%8,%9}, {%0,%1,%2,%3};"
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
 };
 

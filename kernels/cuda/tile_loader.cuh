@@ -15,10 +15,12 @@ namespace kvseek::kernels::cuda {
 inline constexpr int kTileRows = 16;
 inline constexpr uint32_t kAllLanes = 0xffffffffU;
 
-// kDim: elements of a row in shared memory, of which those past key_dim or value_dim are zero.
-// kFewRows: at most 8 query rows, so that a thread's second row of each fragment is unused.
-template <int kDim, bool kFewRows>
+// kElements: of a row in shared memory; those past key_dim or value_dim are zero. kTiles: of 8
+// query rows, 1 or 2.
+template <int kElements, int kTiles>
 struct AttendShape {
+  static constexpr int kDim = kElements;
+  static constexpr int kQueryTiles = kTiles;
   static constexpr int kWarps = kDim == 256 ? 2 : 4;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kUnitRows = kTileRows * kWarps;
@@ -29,10 +31,9 @@ struct AttendShape {
   static constexpr int kTileBytes = kTileRows * kRowBytes;
   static constexpr int kStageBytes = 2 * kTileBytes;  // keys, then values
   static constexpr int kRingBytes = kStages * kStageBytes;
-  static constexpr int kThreadRows = kFewRows ? 1 : 2;   // query rows of a thread: lane / 4, + 8
-  static constexpr int kStateRow = kDim + kStateHeader;  // floats
-  static constexpr int kStatesBytes = kWarps * 8 * kStateRow * 4;
-  static constexpr int kSharedBytes = kWarps * kRingBytes + kStatesBytes;
+  static constexpr int kSharedBytes = kWarps * kRingBytes;
+  // A stage has room for a state's sums of values.
+  static_assert(kStageBytes == kChunkRows * kDim * 4);
 };
 
 // Where a thread finds 16-byte piece `piece` of row `row` of a tile: swizzled, so that 8 rows'
@@ -122,8 +123,8 @@ struct TileLoader {
       const bool is_there = from >= 0;
       const auto address = static_cast<uint64_t>(static_cast<uint32_t>(from));
       const uint32_t to = ring + TileOffset<Shape::kRowBytes>(row, piece);
-      if (has_key) CopyAsync(to, keys + address * key_bytes, is_there);
-      if (has_value) CopyAsync(to + Shape::kTileBytes, values + address * value_bytes, is_there);
+      CopyAsync(to, keys + address * key_bytes, is_there && has_key);
+      CopyAsync(to + Shape::kTileBytes, values + address * value_bytes, is_there && has_value);
     }
   }
 };

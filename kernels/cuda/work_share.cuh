@@ -15,22 +15,25 @@ namespace kvseek::kernels::cuda {
 
 inline constexpr int kMinUnits = 2;  // of a block: less costs more in merging than it gains
 
-// Units of all groups, dealt out to blocks: the first `longer` blocks have `share` + 1, the others
-// `share`.
+// Units of all groups, dealt out to blocks. Block b begins at unit b x total / blocks, rounded
+// down: where groups are equal and their number goes with that of blocks, blocks begin and end as
+// groups do.
 struct WorkShare {
   int total = 0;
   int blocks = 1;
-  int share = 0;
-  int longer = 0;
-  int begin = 0;  // this block's
+  int share = 0;      // total / blocks
+  int remainder = 0;  // total % blocks
+  int begin = 0;      // this block's
   int end = 0;
   int sequence = 0;        // that of `begin`
   int sequence_begin = 0;  // its first unit
 
-  __device__ int BlockBegin(int block) const { return block * share + min(block, longer); }
+  __device__ int BlockBegin(int block) const { return block * share + block * remainder / blocks; }
   __device__ int BlockOf(int unit) const {
-    const int in_longer = longer * (share + 1);
-    return unit < in_longer ? unit / (share + 1) : longer + (unit - in_longer) / share;
+    const int guess = static_cast<int>((static_cast<float>(unit) + 0.5F) *
+                                       __fdividef(static_cast<float>(blocks), total));
+    const int block = BlockBegin(guess) > unit ? guess - 1 : guess;
+    return BlockBegin(block + 1) <= unit ? block + 1 : block;
   }
 };
 
@@ -66,7 +69,7 @@ __device__ WorkShare FindShare(const AttendArguments& arguments) {
   const int block = static_cast<int>(blockIdx.x);
   if (block >= work.blocks) return work;
   work.share = work.total / work.blocks;
-  work.longer = work.total % work.blocks;
+  work.remainder = work.total % work.blocks;
   work.begin = work.BlockBegin(block);
   work.end = work.BlockBegin(block + 1);
   int before = after - units;
