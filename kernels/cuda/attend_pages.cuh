@@ -252,6 +252,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
 
+  WaitForEarlierWork();
   const WorkShare work = FindShare<Shape::kUnitRows>(arguments);
   const uint32_t ring = SharedAddress(shared) + static_cast<uint32_t>(warp * Shape::kRingBytes);
   UnitCursor<Shape::kUnitRows> cursor;
@@ -308,20 +309,20 @@ template <typename Elements, typename Shape>
 cudaError_t LaunchShape(const AttendArguments& arguments, int processors, cudaStream_t stream) {
   static std::atomic<uint64_t> allowed_devices{0};
   static_assert(Shape::kBlocks <= kBlocksPerProcessor && Shape::kUnitRows >= kMinUnitRows);
-  const auto kernel = AttendPagesKernel<Elements, Shape>;
+  constexpr auto kKernel = AttendPagesKernel<Elements, Shape>;
   int device = 0;
   if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
   const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
   if ((allowed_devices.load(std::memory_order_relaxed) & bit) == 0) {
     const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
+        kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
     if (error != cudaSuccess) return error;
     allowed_devices.fetch_or(bit, std::memory_order_relaxed);
   }
   const int64_t groups =
       int64_t{arguments.pages.sequences} * arguments.pages.pool.kv_heads * arguments.chunks;
   const dim3 grid(static_cast<unsigned>(Blocks(groups, Shape::kBlocks * processors)));
-  return Launch(kernel, grid, Shape::kThreads, Shape::kSharedBytes, stream, arguments);
+  return LaunchEarly<kKernel>(grid, Shape::kThreads, Shape::kSharedBytes, stream, arguments);
 }
 
 template <typename Elements, int kDim>

@@ -57,22 +57,24 @@ size_t WorkspaceBytes(int processors, int tokens, int group, int value_dim) {
   return ArrivalBytes(processors) + rows * PieceRow(value_dim) * sizeof(float);
 }
 
-template <typename Shape>
-cudaError_t LaunchMerge(const MergeArguments& arguments, DType out_dtype, cudaStream_t stream) {
+template <typename Out, typename Shape>
+cudaError_t LaunchMergeTo(const MergeArguments& arguments, cudaStream_t stream) {
   const int block_heads = Shape::kHeadsAtOnce * (kMergeThreads / arguments.head_threads);
   const dim3 grid(static_cast<unsigned>((arguments.heads - 1) / block_heads + 1));
-  const auto launch = [&](auto kernel) {
-    return Launch(kernel, grid, kMergeThreads, 0, stream, arguments);
-  };
+  return LaunchEarly<MergeStatesKernel<Out, Shape>>(grid, kMergeThreads, 0, stream, arguments);
+}
+
+template <typename Shape>
+cudaError_t LaunchMerge(const MergeArguments& arguments, DType out_dtype, cudaStream_t stream) {
   switch (out_dtype) {
     case DType::kBf16:
-      return launch(MergeStatesKernel<__nv_bfloat16, Shape>);
+      return LaunchMergeTo<__nv_bfloat16, Shape>(arguments, stream);
     case DType::kFp16:
-      return launch(MergeStatesKernel<__half, Shape>);
+      return LaunchMergeTo<__half, Shape>(arguments, stream);
     case DType::kFp32:
       break;
   }
-  return launch(MergeStatesKernel<float, Shape>);
+  return LaunchMergeTo<float, Shape>(arguments, stream);
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/attention.h"
+#include "kernels/cuda/launch.h"
 
 namespace kvseek::kernels::cuda {
 
@@ -104,6 +105,7 @@ struct StatesOfHeads {
 template <typename Out, typename Shape>
 __global__ void __launch_bounds__(kMergeThreads)
     MergeStatesKernel(const __grid_constant__ MergeArguments arguments) {
+  WaitForEarlierWork();
   constexpr int kStatesAtOnce = Shape::kStatesAtOnce;
   constexpr int kHeadsAtOnce = Shape::kHeadsAtOnce;
   const int at_once = kMergeThreads / arguments.head_threads;

@@ -100,8 +100,8 @@ struct TileLoader {
     page = cursor.sequence;
     int in_page = row;
     if (pages.pages != nullptr) {
-      page = __ldg(pages.pages + int64_t{cursor.sequence} * pages.pages_max +
-                   (row >> arguments.page_shift));
+      page =
+          pages.pages[int64_t{cursor.sequence} * pages.pages_max + (row >> arguments.page_shift)];
       in_page = row & (pages.pool.page_tokens - 1);
     }
     place = cursor.head * pages.pool.page_tokens + in_page;

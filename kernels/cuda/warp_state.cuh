@@ -59,7 +59,7 @@ struct QueryRows {
       for (int i = 0; i < Shape::kRowBytes / 16; ++i) {
         const int element = 8 * i + lane % 4 * 2;
         fragments[t][i / 2][i % 2] = is_there && element < key_dim
-                                         ? __ldg(reinterpret_cast<const unsigned*>(query + element))
+                                         ? *reinterpret_cast<const unsigned*>(query + element)
                                          : 0U;
       }
     }

@@ -38,7 +38,7 @@ struct WorkShare {
 };
 
 __device__ inline int RowCount(const AttendArguments& arguments, int sequence) {
-  return max(0, min(__ldg(arguments.pages.counts + sequence), arguments.rows_max));
+  return max(0, min(arguments.pages.counts[sequence], arguments.rows_max));
 }
 
 // Called by all threads of a warp; every warp finds the same.
