@@ -325,11 +325,32 @@ cudaError_t LaunchShape(const AttendArguments& arguments, int processors, cudaSt
   return LaunchEarly<kKernel>(grid, Shape::kThreads, Shape::kSharedBytes, stream, arguments);
 }
 
+// Whether a block of the current device may have the shared memory.
+template <typename Shape>
+bool HasRoom() {
+  constexpr int kOther = 4096;  // what is declared in kernels, at most
+  int device = 0;
+  int bytes = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) ==
+             cudaSuccess &&
+         Shape::kSharedBytes + kOther <= bytes;
+}
+
+template <typename Elements, int kDim, int kTiles>
+cudaError_t ChooseWidth(const AttendArguments& arguments, int processors, cudaStream_t stream) {
+  if constexpr (kDim == 256) {
+    using Wide = AttendShape<kDim, kTiles, true>;
+    if (HasRoom<Wide>()) return LaunchShape<Elements, Wide>(arguments, processors, stream);
+  }
+  using Narrow = AttendShape<kDim, kTiles, false>;
+  return LaunchShape<Elements, Narrow>(arguments, processors, stream);
+}
+
 template <typename Elements, int kDim>
 cudaError_t ChooseRows(const AttendArguments& arguments, int processors, cudaStream_t stream) {
-  return arguments.chunk_rows <= 8
-             ? LaunchShape<Elements, AttendShape<kDim, 1>>(arguments, processors, stream)
-             : LaunchShape<Elements, AttendShape<kDim, 2>>(arguments, processors, stream);
+  return arguments.chunk_rows <= 8 ? ChooseWidth<Elements, kDim, 1>(arguments, processors, stream)
+                                   : ChooseWidth<Elements, kDim, 2>(arguments, processors, stream);
 }
 
 template <typename Elements>

@@ -12,7 +12,7 @@
 namespace kvseek::kernels::cuda {
 
 inline constexpr int kChunkRows = 16;          // query rows that share a pass over the keys
-inline constexpr int kMinUnitRows = 32;        // rows of a unit of work, or twice as many
+inline constexpr int kMinUnitRows = 32;        // rows of a unit of work, or more
 inline constexpr int kBlocksPerProcessor = 3;  // of the kernel's persistent grid, at most
 
 // A state row is max, sum, two unused floats, and the sums of values (kernels/attention_state.h);

@@ -23,7 +23,7 @@ struct MergeShape {
   static constexpr int kStatesAtOnce = kStates;
   static constexpr int kHeadsAtOnce = kHeads;
 };
-using FewStates = MergeShape<2, 4>;
+using FewStates = MergeShape<2, 2>;
 using ManyStates = MergeShape<4, 2>;
 
 struct MergeArguments {

@@ -16,16 +16,17 @@ inline constexpr int kTileRows = 16;
 inline constexpr uint32_t kAllLanes = 0xffffffffU;
 
 // kElements: of a row in shared memory; those past key_dim or value_dim are zero. kTiles: of 8
-// query rows, 1 or 2.
-template <int kElements, int kTiles>
+// query rows, 1 or 2. kWide: all warps of a multiprocessor are one block, so that fewer blocks
+// share a group; such a block needs up to 192 KB of shared memory (HasRoom), others 96 KB.
+template <int kElements, int kTiles, bool kWide>
 struct AttendShape {
   static constexpr int kDim = kElements;
   static constexpr int kQueryTiles = kTiles;
-  static constexpr int kWarps = kDim == 256 ? 2 : 4;
+  static constexpr int kBlocks = kWide ? 1 : kDim == 64 ? 3 : 2;  // of a multiprocessor
+  static constexpr int kWarps = (kDim == 64 ? 12 : 1024 / kDim) / kBlocks;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kUnitRows = kTileRows * kWarps;
-  static constexpr int kStages = kDim == 64 ? 4 : 3;
-  static constexpr int kBlocks = kDim == 64 ? 3 : 2;  // of a multiprocessor
+  static constexpr int kStages = kDim == 128 && kQueryTiles == 2 ? 2 : 3;
   static constexpr int kRowBytes = 2 * kDim;
   static constexpr int kRowPieces = kRowBytes / 16;  // 16-byte ones
   static constexpr int kTileBytes = kTileRows * kRowBytes;

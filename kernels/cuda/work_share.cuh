@@ -13,7 +13,7 @@
 
 namespace kvseek::kernels::cuda {
 
-inline constexpr int kMinUnits = 2;  // of a block: less costs more in merging than it gains
+inline constexpr int kMinBlockRows = 128;  // fewer cost more in merging than they gain
 
 // Units of all groups, dealt out to blocks. Block b begins at unit b x total / blocks, rounded
 // down: where groups are equal and their number goes with that of blocks, blocks begin and end as
@@ -65,6 +65,7 @@ __device__ WorkShare FindShare(const AttendArguments& arguments) {
 
   WorkShare work;
   work.total = __shfl_sync(0xffffffffU, after, 31);
+  constexpr int kMinUnits = (kMinBlockRows - 1) / kUnitRows + 1;
   work.blocks = max(1, min(static_cast<int>(gridDim.x), work.total / kMinUnits));
   const int block = static_cast<int>(blockIdx.x);
   if (block >= work.blocks) return work;
