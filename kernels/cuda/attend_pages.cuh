@@ -339,10 +339,8 @@ bool HasRoom() {
 
 template <typename Elements, int kDim, int kTiles>
 cudaError_t ChooseWidth(const AttendArguments& arguments, int processors, cudaStream_t stream) {
-  if constexpr (kDim == 256) {
-    using Wide = AttendShape<kDim, kTiles, true>;
-    if (HasRoom<Wide>()) return LaunchShape<Elements, Wide>(arguments, processors, stream);
-  }
+  using Wide = AttendShape<kDim, kTiles, true>;
+  if (HasRoom<Wide>()) return LaunchShape<Elements, Wide>(arguments, processors, stream);
   using Narrow = AttendShape<kDim, kTiles, false>;
   return LaunchShape<Elements, Narrow>(arguments, processors, stream);
 }
