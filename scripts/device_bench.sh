@@ -43,7 +43,7 @@ for part in "${parts[@]}"; do
       python3 bench/sdpa_bench.py | tee "$out/sdpa_bench.jsonl" || echo "sdpa_bench.py did not run: is PyTorch there?"
       ;;
     latency)  # what a layer takes beyond the daemon's own time
-      DAEMON_FLAGS=${DAEMON_FLAGS:---workers 13 --io-spin-us 2000 --worker-spin-us 2000}
+      DAEMON_FLAGS=${DAEMON_FLAGS:---workers 12 --io-spin-us 2000 --worker-spin-us 2000}
       decode latency --tokens 32768 --attention state,rows --steps 200 --warm-up 20
       decode latency_alone --attention-only --tokens 32768 --attention state --steps 200 --warm-up 20
       ;;
