@@ -68,12 +68,16 @@ struct SearchOptions {
   /// group with the largest softmax weight in any of its heads, and the state of all others; fewer
   /// if the range has fewer.
   int k = -1;
-  int candidates = 4096;  ///< ladder: keys of the group read at 4 bits, about; 1..kMaxCandidates
-  int exact_rows = 64;    ///< ladder: keys of each head read exactly; 0..kMaxExactRows
-  int audit_samples =
-      0;  ///< ladder: unread keys of each head sampled for the report's interval; 0: no audit
+  /// Keys of the group, about; 1..kMaxCandidates. Ladder: read at 4 bits. Landmark and cluster:
+  /// read, in whole parts. Graph: scored on the way.
+  int candidates = 4096;
+  int exact_rows = 64;     ///< ladder: keys of each head read exactly; 0..kMaxExactRows
+  int audit_samples = 0;   ///< unread keys of each head sampled for the report's interval; 0: none
   uint64_t seed = 0;       ///< of sampling
   bool list_read = false;  ///< Attend: list the keys read at 4 bits or better in `positions`
+  /// Landmark, cluster, graph: false leaves the unread keys' estimate out of the state (the report
+  /// still tells their mass), as plain top-k attention does.
+  bool estimate_rest = true;
 };
 
 /// What an answer says of itself.

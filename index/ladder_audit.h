@@ -1,18 +1,11 @@
-// How honest the ladder's estimate of the rest is: unread keys, drawn in proportion to their
-// estimated weight, are read exactly (importance sampling, as in MagicPIG, arXiv 2410.16179).
+// The ladder's audit: see rest_audit.h.
 #ifndef KVSEEK_INDEX_LADDER_AUDIT_H_
 #define KVSEEK_INDEX_LADDER_AUDIT_H_
 
 #include "index/ladder_plan.h"
+#include "index/rest_audit.h"
 
 namespace kvseek::index {
-
-/// True mass of the rest over its estimate, and the ends of a 95 % interval.
-struct RestRatio {
-  float mean = 1.0F;
-  float low = 1.0F;
-  float high = 1.0F;
-};
 
 struct LadderAudit {
   /// Draws options.audit_samples unread keys of one head, evenly along the range (systematic
@@ -21,14 +14,6 @@ struct LadderAudit {
   static RestRatio Sample(const LadderPlan& plan, const ScoredKeys& candidates, int head,
                           Scratch& scratch);
 };
-
-/// The mean of sampled ratios of true to estimated weight, and a 95 % interval for it. `noise` is
-/// the standard deviation of the sampled keys' estimates. The interval is the usual one on the
-/// logarithm, since ratios are skewed to the right. Where the noise is so large that most of the
-/// mean sits in ratios rarer than one in a sample, the sample's own spread says nothing of them;
-/// the upper end is then raised by the share of a lognormal mean that lies beyond the sample's
-/// largest.
-RestRatio EstimateRatio(absl::Span<const float> ratios, double noise);
 
 }  // namespace kvseek::index
 

@@ -1,0 +1,44 @@
+// Indexes that are built in the background, beside the ladder that every segment has from its seal.
+//
+// A BuiltIndex covers the keys [0, covered()) of a head cache, all of them sealed. It is immutable
+// and holds for every head cache that shares those segments: one that has grown since, and forks.
+// Its searches read what it does not cover yet exactly, so an answer is right at any time; when
+// much has been appended, the next build takes the last one's place.
+#ifndef KVSEEK_INDEX_BUILT_INDEX_H_
+#define KVSEEK_INDEX_BUILT_INDEX_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+
+#include "absl/types/span.h"
+#include "index/key_index.h"
+
+namespace kvseek::index {
+
+class BuiltIndex : public KeyIndex {
+ public:
+  virtual int64_t covered() const = 0;
+  virtual size_t Bytes() const = 0;
+};
+
+/// What an index is built from. What it points at must outlive the build.
+struct BuildInput {
+  KvView view;    ///< of which the sealed keys are to be covered
+  int group = 1;  ///< query heads that share the KV head
+  /// Queries that the decoder had at earlier tokens, fp32 (query_positions.size(), group, key_dim),
+  /// not scaled; query i saw the keys up to query_positions[i], its own. May be empty: an index
+  /// that needs some is not built then.
+  absl::Span<const float> queries;
+  absl::Span<const int64_t> query_positions;
+  /// The index of the same kind over fewer of the same keys, parts of which may be taken over; or
+  /// null.
+  std::shared_ptr<const BuiltIndex> previous;
+  /// Asked now and then; true ends the build, which then returns null.
+  std::function<bool()> give_up = [] { return false; };
+};
+
+}  // namespace kvseek::index
+
+#endif  // KVSEEK_INDEX_BUILT_INDEX_H_
