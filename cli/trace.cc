@@ -16,6 +16,8 @@ namespace {
 using kernels::DType;
 
 constexpr char kDecodeSuffix[] = ".q_decode";
+constexpr char kPrefillSuffix[] = ".q_prefill";
+constexpr char kPrefillPositions[] = "prefill_positions";
 constexpr uint64_t kTokensMax = uint64_t{1} << 24;
 constexpr uint64_t kStepsMax = uint64_t{1} << 20;
 constexpr uint64_t kDimMax = 512;
@@ -110,10 +112,11 @@ absl::Status LoadKeysAndValues(SafeTensors& file, HeadTrace& trace) {
   return absl::OkStatus();
 }
 
-absl::Status LoadQueries(SafeTensors& file, HeadTrace& trace) {
-  const std::string name = trace.name + kDecodeSuffix;
+/// Reads queries (count, group, key_dim) of a head whose keys are known.
+absl::StatusOr<Tensor> ReadQueries(SafeTensors& file, const std::string& name,
+                                   const HeadTrace& trace) {
   absl::StatusOr<Tensor> q = ReadTensor(file, name, 3, "[steps, group, head_dim]");
-  if (!q.ok()) return q.status();
+  if (!q.ok()) return q;
   if (q->shape[0] > kStepsMax) {
     return WrongTensor(file, name, absl::StrCat("more than ", kStepsMax, " steps"));
   }
@@ -125,14 +128,57 @@ absl::Status LoadQueries(SafeTensors& file, HeadTrace& trace) {
     return WrongTensor(file, name,
                        absl::StrCat("head_dim ", q->shape[2], ", but k has ", trace.key_dim));
   }
+  return q;
+}
+
+std::vector<float> FloatElements(const Tensor& tensor) {
+  std::vector<float> elements(tensor.bytes.size() / DTypeBytes(tensor.dtype));
+  for (size_t i = 0; i < elements.size(); ++i) {
+    elements[i] = kernels::LoadElement(tensor.bytes.data(), tensor.dtype, i);
+  }
+  return elements;
+}
+
+absl::Status LoadDecodeQueries(SafeTensors& file, HeadTrace& trace) {
+  const absl::StatusOr<Tensor> q = ReadQueries(file, trace.name + kDecodeSuffix, trace);
+  if (!q.ok()) return q.status();
   trace.steps = static_cast<int>(q->shape[0]);
   trace.group = static_cast<int>(q->shape[1]);
-  const size_t count = q->bytes.size() / DTypeBytes(q->dtype);
-  trace.queries.resize(count);
-  for (size_t i = 0; i < count; ++i) {
-    trace.queries[i] = kernels::LoadElement(q->bytes.data(), q->dtype, i);
+  trace.queries = FloatElements(*q);
+  return absl::OkStatus();
+}
+
+absl::Status LoadPrefillPositions(SafeTensors& file, uint64_t count, HeadTrace& trace) {
+  const absl::StatusOr<TensorInfo> info = file.Find(kPrefillPositions);
+  if (!info.ok()) return info.status();
+  if (info->dtype != "I64" || info->shape != std::vector<uint64_t>{count}) {
+    return WrongTensor(file, kPrefillPositions, absl::StrCat("not I64 [", count, "]"));
+  }
+  const absl::StatusOr<std::vector<uint8_t>> bytes = file.Read(kPrefillPositions);
+  if (!bytes.ok()) return bytes.status();
+  trace.prefill_positions.resize(count);
+  std::memcpy(trace.prefill_positions.data(), bytes->data(), bytes->size());
+  for (const int64_t position : trace.prefill_positions) {
+    if (position < 0 || position >= trace.tokens) {
+      return WrongTensor(file, kPrefillPositions,
+                         absl::StrCat("position ", position, " is not stored"));
+    }
   }
   return absl::OkStatus();
+}
+
+/// A head without prefill queries is fine.
+absl::Status LoadPrefillQueries(SafeTensors& file, HeadTrace& trace) {
+  const std::string name = trace.name + kPrefillSuffix;
+  if (absl::IsNotFound(file.Find(name).status())) return absl::OkStatus();
+  const absl::StatusOr<Tensor> q = ReadQueries(file, name, trace);
+  if (!q.ok()) return q.status();
+  if (q->shape[1] != static_cast<uint64_t>(trace.group)) {
+    return WrongTensor(file, name,
+                       absl::StrCat("group ", q->shape[1], ", but decode has ", trace.group));
+  }
+  trace.prefill_queries = FloatElements(*q);
+  return LoadPrefillPositions(file, q->shape[0], trace);
 }
 
 }  // namespace
@@ -146,7 +192,8 @@ absl::StatusOr<HeadTrace> LoadHeadTrace(const std::string& kv_path, const std::s
   absl::StatusOr<SafeTensors> queries = SafeTensors::Open(queries_path);
   if (!queries.ok()) return queries.status();
   if (absl::Status status = LoadKeysAndValues(*kv, trace); !status.ok()) return status;
-  if (absl::Status status = LoadQueries(*queries, trace); !status.ok()) return status;
+  if (absl::Status status = LoadDecodeQueries(*queries, trace); !status.ok()) return status;
+  if (absl::Status status = LoadPrefillQueries(*queries, trace); !status.ok()) return status;
   trace.softmax_scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(trace.key_dim)));
   return trace;
 }

@@ -3,7 +3,8 @@
 //
 // `kvseek eval` and `kvseek demo` read traces, and the tests. Files are safetensors: one with `k`
 // and `v` (tokens, head_dim), one with `<head>.q_decode` (steps, group, head_dim), unscaled, in
-// bf16, fp16 or fp32.
+// bf16, fp16 or fp32. The latter may also hold `<head>.q_prefill` of the same form, a sample of the
+// queries of stored tokens, with `prefill_positions` [samples] in I64: what indexes train on.
 #ifndef KVSEEK_CLI_TRACE_H_
 #define KVSEEK_CLI_TRACE_H_
 
@@ -31,6 +32,10 @@ struct HeadTrace {
   int steps = 0;
   int group = 0;
   std::vector<float> queries;  ///< (steps, group, key_dim), unscaled
+  /// Queries of stored tokens, (prefill_positions.size(), group, key_dim), unscaled; those of
+  /// sample i saw the keys up to prefill_positions[i], its own. May be empty.
+  std::vector<float> prefill_queries;
+  std::vector<int64_t> prefill_positions;
   float softmax_scale = 0.0F;  ///< 1 / sqrt(key_dim)
 
   /// Queries of one step, (group, key_dim).
@@ -42,7 +47,8 @@ struct HeadTrace {
 
 /// Reads one head. Errors name the file, tensor and field: not_found for a tensor that is missing,
 /// invalid_argument for a dtype, shape or element that cannot be stored (docs: head_dim a multiple
-/// of 8 up to 512; all elements finite and at most 65504 in magnitude), otherwise as SafeTensors.
+/// of 8 up to 512; all elements finite and at most 65504 in magnitude; prefill positions are stored
+/// ones), otherwise as SafeTensors.
 absl::StatusOr<HeadTrace> LoadHeadTrace(const std::string& kv_path, const std::string& queries_path,
                                         const std::string& head);
 

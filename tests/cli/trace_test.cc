@@ -22,11 +22,14 @@ struct HeadFiles {
   TensorData k = MakeTensor("k", "BF16", {5, 8}, RandomValues(40, 1));
   TensorData v = MakeTensor("v", "BF16", {5, 16}, RandomValues(80, 2));
   TensorData q = MakeTensor("h.q_decode", "F32", {3, 2, 8}, RandomValues(48, 3));
+  std::vector<TensorData> prefill = {};
 
   absl::StatusOr<HeadTrace> Load() const {
     const TempDir dir;
+    std::vector<TensorData> queries = prefill;
+    queries.push_back(q);
     return LoadHeadTrace(dir.Write("kv", SafeTensorsFile({k, v})),
-                         dir.Write("q", SafeTensorsFile({q})), "h");
+                         dir.Write("q", SafeTensorsFile(queries)), "h");
   }
   void ExpectRefused(const std::string& tensor, const std::string& why) const {
     const absl::Status status = Load().status();
@@ -106,6 +109,41 @@ TEST(TraceTest, RefusesWhatCannotBeStored) {
   values[11] = 1e30F;
   files.v = MakeTensor("v", "BF16", {5, 16}, values);
   files.ExpectRefused("v", "element 11");
+}
+
+TensorData Positions(const std::vector<int64_t>& positions) {
+  TensorData tensor{"prefill_positions", "I64", {positions.size()}, {}};
+  for (const int64_t position : positions) {
+    tensor.bytes += LittleEndian64(static_cast<uint64_t>(position));
+  }
+  return tensor;
+}
+
+TEST(TraceTest, LoadsPrefillQueries) {
+  HeadFiles files;
+  EXPECT_TRUE(files.Load()->prefill_positions.empty());
+  files.prefill = {MakeTensor("h.q_prefill", "F32", {2, 2, 8}, RandomValues(32, 4)),
+                   Positions({0, 4})};
+  const auto trace = files.Load();
+  ASSERT_TRUE(trace.ok()) << trace.status();
+  EXPECT_EQ(trace->prefill_queries, RandomValues(32, 4));
+  EXPECT_THAT(trace->prefill_positions, ElementsAre(0, 4));
+}
+
+TEST(TraceTest, RefusesPrefillQueriesThatCannotBe) {
+  HeadFiles files;
+  const TensorData q = MakeTensor("h.q_prefill", "F32", {2, 2, 8}, RandomValues(32, 4));
+  files.prefill = {q};
+  EXPECT_EQ(files.Load().status().code(), absl::StatusCode::kNotFound);
+  files.prefill = {q, Positions({0, 1, 2})};
+  files.ExpectRefused("prefill_positions", "not I64 [2]");
+  files.prefill = {q, Positions({0, 5})};
+  files.ExpectRefused("prefill_positions", "position 5 is not stored");
+  files.prefill = {q, Positions({-1, 4})};
+  files.ExpectRefused("prefill_positions", "position -1 is not stored");
+  files.prefill = {MakeTensor("h.q_prefill", "F32", {4, 1, 8}, RandomValues(32, 4)),
+                   Positions({0, 1, 2, 3})};
+  files.ExpectRefused("h.q_prefill", "group 1, but decode has 2");
 }
 
 TEST(TraceTest, NamesMissingTensors) {
