@@ -4,6 +4,8 @@ find_package(Threads REQUIRED)
 find_package(absl REQUIRED)
 find_package(Protobuf REQUIRED)
 find_package(hwy REQUIRED)
+find_package(OpenMP REQUIRED COMPONENTS CXX)  # of FAISS
+find_package(faiss REQUIRED)
 find_package(Boost 1.81 REQUIRED)
 find_package(spdlog REQUIRED)
 find_package(CLI11 REQUIRED)

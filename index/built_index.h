@@ -21,6 +21,8 @@ class BuiltIndex : public KeyIndex {
  public:
   virtual int64_t covered() const = 0;
   virtual size_t Bytes() const = 0;
+  /// Time that the build took, summed over the cores it used; parts taken over cost nothing.
+  virtual double build_core_seconds() const = 0;
 };
 
 /// What an index is built from. What it points at must outlive the build.
@@ -30,11 +32,11 @@ struct BuildInput {
   /// Queries that the decoder had at earlier tokens, fp32 (query_positions.size(), group, key_dim),
   /// not scaled; query i saw the keys up to query_positions[i], its own. May be empty: an index
   /// that needs some is not built then.
-  absl::Span<const float> queries;
-  absl::Span<const int64_t> query_positions;
-  /// The index of the same kind over fewer of the same keys, parts of which may be taken over; or
-  /// null.
-  std::shared_ptr<const BuiltIndex> previous;
+  absl::Span<const float> queries = {};
+  absl::Span<const int64_t> query_positions = {};
+  /// An index of the same kind, built with the same options over fewer of the same keys, parts of
+  /// which may be taken over; or null.
+  std::shared_ptr<const BuiltIndex> previous = nullptr;
   /// Asked now and then; true ends the build, which then returns null.
   std::function<bool()> give_up = [] { return false; };
 };

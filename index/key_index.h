@@ -14,6 +14,7 @@
 #ifndef KVSEEK_INDEX_KEY_INDEX_H_
 #define KVSEEK_INDEX_KEY_INDEX_H_
 
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -78,6 +79,12 @@ struct SearchOptions {
   /// Landmark, cluster, graph: false leaves the unread keys' estimate out of the state (the report
   /// still tells their mass), as plain top-k attention does.
   bool estimate_rest = true;
+  /// Landmark with bounds: read on, whatever `candidates` says, until each head's best `exact_top`
+  /// keys are proven to be among those read (TopK with k <= exact_top is then exact); 0..kMaxK.
+  int exact_top = 0;
+  /// Landmark and cluster: what has been chosen by then is the answer, which is as good as its
+  /// report says. The only option whose effect depends on time.
+  std::chrono::steady_clock::time_point stop_at = std::chrono::steady_clock::time_point::max();
 };
 
 /// What an answer says of itself.

@@ -5,7 +5,7 @@ set -euo pipefail
 
 packages=(
   g++ cmake ninja-build ccache pkg-config python3 git
-  libabsl-dev libprotobuf-dev protobuf-compiler libhwy-dev libxxhash-dev
+  libabsl-dev libprotobuf-dev protobuf-compiler libhwy-dev libxxhash-dev libfaiss-dev
   libcli11-dev libspdlog-dev libfmt-dev nlohmann-json3-dev
   libgtest-dev libgmock-dev libbenchmark-dev
 )

@@ -29,6 +29,7 @@ LIBRARIES = {
     r"absl/": OURS - {"kernels"},
     r"google/protobuf/": {"proto", "service", "client", "tests"},
     r"xxhash\.h": {"proto"},
+    r"(faiss/|omp\.h)": {"index", "bench"},
     r"boost/": {"service", "client", "tests"},
     r"spdlog/": {"service", "cli"},
     r"CLI/": {"service", "cli", "bench"},
@@ -40,6 +41,8 @@ LIBRARIES = {
 BOOST_FILES = re.compile(
     r"^(service/(stream|answer_writer|connection|server|daemon|listener)|client/(channel|kv_client|connector))\S*\.(cc|h)$|^tests/"
 )
+# FAISS runs k-means for the cluster index, and stands beside ours in benchmarks.
+FAISS_FILES = re.compile(r"^(index/kmeans\.cc$|bench/)")
 # CUDA is for the GPU kernels and for the decoder's files that move rows; all else builds without it.
 CUDA_FILES = re.compile(
     r"^(kernels/cuda/|tests/kernels/cuda/|client/sparse_decoder\.|tests/client/decoder/(decoder|sparse_decoder)_"
@@ -77,6 +80,8 @@ def problems(root):
                     yield f"{where}: {folder} may not use {header}"
             if re.match(r"cuda|cublas|kernels/cuda/", header) and not CUDA_FILES.match(name):
                 yield f"{where}: CUDA belongs in the GPU's files"
+            if re.match(r"faiss/|omp\.h", header) and not FAISS_FILES.match(name):
+                yield f"{where}: FAISS belongs in index/kmeans.cc"
             if header.startswith("boost/") and not BOOST_FILES.match(name):
                 yield f"{where}: Boost belongs in the network files"
 

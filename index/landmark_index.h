@@ -1,0 +1,35 @@
+// Blocks of consecutive keys, ranked by one summary each.
+//
+// kBounds: the smallest and largest value of each dimension bound a block's scores (Quest, arXiv
+// 2406.10774); a tree over the blocks makes it a branch and bound that can be run to the end (HiP,
+// arXiv 2406.09827; parts_index.h). kMean: the mean key and the spread around it (InfLLM, arXiv
+// 2402.04617; LongHeads, arXiv 2402.10685), with keys that stand out from their block in parts of
+// their own, which halves the error where a head has an attention sink. kGiven: a key of the
+// client's own, as that of a trained landmark token (Landmark Attention, arXiv 2305.16300).
+#ifndef KVSEEK_INDEX_LANDMARK_INDEX_H_
+#define KVSEEK_INDEX_LANDMARK_INDEX_H_
+
+#include <memory>
+
+#include "absl/types/span.h"
+#include "index/built_index.h"
+
+namespace kvseek::index {
+
+enum class LandmarkSummary { kBounds, kMean, kGiven };
+
+struct LandmarkOptions {
+  int block = 16;  ///< keys: 16, 32, 64, 128 or 256
+  LandmarkSummary summary = LandmarkSummary::kBounds;
+  /// kGiven: (sealed keys / block, key_dim) fp32, one for each block from position 0 on.
+  absl::Span<const float> landmarks = {};
+};
+
+/// Training queries help kMean to tell which keys stand out; the others need none. Null if nothing
+/// is sealed, or when the build is given up. Runs in the calling thread.
+std::shared_ptr<const BuiltIndex> BuildLandmark(const BuildInput& input,
+                                                const LandmarkOptions& options);
+
+}  // namespace kvseek::index
+
+#endif  // KVSEEK_INDEX_LANDMARK_INDEX_H_
