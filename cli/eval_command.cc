@@ -1,6 +1,7 @@
 // kvseek eval: measures indexes on recorded attention heads.
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <filesystem>
 #include <iostream>
@@ -14,6 +15,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "cli/build_index.h"
 #include "cli/commands.h"
 #include "cli/connect.h"
 #include "cli/daemon_search.h"
@@ -38,6 +40,10 @@ struct EvalFlags {
   int audit = 128;
   int steps = 0;
   uint64_t seed = 0;
+  BuildSettings build;
+  bool no_estimate = false;
+  int exact_top = 0;
+  int64_t stop_after_us = 0;
   int threads = 1;
   ConnectFlags connect;
   std::string format = "text";
@@ -53,7 +59,11 @@ struct EvalResult {
   std::string index;
   Json settings;
   Evaluation figures;
+  std::optional<double> build_core_seconds;
+  std::optional<double> index_bytes;
 };
+
+bool IsBuilt(const std::string& index) { return index == "landmark" || index == "cluster"; }
 
 constexpr char kHelp[] =
     "Reads stored keys and values (tensors `k`, `v` [tokens, head_dim] in bf16, fp16 or fp32; fp32 "
@@ -66,6 +76,15 @@ constexpr char kHelp[] =
     "  exact   every key and value exactly\n"
     "  ladder  --scan-bits codes of all keys, --candidates keys a group at 4 bits, --exact rows a\n"
     "          head exactly, an estimate of the rest\n"
+    "  landmark  blocks of --block consecutive keys, taken in order of their --summary (minmax: an "
+    "upper\n"
+    "          bound of their scores, as Quest; mean: mean score plus spread) until --candidates "
+    "keys "
+    "of\n"
+    "          the group are read; the others' share is estimated from their means\n"
+    "  cluster  the same with clusters of --keys-per-cluster keys that are alike to the head's "
+    "prefill\n"
+    "          queries, which the queries file may hold (`HEAD.q_prefill`, `prefill_positions`)\n"
     "  oracle  each query head's true top --exact keys and nothing else, softmax renormalised "
     "over\n"
     "          them: what a perfect top-k could do. One result for each number of --exact; a "
@@ -86,6 +105,7 @@ constexpr char kHelp[] =
     "                 intervals (interval_cover), and the intervals' median width over the "
     "estimate\n"
     "  micros         time of one step's answer, for the whole group, without audit\n"
+    "  build_core_seconds, index_bytes  of landmark and cluster\n"
     "\n"
     "Examples:\n"
     "  kvseek eval --kv code8.layer15.kv1.safetensors --queries code8.queries.safetensors \\\n"
@@ -94,7 +114,9 @@ constexpr char kHelp[] =
     "  kvseek eval --kv code8.layer15.kv1.safetensors --queries code8.queries.safetensors \\\n"
     "      --index ladder --scan-bits 1,2 --candidates 512,1024,2048 --audit 256 --steps 64\n"
     "  kvseek eval --kv code8.layer15.kv1.safetensors --queries code8.queries.safetensors \\\n"
-    "      --index oracle --exact 256,1024,4096";
+    "      --index oracle --exact 256,1024,4096\n"
+    "  kvseek eval --kv code8.layer15.kv1.safetensors --queries code8.queries.safetensors \\\n"
+    "      --index landmark,cluster --candidates 512,1024 --no-estimate";
 
 void CheckFlags(const EvalFlags& flags) {
   if (!flags.heads.empty() && flags.heads.size() != flags.kv.size()) {
@@ -108,6 +130,13 @@ void CheckFlags(const EvalFlags& flags) {
   if (*least < 1 && flags.Asks("oracle")) FailUsage("--exact: oracle needs 1 or more");
   if (flags.Asks("ladder") && flags.exact[0] > index::kMaxExactRows) {
     FailUsage(absl::StrCat("--exact: ladder takes at most ", index::kMaxExactRows));
+  }
+  const bool built = std::any_of(flags.indexes.begin(), flags.indexes.end(), IsBuilt);
+  if (built && !flags.connect.via.empty()) {
+    FailUsage("--via: landmark and cluster are evaluated in this process only");
+  }
+  if (flags.exact_top > 0 && flags.build.summary != "minmax") {
+    FailUsage("--exact-top: needs --summary minmax");
   }
   if (!flags.connect.via.empty() && flags.threads != 1) {
     FailUsage("--threads: the daemon has its own; leave it out with --via");
@@ -168,6 +197,7 @@ class HeadRun {
       return absl::OkStatus();
     }
     if (index == "exact") return RunStored(index, flags_.scan_bits[0], {});
+    if (IsBuilt(index)) return RunBuilt(index);
     for (const int bits : flags_.scan_bits) {
       if (absl::Status status = RunStored(index, bits, flags_.candidates); !status.ok()) {
         return status;
@@ -214,6 +244,54 @@ class HeadRun {
     return absl::OkStatus();
   }
 
+  absl::Status RunBuilt(const std::string& name) {
+    const StoredHead stored(trace_, flags_.scan_bits[0]);
+    const std::shared_ptr<const index::BuiltIndex> built =
+        BuildIndex(name, trace_, stored.view(), flags_.build);
+    if (built == nullptr) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          trace_.name, ": ", name, " needs a full segment of ", index::kSegmentTokens, " tokens"));
+    }
+    const SearchFunction library = SearchLibrary(trace_, stored, *built, runner_);
+    const SearchFunction search = [&](int step, index::SearchOptions options) {
+      if (flags_.stop_after_us > 0) {
+        options.stop_at =
+            std::chrono::steady_clock::now() + std::chrono::microseconds(flags_.stop_after_us);
+      }
+      return library(step, options);
+    };
+    index::SearchOptions options;
+    options.audit_samples = flags_.audit;
+    options.seed = flags_.seed;
+    options.estimate_rest = !flags_.no_estimate;
+    if (name == "landmark") options.exact_top = flags_.exact_top;
+    for (const int count : flags_.candidates) {
+      options.candidates = count;
+      absl::Status status = Evaluate(name, BuiltSettings(name, options), search, options);
+      if (!status.ok()) return status;
+      results_.back().build_core_seconds = built->build_core_seconds();
+      results_.back().index_bytes = static_cast<double>(built->Bytes());
+    }
+    return absl::OkStatus();
+  }
+
+  Json BuiltSettings(const std::string& name, const index::SearchOptions& options) const {
+    Json settings;
+    if (name == "landmark") {
+      settings["block"] = flags_.build.block;
+      settings["summary"] = flags_.build.summary;
+      settings["exact_top"] = options.exact_top;
+    } else {
+      settings["keys_per_cluster"] = flags_.build.keys_per_cluster;
+    }
+    settings["candidates"] = options.candidates;
+    settings["estimate"] = options.estimate_rest;
+    settings["stop_after_us"] = flags_.stop_after_us;
+    settings["audit"] = flags_.audit;
+    settings["seed"] = flags_.seed;
+    return settings;
+  }
+
   absl::Status Evaluate(const std::string& index, const Json& settings,
                         const SearchFunction& search, const index::SearchOptions& options) {
     absl::StatusOr<Evaluation> figures = EvaluateSearch(trace_, reference_, search, options);
@@ -225,7 +303,7 @@ class HeadRun {
   void Add(const std::string& index, Json settings, const Evaluation& figures) {
     settings["steps"] = reference_.steps.size();
     settings["threads"] = flags_.threads;
-    results_.push_back({trace_.name, index, std::move(settings), figures});
+    results_.push_back({trace_.name, index, std::move(settings), figures, {}, {}});
   }
 
   const EvalFlags& flags_;
@@ -257,7 +335,9 @@ void PrintJson(const std::vector<EvalResult>& results, const std::string& simd_l
            {"true", f.missed_true},
            {"interval_cover", OrNull(f.interval_cover)},
            {"interval_width", OrNull(f.interval_width)}}},
-         {"micros", {{"p50", OrNull(f.micros_p50)}, {"p99", OrNull(f.micros_p99)}}}});
+         {"micros", {{"p50", OrNull(f.micros_p50)}, {"p99", OrNull(f.micros_p99)}}},
+         {"build_core_seconds", OrNull(result.build_core_seconds)},
+         {"index_bytes", OrNull(result.index_bytes)}});
   }
   std::cout << Json{{"simd_level", simd_level}, {"results", list}}.dump(2) << '\n';
 }
@@ -266,10 +346,23 @@ std::string OrDash(const std::optional<double>& value) {
   return value.has_value() ? Digits(*value) : "-";
 }
 
+std::string BuiltText(const std::string& index, const Json& settings) {
+  std::string text =
+      index == "landmark"
+          ? absl::StrCat(settings["summary"].get<std::string>(), " ", settings["block"].get<int>())
+          : absl::StrCat("1/", settings["keys_per_cluster"].get<int>());
+  absl::StrAppend(&text, ", ", settings["candidates"].get<int>());
+  const int exact_top = settings.value("exact_top", 0);
+  if (exact_top > 0) absl::StrAppend(&text, ", top ", exact_top);
+  if (!settings["estimate"].get<bool>()) absl::StrAppend(&text, ", no est.");
+  return text;
+}
+
 std::string SettingsText(const EvalResult& result) {
   if (result.index == "oracle")
     return absl::StrCat("top ", result.settings["exact"].get<int64_t>());
   if (result.index == "exact") return "all keys";
+  if (IsBuilt(result.index)) return BuiltText(result.index, result.settings);
   return absl::StrCat(result.settings["scan_bits"].get<int>(), " bit, ",
                       result.settings["candidates"].get<int>(), ", ",
                       result.settings["exact"].get<int>());
@@ -277,14 +370,16 @@ std::string SettingsText(const EvalResult& result) {
 
 void PrintText(const std::vector<EvalResult>& results, const std::string& simd_level) {
   Table table({"head", "index", "settings", "error mean", "p90", "max", "recall@100", "scanned",
-               "read", "missed est.", "true", "cover", "width", "us p50", "p99"});
+               "read", "missed est.", "true", "cover", "width", "us p50", "p99", "build s",
+               "size"});
   for (const EvalResult& result : results) {
     const Evaluation& f = result.figures;
     table.Add({result.head, result.index, SettingsText(result), Digits(f.error_mean),
                Digits(f.error_p90), Digits(f.error_max), Digits(f.recall_at_100),
                Short(f.keys_scanned), ShortBytes(f.bytes_read), OrDash(f.missed_estimated),
                Digits(f.missed_true), OrDash(f.interval_cover), OrDash(f.interval_width),
-               OrDash(f.micros_p50), OrDash(f.micros_p99)});
+               OrDash(f.micros_p50), OrDash(f.micros_p99), OrDash(result.build_core_seconds),
+               result.index_bytes.has_value() ? ShortBytes(*result.index_bytes) : "-"});
   }
   std::cout << table.Text() << "\nSIMD level " << simd_level
             << ". Per group and step: scanned (keys), read, us. `kvseek eval --help` explains the "
@@ -321,6 +416,31 @@ absl::Status RunEval(EvalFlags flags) {
   return absl::OkStatus();
 }
 
+void AddBuildOptions(CLI::App& command, EvalFlags& flags) {
+  command.add_option("--block", flags.build.block, "landmark: keys of a block")
+      ->check(CLI::IsMember({16, 32, 64, 128, 256}))
+      ->capture_default_str();
+  command.add_option("--summary", flags.build.summary, "landmark: minmax or mean")
+      ->check(CLI::IsMember({"minmax", "mean"}))
+      ->capture_default_str();
+  command
+      .add_option("--keys-per-cluster", flags.build.keys_per_cluster, "cluster: keys of one, mean")
+      ->check(CLI::Range(4, 256))
+      ->capture_default_str();
+  command.add_flag("--no-estimate", flags.no_estimate,
+                   "landmark, cluster: leave unread keys out of the answer");
+  command
+      .add_option("--exact-top", flags.exact_top,
+                  "landmark: read on until each head's best so many keys are proven to be read")
+      ->check(CLI::Range(0, index::kMaxK))
+      ->capture_default_str();
+  command
+      .add_option("--stop-after", flags.stop_after_us,
+                  "landmark, cluster: microseconds after which no more keys are chosen; 0: none")
+      ->check(CLI::Range(int64_t{0}, int64_t{1} << 40))
+      ->capture_default_str();
+}
+
 }  // namespace
 
 void AddEvalCommand(CLI::App& program, Action& action) {
@@ -335,9 +455,11 @@ void AddEvalCommand(CLI::App& program, Action& action) {
       ->add_option("--head", flags->heads,
                    "Head of the --kv at the same place; default: the one its file name contains")
       ->allow_extra_args(false);
-  command->add_option("--index", flags->indexes, "Comma list of exact, ladder, oracle")
+  command
+      ->add_option("--index", flags->indexes,
+                   "Comma list of exact, ladder, landmark, cluster, oracle")
       ->delimiter(',')
-      ->check(CLI::IsMember({"exact", "ladder", "oracle"}))
+      ->check(CLI::IsMember({"exact", "ladder", "landmark", "cluster", "oracle"}))
       ->capture_default_str();
   command
       ->add_option("--scan-bits", flags->scan_bits,
@@ -347,7 +469,8 @@ void AddEvalCommand(CLI::App& program, Action& action) {
       ->capture_default_str();
   command
       ->add_option("--candidates", flags->candidates,
-                   "ladder: keys a group read at 4 bits; a comma list tries each")
+                   "Keys a group read: ladder at 4 bits, landmark and cluster as they are; a comma "
+                   "list tries each")
       ->delimiter(',')
       ->check(CLI::Range(1, index::kMaxCandidates))
       ->capture_default_str();
@@ -358,8 +481,7 @@ void AddEvalCommand(CLI::App& program, Action& action) {
       ->check(CLI::Range(int64_t{0}, int64_t{1} << 24))
       ->capture_default_str();
   command
-      ->add_option("--audit", flags->audit,
-                   "ladder: unread keys a head sampled for the report's interval")
+      ->add_option("--audit", flags->audit, "Unread keys a head sampled for the report's interval")
       ->check(CLI::Range(0, index::kMaxAuditSamples))
       ->capture_default_str();
   command->add_option("--steps", flags->steps, "How many steps, evenly spread; 0: all")
@@ -369,6 +491,7 @@ void AddEvalCommand(CLI::App& program, Action& action) {
   command->add_option("--threads", flags->threads, "Threads of one search")
       ->check(CLI::Range(1, 256))
       ->capture_default_str();
+  AddBuildOptions(*command, *flags);
   AddConnectFlags(*command, flags->connect, /*required=*/false);
   AddFormatFlag(*command, flags->format);
   command->callback([flags, &action] {
