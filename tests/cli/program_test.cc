@@ -68,6 +68,11 @@ TEST(ProgramTest, WrongFlagsAreUsageErrors) {
   ExpectUsageError("eval" + Head15() + Queries() + " --index ladder --exact 64,128", "--exact");
   ExpectUsageError("eval" + Head15() + Head20() + Queries() + " --head layer15.kv1", "--head");
   ExpectUsageError("eval" + Head15() + Queries() + " --format xml", "xml");
+  ExpectUsageError("eval" + Head15() + Queries() + " --block 17", "--block");
+  ExpectUsageError("eval" + Head15() + Queries() + " --summary mode", "--summary");
+  ExpectUsageError("eval" + Head15() + Queries() + " --keys-per-cluster 3", "--keys-per-cluster");
+  ExpectUsageError("eval" + Head15() + Queries() + " --summary mean --exact-top 5", "--exact-top");
+  ExpectUsageError("eval" + Head15() + Queries() + " --index cluster --via unix:x", "--via");
   ExpectUsageError("ping", "--via");
   ExpectUsageError("bench --kv-heads 3 --query-heads 8", "--query-heads");
   ExpectUsageError("bench --rate 0", "--rate");
@@ -126,6 +131,48 @@ TEST(ProgramTest, EvalPrintsItsSchema) {
   EXPECT_EQ(ladder.at("settings").at("exact"), 64);
   EXPECT_EQ(ladder.at("settings").at("seed"), 7);
   EXPECT_EQ(results.at(6).at("settings").at("exact"), 1024);
+}
+
+TEST(ProgramTest, EvalBuildsLandmarkAndCluster) {
+  const Ran ran = RunKvseek("eval" + Head20() + Queries() +
+                            " --index landmark,cluster --block 32 --summary minmax"
+                            " --keys-per-cluster 20 --candidates 256,512 --exact-top 3"
+                            " --no-estimate --steps 3 --audit 16 --seed 5 --format json");
+  ASSERT_EQ(ran.exit_code, 0) << ran.err;
+  const json results = json::parse(ran.out).at("results");
+  ASSERT_EQ(results.size(), 4U);
+  EXPECT_EQ(results[1].at("settings"), json({{"block", 32},
+                                             {"summary", "minmax"},
+                                             {"exact_top", 3},
+                                             {"candidates", 512},
+                                             {"estimate", false},
+                                             {"stop_after_us", 0},
+                                             {"audit", 16},
+                                             {"seed", 5},
+                                             {"steps", 3},
+                                             {"threads", 1}}));
+  EXPECT_EQ(results[2].at("settings").at("keys_per_cluster"), 20);
+  EXPECT_FALSE(results[2].at("settings").contains("exact_top"));
+  for (const json& result : results) {
+    EXPECT_GT(result.at("build_core_seconds").get<double>(), 0.0);
+    EXPECT_GT(result.at("index_bytes").get<double>(), 0.0);
+    EXPECT_FALSE(result.at("missed_mass").at("interval_cover").is_null());
+  }
+  const Ran table = RunKvseek("eval" + Head20() + Queries() +
+                              " --index landmark,cluster --candidates 256 --steps 2");
+  ASSERT_EQ(table.exit_code, 0) << table.err;
+  EXPECT_THAT(table.out, HasSubstr("minmax 16, 256"));
+  EXPECT_THAT(table.out, HasSubstr("1/16, 256"));
+}
+
+TEST(ProgramTest, EvalNeedsASegmentToBuildFrom) {
+  const TempDir dir;
+  const std::string kv = dir.Write(
+      "h.safetensors", SafeTensorsFile({MakeTensor("k", "BF16", {90, 8}, RandomValues(720, 1)),
+                                        MakeTensor("v", "BF16", {90, 8}, RandomValues(720, 2))}));
+  const std::string q = dir.Write(
+      "q", SafeTensorsFile({MakeTensor("h.q_decode", "F32", {2, 3, 8}, RandomValues(48, 3))}));
+  ExpectFailure("eval --kv " + kv + " --queries " + q + " --index cluster", "full segment");
 }
 
 TEST(ProgramTest, EvalWithoutAuditHasNoInterval) {

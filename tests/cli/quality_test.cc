@@ -7,6 +7,7 @@
 #include <map>
 #include <string>
 
+#include "cli/build_index.h"
 #include "cli/evaluation.h"
 #include "cli/library_search.h"
 
@@ -33,18 +34,64 @@ struct Subject {
   }
 
   Evaluation Ask(const index::KeyIndex& index, int scan_bits, int64_t candidates, int audit) const {
-    const StoredHead head(trace, scan_bits);
-    PieceRunner runner(1);
     index::SearchOptions options;
     options.candidates = static_cast<int>(candidates);
     options.exact_rows = 64;
     options.audit_samples = audit;
+    return Ask(index, StoredHead(trace, scan_bits), options);
+  }
+
+  Evaluation Ask(const index::KeyIndex& index, const StoredHead& head,
+                 const index::SearchOptions& options) const {
+    PieceRunner runner(1);
     const auto figures =
         EvaluateSearch(trace, reference, SearchLibrary(trace, head, index, runner), options);
     EXPECT_TRUE(figures.ok()) << figures.status();
     return figures.value_or(Evaluation{});
   }
+
+  /// An index that is built, trained on prefill queries.
+  Evaluation AskBuilt(const std::string& name, const BuildSettings& settings,
+                      const index::SearchOptions& options) const {
+    const StoredHead head(trace, 2);
+    return Ask(*BuildIndex(name, trace, head.view(), settings), head, options);
+  }
 };
+
+/// Largest mean output errors that are let pass: as measured and a tenth more.
+struct PartsFloors {
+  std::string head;
+  int candidates;  ///< keys read of a group
+  double min_max;
+  double mean;
+  double cluster;
+  double cluster_recall;
+};
+
+/// On every head: the estimate helps, clusters beat min/max, and floors hold.
+void ExpectPartsFloors(const Subject& subject, const PartsFloors& floors) {
+  index::SearchOptions options;
+  options.candidates = floors.candidates;
+  const Evaluation min_max = subject.AskBuilt("landmark", {}, options);
+  const Evaluation mean = subject.AskBuilt("landmark", {.summary = "mean"}, options);
+  const Evaluation cluster = subject.AskBuilt("cluster", {}, options);
+  EXPECT_LE(min_max.error_mean, floors.min_max);
+  EXPECT_LE(mean.error_mean, floors.mean);
+  EXPECT_LE(cluster.error_mean, floors.cluster);
+  EXPECT_GE(cluster.recall_at_100, floors.cluster_recall);
+  EXPECT_LE(cluster.error_mean, 0.6 * min_max.error_mean);
+  EXPECT_NEAR(*cluster.missed_estimated, cluster.missed_true, 0.5 * cluster.missed_true);
+  options.estimate_rest = false;
+  EXPECT_LT(cluster.error_mean, subject.AskBuilt("cluster", {}, options).error_mean);
+}
+
+/// Landmark run to the end has every head's true best keys.
+void ExpectCompletionIsExact(const Subject& subject) {
+  index::SearchOptions options;
+  options.candidates = 512;
+  options.exact_top = kRecallKeys;
+  EXPECT_EQ(subject.AskBuilt("landmark", {}, options).recall_at_100, 1.0);
+}
 
 class ShortTraceTest : public ::testing::TestWithParam<const char*> {
  protected:
@@ -72,6 +119,24 @@ TEST_P(ShortTraceTest, AuditIsHonest) {
   ASSERT_TRUE(ladder.interval_cover.has_value());
   EXPECT_GE(*ladder.interval_cover, 0.85);
   EXPECT_NEAR(*ladder.missed_estimated, ladder.missed_true, 0.25 * ladder.missed_true);
+}
+
+TEST_P(ShortTraceTest, PartsFloors) {
+  for (const PartsFloors& floors : {PartsFloors{"layer15.kv1", 512, 0.73, 0.162, 0.145, 0.75},
+                                    PartsFloors{"layer20.kv0", 512, 0.294, 0.164, 0.084, 0.83}}) {
+    if (floors.head == subject_.trace.name) ExpectPartsFloors(subject_, floors);
+  }
+}
+
+TEST_P(ShortTraceTest, LandmarkCompletionIsExact) { ExpectCompletionIsExact(subject_); }
+
+TEST_P(ShortTraceTest, AuditOfClustersIsHonest) {
+  index::SearchOptions options;
+  options.candidates = 512;
+  options.audit_samples = 64;
+  const Evaluation cluster = subject_.AskBuilt("cluster", {}, options);
+  ASSERT_TRUE(cluster.interval_cover.has_value());
+  EXPECT_GE(*cluster.interval_cover, 0.85);
 }
 
 INSTANTIATE_TEST_SUITE_P(Code8, ShortTraceTest, ::testing::Values("layer15.kv1", "layer20.kv0"));
@@ -102,6 +167,16 @@ TEST_P(LongTraceTest, LadderIsAsGoodAsAnOracle) {
   EXPECT_GE(two_bits.recall_at_100, 0.985);
   const Evaluation one_bit = subject.Ask(index::LadderIndex(), 1, kLong, 0);
   EXPECT_LE(one_bit.error_mean, 1.15 * one_bit_error.at(GetParam()));
+}
+
+TEST_P(LongTraceTest, PartsFloors) {
+  const Subject subject(LongTraces(), "code32", GetParam(), kLong);
+  for (const PartsFloors& floors : {PartsFloors{"layer2.kv1", 1024, 0.54, 0.5, 0.164, 0.56},
+                                    PartsFloors{"layer15.kv1", 1024, 0.49, 0.173, 0.138, 0.83},
+                                    PartsFloors{"layer20.kv0", 1024, 0.57, 0.26, 0.161, 0.82}}) {
+    if (floors.head == subject.trace.name) ExpectPartsFloors(subject, floors);
+  }
+  ExpectCompletionIsExact(subject);
 }
 
 INSTANTIATE_TEST_SUITE_P(Code32, LongTraceTest,
