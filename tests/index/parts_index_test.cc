@@ -161,7 +161,7 @@ TEST_P(PartsIndexTest, PastItsTimeItAnswersFromSummariesAndItsReportHolds) {
   constexpr int64_t kBegin = 1;  // after the sink, which no sample finds in a summary
   int covered = 0;
   int trials = 0;
-  for (uint64_t seed = 1; seed <= 40; ++seed) {
+  for (uint64_t seed = 1; seed <= 20; ++seed) {
     const cli::HeadTrace trace = RandomTrace({.tokens = 4200, .group = 4, .seed = seed});
     const cli::StoredHead head(trace, 2);
     const auto built = Build(head.view());
