@@ -25,7 +25,7 @@ void ScoreRows(const float* queries, int group, const uint16_t* keys, DType dtyp
 void ScoreGathered(const float* queries, int group, const uint16_t* const* key_rows, DType dtype,
                    int count, int key_dim, float* scores, int score_stride) noexcept;
 
-/// The same for fp32 rows (segment centres, landmarks): rows is (count, dim).
+/// The same for fp32 rows (segment centres, landmarks): rows is (count, dim), dim up to 1024.
 void ScoreFloatRows(const float* queries, int group, const float* rows, int count, int dim,
                     float* scores, int score_stride) noexcept;
 
