@@ -1,6 +1,7 @@
 #include "cli/build_index.h"
 
 #include "index/cluster_index.h"
+#include "index/graph_index.h"
 #include "index/landmark_index.h"
 
 namespace kvseek::cli {
@@ -13,6 +14,7 @@ std::shared_ptr<const index::BuiltIndex> BuildIndex(const std::string& name, con
   input.group = trace.group;
   input.queries = trace.prefill_queries;
   input.query_positions = trace.prefill_positions;
+  if (name == "graph") return index::GraphIndex::Build(input, settings.degree);
   if (name == "cluster") {
     return index::BuildCluster(input, {.keys_per_cluster = settings.keys_per_cluster});
   }

@@ -7,17 +7,19 @@
 
 #include "cli/trace.h"
 #include "index/built_index.h"
+#include "index/graph_build.h"
 
 namespace kvseek::cli {
 
 struct BuildSettings {
-  int block = 16;                  ///< landmark: keys of a block
-  std::string summary = "minmax";  ///< landmark: minmax or mean
-  int keys_per_cluster = 16;       ///< cluster
+  int block = 16;                    ///< landmark: keys of a block
+  std::string summary = "minmax";    ///< landmark: minmax or mean
+  int keys_per_cluster = 16;         ///< cluster
+  int degree = index::kGraphDegree;  ///< graph: neighbours of a key, at most
 };
 
-/// `name`: landmark or cluster. Trained on the trace's prefill queries only. Null if the trace has
-/// no full segment. `view` is of the trace's rows.
+/// `name`: landmark, cluster or graph. Trained on the trace's prefill queries only. Null if the
+/// trace has no full segment, or for graph no prefill queries. `view` is of the trace's rows.
 std::shared_ptr<const index::BuiltIndex> BuildIndex(const std::string& name, const HeadTrace& trace,
                                                     const index::KvView& view,
                                                     const BuildSettings& settings);

@@ -2,9 +2,11 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <filesystem>
 #include <iostream>
+#include <limits>
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -42,6 +44,8 @@ struct EvalFlags {
   uint64_t seed = 0;
   BuildSettings build;
   bool no_estimate = false;
+  float beta = std::numeric_limits<float>::infinity();
+  bool per_head = false;
   int exact_top = 0;
   int64_t stop_after_us = 0;
   int threads = 1;
@@ -63,7 +67,9 @@ struct EvalResult {
   std::optional<double> index_bytes;
 };
 
-bool IsBuilt(const std::string& index) { return index == "landmark" || index == "cluster"; }
+bool IsBuilt(const std::string& index) {
+  return index == "landmark" || index == "cluster" || index == "graph";
+}
 
 constexpr char kHelp[] =
     "Reads stored keys and values (tensors `k`, `v` [tokens, head_dim] in bf16, fp16 or fp32; fp32 "
@@ -85,6 +91,11 @@ constexpr char kHelp[] =
     "  cluster  the same with clusters of --keys-per-cluster keys that are alike to the head's "
     "prefill\n"
     "          queries, which the queries file may hold (`HEAD.q_prefill`, `prefill_positions`)\n"
+    "  graph   a walk over a graph of keys with up to --degree neighbours each, built from the "
+    "head's\n"
+    "          prefill queries; scores up to --candidates keys of the group, fewer with --beta, "
+    "and\n"
+    "          reads them; the others' share is estimated from stretches of 64 keys\n"
     "  oracle  each query head's true top --exact keys and nothing else, softmax renormalised "
     "over\n"
     "          them: what a perfect top-k could do. One result for each number of --exact; a "
@@ -105,7 +116,7 @@ constexpr char kHelp[] =
     "                 intervals (interval_cover), and the intervals' median width over the "
     "estimate\n"
     "  micros         time of one step's answer, for the whole group, without audit\n"
-    "  build_core_seconds, index_bytes  of landmark and cluster\n"
+    "  build_core_seconds, index_bytes  of landmark, cluster and graph\n"
     "\n"
     "Examples:\n"
     "  kvseek eval --kv code8.layer15.kv1.safetensors --queries code8.queries.safetensors \\\n"
@@ -116,7 +127,9 @@ constexpr char kHelp[] =
     "  kvseek eval --kv code8.layer15.kv1.safetensors --queries code8.queries.safetensors \\\n"
     "      --index oracle --exact 256,1024,4096\n"
     "  kvseek eval --kv code8.layer15.kv1.safetensors --queries code8.queries.safetensors \\\n"
-    "      --index landmark,cluster --candidates 512,1024 --no-estimate";
+    "      --index landmark,cluster --candidates 512,1024 --no-estimate\n"
+    "  kvseek eval --kv code8.layer15.kv1.safetensors --queries code8.queries.safetensors \\\n"
+    "      --index graph --per-head --candidates 240,480,960";
 
 void CheckFlags(const EvalFlags& flags) {
   if (!flags.heads.empty() && flags.heads.size() != flags.kv.size()) {
@@ -133,7 +146,7 @@ void CheckFlags(const EvalFlags& flags) {
   }
   const bool built = std::any_of(flags.indexes.begin(), flags.indexes.end(), IsBuilt);
   if (built && !flags.connect.via.empty()) {
-    FailUsage("--via: landmark and cluster are evaluated in this process only");
+    FailUsage("--via: landmark, cluster and graph are evaluated in this process only");
   }
   if (flags.exact_top > 0 && flags.build.summary != "minmax") {
     FailUsage("--exact-top: needs --summary minmax");
@@ -249,8 +262,9 @@ class HeadRun {
     const std::shared_ptr<const index::BuiltIndex> built =
         BuildIndex(name, trace_, stored.view(), flags_.build);
     if (built == nullptr) {
-      return absl::FailedPreconditionError(absl::StrCat(
-          trace_.name, ": ", name, " needs a full segment of ", index::kSegmentTokens, " tokens"));
+      return absl::FailedPreconditionError(
+          absl::StrCat(trace_.name, ": ", name, " needs a full segment of ", index::kSegmentTokens,
+                       " tokens", name == "graph" ? " and prefill queries" : ""));
     }
     const SearchFunction library = SearchLibrary(trace_, stored, *built, runner_);
     const SearchFunction search = [&](int step, index::SearchOptions options) {
@@ -265,6 +279,7 @@ class HeadRun {
     options.seed = flags_.seed;
     options.estimate_rest = !flags_.no_estimate;
     if (name == "landmark") options.exact_top = flags_.exact_top;
+    if (name == "graph") options.beta = flags_.beta;
     for (const int count : flags_.candidates) {
       options.candidates = count;
       absl::Status status = Evaluate(name, BuiltSettings(name, options), search, options);
@@ -281,6 +296,9 @@ class HeadRun {
       settings["block"] = flags_.build.block;
       settings["summary"] = flags_.build.summary;
       settings["exact_top"] = options.exact_top;
+    } else if (name == "graph") {
+      settings["degree"] = flags_.build.degree;
+      settings["beta"] = std::isfinite(options.beta) ? Json(options.beta) : Json();
     } else {
       settings["keys_per_cluster"] = flags_.build.keys_per_cluster;
     }
@@ -347,11 +365,18 @@ std::string OrDash(const std::optional<double>& value) {
 }
 
 std::string BuiltText(const std::string& index, const Json& settings) {
-  std::string text =
-      index == "landmark"
-          ? absl::StrCat(settings["summary"].get<std::string>(), " ", settings["block"].get<int>())
-          : absl::StrCat("1/", settings["keys_per_cluster"].get<int>());
+  std::string text;
+  if (index == "landmark") {
+    text = absl::StrCat(settings["summary"].get<std::string>(), " ", settings["block"].get<int>());
+  } else if (index == "graph") {
+    text = absl::StrCat("degree ", settings["degree"].get<int>());
+  } else {
+    text = absl::StrCat("1/", settings["keys_per_cluster"].get<int>());
+  }
   absl::StrAppend(&text, ", ", settings["candidates"].get<int>());
+  if (settings.contains("beta") && !settings["beta"].is_null()) {
+    absl::StrAppend(&text, ", beta ", settings["beta"].get<float>());
+  }
   const int exact_top = settings.value("exact_top", 0);
   if (exact_top > 0) absl::StrAppend(&text, ", top ", exact_top);
   if (!settings["estimate"].get<bool>()) absl::StrAppend(&text, ", no est.");
@@ -405,8 +430,11 @@ absl::Status RunEval(EvalFlags flags) {
     if (trace->rounded) {
       std::cerr << flags.kv[i] << ": fp32 keys and values were rounded to bf16 for storage\n";
     }
-    absl::Status status = HeadRun(flags, *trace, client.get(), runner, results).Run();
-    if (!status.ok()) return status;
+    for (int head = 0; head < (flags.per_head ? trace->group : 1); ++head) {
+      const HeadTrace& asked = flags.per_head ? OneQueryHead(*trace, head) : *trace;
+      absl::Status status = HeadRun(flags, asked, client.get(), runner, results).Run();
+      if (!status.ok()) return status;
+    }
   }
   if (flags.format == "json") {
     PrintJson(results, simd_level);
@@ -427,8 +455,17 @@ void AddBuildOptions(CLI::App& command, EvalFlags& flags) {
       .add_option("--keys-per-cluster", flags.build.keys_per_cluster, "cluster: keys of one, mean")
       ->check(CLI::Range(4, 256))
       ->capture_default_str();
+  command.add_option("--degree", flags.build.degree, "graph: neighbours of a key, at most")
+      ->check(CLI::Range(index::kGraphDegreeMin, index::kGraphDegreeMax))
+      ->capture_default_str();
+  command
+      .add_option("--beta", flags.beta,
+                  "graph: look no further for a head than this below its best score, in nats")
+      ->check(CLI::PositiveNumber);
+  command.add_flag("--per-head", flags.per_head,
+                   "Search for each query head by itself, instead of once for the group");
   command.add_flag("--no-estimate", flags.no_estimate,
-                   "landmark, cluster: leave unread keys out of the answer");
+                   "landmark, cluster, graph: leave unread keys out of the answer");
   command
       .add_option("--exact-top", flags.exact_top,
                   "landmark: read on until each head's best so many keys are proven to be read")
@@ -457,9 +494,9 @@ void AddEvalCommand(CLI::App& program, Action& action) {
       ->allow_extra_args(false);
   command
       ->add_option("--index", flags->indexes,
-                   "Comma list of exact, ladder, landmark, cluster, oracle")
+                   "Comma list of exact, ladder, landmark, cluster, graph, oracle")
       ->delimiter(',')
-      ->check(CLI::IsMember({"exact", "ladder", "landmark", "cluster", "oracle"}))
+      ->check(CLI::IsMember({"exact", "ladder", "landmark", "cluster", "graph", "oracle"}))
       ->capture_default_str();
   command
       ->add_option("--scan-bits", flags->scan_bits,
@@ -469,8 +506,8 @@ void AddEvalCommand(CLI::App& program, Action& action) {
       ->capture_default_str();
   command
       ->add_option("--candidates", flags->candidates,
-                   "Keys a group read: ladder at 4 bits, landmark and cluster as they are; a comma "
-                   "list tries each")
+                   "Keys a group read: ladder at 4 bits, landmark, cluster and graph as they are; "
+                   "a comma list tries each")
       ->delimiter(',')
       ->check(CLI::Range(1, index::kMaxCandidates))
       ->capture_default_str();

@@ -211,6 +211,24 @@ absl::StatusOr<std::vector<std::string>> ListHeads(const std::string& queries_pa
   return heads;
 }
 
+HeadTrace OneQueryHead(const HeadTrace& trace, int head) {
+  HeadTrace one = trace;
+  absl::StrAppend(&one.name, ".q", head);
+  one.group = 1;
+  one.queries.clear();
+  for (int step = 0; step < trace.steps; ++step) {
+    const float* const query =
+        trace.StepQueries(step) + static_cast<ptrdiff_t>(head) * trace.key_dim;
+    one.queries.insert(one.queries.end(), query, query + trace.key_dim);
+  }
+  one.prefill_positions.clear();
+  for (const int64_t position : trace.prefill_positions) {
+    one.prefill_positions.insert(one.prefill_positions.end(), static_cast<size_t>(trace.group),
+                                 position);
+  }
+  return one;
+}
+
 std::vector<int> SpreadSteps(int steps, int count) {
   if (count <= 0 || count > steps) count = steps;
   std::vector<int> chosen(static_cast<size_t>(count));

@@ -52,6 +52,10 @@ struct HeadTrace {
 absl::StatusOr<HeadTrace> LoadHeadTrace(const std::string& kv_path, const std::string& queries_path,
                                         const std::string& head);
 
+/// The trace of query head `head` of the group alone. Its training queries are those of the whole
+/// group.
+HeadTrace OneQueryHead(const HeadTrace& trace, int head);
+
 /// Names of the heads whose decode queries are in the file, sorted.
 absl::StatusOr<std::vector<std::string>> ListHeads(const std::string& queries_path);
 

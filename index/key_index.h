@@ -16,6 +16,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -85,6 +86,9 @@ struct SearchOptions {
   /// Landmark and cluster: what has been chosen by then is the answer, which is as good as its
   /// report says. The only option whose effect depends on time.
   std::chrono::steady_clock::time_point stop_at = std::chrono::steady_clock::time_point::max();
+  /// Graph: keys whose score is more than this below a head's best, in nats, are not worth a look
+  /// for it. A search ends when no head has any left, or at `candidates`.
+  float beta = std::numeric_limits<float>::infinity();
 };
 
 /// What an answer says of itself.

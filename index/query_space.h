@@ -34,6 +34,7 @@ class QuerySpace {
 
   /// The keys at [begin, end), centred: (end - begin, key_dim).
   FloatRows Keys(int64_t begin, int64_t end) const;
+  const CholeskyFactor& factor() const { return factor_; }  ///< of the queries' second moment
 
  private:
   const BuildInput& input_;

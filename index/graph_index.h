@@ -1,0 +1,49 @@
+// The graph index: finds keys by walking a graph over them that was built from training queries
+// (graph_build.h, graph_search.h; RetrievalAttention, arXiv 2409.10516).
+//
+// It reads few keys whatever the length, but jumps through memory: its time is the number of keys
+// scored, while the ladder's is the number of keys there are. One graph serves all query heads of a
+// KV head. What is left out is estimated from stretches of 64 consecutive keys (key_parts.h).
+#ifndef KVSEEK_INDEX_GRAPH_INDEX_H_
+#define KVSEEK_INDEX_GRAPH_INDEX_H_
+
+#include <memory>
+#include <vector>
+
+#include "index/built_index.h"
+#include "index/graph_build.h"
+#include "index/key_parts.h"
+
+namespace kvseek::index {
+
+class GraphIndex final : public BuiltIndex {
+ public:
+  /// Over all sealed keys of the view, with at most `degree` neighbours a key (graph_build.h). Null
+  /// when there are no sealed keys or no training queries, or input.give_up() says true. It does
+  /// not keep what `input` points at.
+  static std::shared_ptr<const GraphIndex> Build(const BuildInput& input,
+                                                 int degree = kGraphDegree);
+
+  absl::string_view name() const override { return "graph"; }
+  int64_t covered() const override { return graph_.Keys(); }
+  size_t Bytes() const override;
+  double build_core_seconds() const override {
+    return times_.queries + times_.neighbours + times_.edges + times_.parts;
+  }
+  const GraphBuildTimes& times() const { return times_; }
+  std::unique_ptr<SearchPlan> Plan(const KvView& view, const SearchQuery& query,
+                                   const SearchOptions& options, Scratch& scratch) const override;
+
+  const KeyGraph& graph() const { return graph_; }
+
+ private:
+  GraphIndex() = default;
+
+  KeyGraph graph_;
+  GraphBuildTimes times_;
+  std::vector<std::shared_ptr<const KeyParts>> parts_;  ///< each of kMaxPartsTokens, but the last
+};
+
+}  // namespace kvseek::index
+
+#endif  // KVSEEK_INDEX_GRAPH_INDEX_H_
