@@ -18,8 +18,18 @@ constexpr float kOptimism = 0.5F;  ///< standard deviations added to a predictio
 constexpr int kBatch = 16;         ///< keys scored before their neighbours are looked at
 constexpr int kKeysPerPart = 64;   ///< of the budget, for each stretch that is entered
 constexpr size_t kQueue = 256;     ///< best waiting keys that are kept in order
+constexpr float kHalfSqrt2 = 0.70710678F;
 constexpr uint32_t kUnseen = 0;
 constexpr uint32_t kScored = ~uint32_t{0};
+
+/// ln of what is left of the mean of exp(x), x normal around 0 with the given deviation, when only
+/// x < limit are counted. A prediction errs by about the deviation, which is added to the limit.
+float LogBelow(float limit, float deviation) {
+  if (!(deviation > 0.0F)) return 0.0F;
+  const auto below = [](float z) { return 0.5F * std::erfc(-z * kHalfSqrt2); };
+  const float z = std::max(limit / deviation + 1.0F, -3.0F);
+  return std::log(std::max(below(z - deviation) / below(z), 1e-3F));
+}
 
 class GraphSearch {
  public:
@@ -131,6 +141,7 @@ class GraphSearch {
   std::vector<uint32_t> keys_;  ///< scored
   std::vector<float> scores_;   ///< (keys_.size(), group)
   size_t told_ = 0;             ///< of keys_, those whose neighbours have been looked at
+  float cutoff_ = kInfinity;    ///< what waits is predicted to be below it
   int64_t bytes_ = 0;
 };
 
@@ -241,6 +252,7 @@ void GraphSearch::Traverse() {
       }
       slots_[next.key - query_.begin] = kScored;
       batch.push_back(next.key);
+      cutoff_ = next.priority;
     }
     if (batch.empty()) return;
     Score(batch);
@@ -380,7 +392,8 @@ void GraphSearch::Choose(ChosenKeys& chosen) const {
 }
 
 /// The unread keys' mean and variance are the part's with the scored keys' share taken out: what
-/// has been chosen is the best of it.
+/// has been chosen is the best of it, and the rest is taken to be below what the search got down
+/// to.
 void GraphSearch::Estimate(ChosenKeys& chosen) const {
   std::vector<int> counts(part_count_);
   std::vector<float> sums(group_ * part_count_);
@@ -413,8 +426,10 @@ void GraphSearch::Estimate(ChosenKeys& chosen) const {
       const float variance =
           std::clamp((all - squares[at]) / keys - shift * shift, 0.0F, variances_[at]);
       const auto left = static_cast<int>(keys);
-      chosen.weights.push_back(PartWeight(means_[at] + shift, variance, left));
-      chosen.reach.push_back(PartReach(means_[at] + shift, variance, left));
+      const float mean = means_[at] + shift;
+      chosen.weights.push_back(PartWeight(mean, variance, left) +
+                               LogBelow(reference_[h] + cutoff_ - mean, std::sqrt(variance)));
+      chosen.reach.push_back(PartReach(mean, variance, left));
       spread += variance;
     }
     if (!parts.empty()) {
