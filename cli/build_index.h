@@ -16,6 +16,8 @@ struct BuildSettings {
   std::string summary = "minmax";    ///< landmark: minmax or mean
   int keys_per_cluster = 16;         ///< cluster
   int degree = index::kGraphDegree;  ///< graph: neighbours of a key, at most
+
+  bool operator==(const BuildSettings&) const = default;
 };
 
 /// `name`: landmark, cluster or graph. Trained on the trace's prefill queries only. Null if the

@@ -1,12 +1,18 @@
 #include "cli/daemon_search.h"
 
 #include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <thread>
 #include <utility>
+#include <vector>
 
 #include "absl/types/span.h"
 
 namespace kvseek::cli {
 namespace {
+
+constexpr std::chrono::seconds kBuildTimeout{120};
 
 index::SearchResult ToSearchResult(ItemResult item) {
   index::SearchResult result;
@@ -29,11 +35,34 @@ index::SearchResult ToSearchResult(ItemResult item) {
   return result;
 }
 
+/// Some of the trace's prefill queries, in its dtype.
+struct Sample {
+  std::vector<uint64_t> positions;
+  std::vector<uint16_t> rows;
+};
+
+/// Those of tokens [begin, end).
+Sample TakeSample(const HeadTrace& trace, int64_t begin, int64_t end) {
+  Sample sample;
+  const auto elements = static_cast<size_t>(trace.group) * static_cast<size_t>(trace.key_dim);
+  for (size_t i = 0; i < trace.prefill_positions.size(); ++i) {
+    const int64_t position = trace.prefill_positions[i];
+    if (position < begin || position >= end) continue;
+    sample.positions.push_back(static_cast<uint64_t>(position));
+    for (size_t e = 0; e < elements; ++e) {
+      const float element = trace.prefill_queries[i * elements + e];
+      sample.rows.push_back(trace.dtype == kernels::DType::kBf16 ? kernels::FloatToBf16(element)
+                                                                 : kernels::FloatToFp16(element));
+    }
+  }
+  return sample;
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<DaemonHead>> DaemonHead::Open(KvClient& client,
-                                                             const HeadTrace& trace,
-                                                             int scan_bits) {
+                                                             const HeadTrace& trace, int scan_bits,
+                                                             IndexKind build) {
   std::unique_ptr<DaemonHead> head(new DaemonHead(client, trace));
   ModelShape shape;
   shape.query_heads = static_cast<uint32_t>(trace.group);
@@ -45,21 +74,49 @@ absl::StatusOr<std::unique_ptr<DaemonHead>> DaemonHead::Open(KvClient& client,
   options.scan_bits = static_cast<uint32_t>(scan_bits);
   options.tokens_expected = static_cast<uint64_t>(trace.tokens);
   options.name = "kvseek eval " + trace.name;
+  const bool builds = build >= IndexKind::kLandmark;
+  if (builds) options.build = {build};
   absl::StatusOr<Session> session = client.Open(shape, options);
   if (!session.ok()) return session.status();
   head->session_ = *std::move(session);
   head->open_ = true;
   for (int64_t at = 0; at < trace.tokens; at += kAppendTokens) {
     const int64_t tokens = std::min<int64_t>(kAppendTokens, trace.tokens - at);
+    const Sample sample = builds ? TakeSample(trace, at, at + tokens) : Sample{};
     const absl::StatusOr<uint64_t> held = client.Append(
         head->session_, /*layer=*/0, static_cast<uint64_t>(at), static_cast<uint32_t>(tokens),
         absl::MakeConstSpan(trace.keys.data() + at * trace.key_dim,
                             static_cast<size_t>(tokens * trace.key_dim)),
         absl::MakeConstSpan(trace.values.data() + at * trace.value_dim,
-                            static_cast<size_t>(tokens * trace.value_dim)));
+                            static_cast<size_t>(tokens * trace.value_dim)),
+        {}, {sample.positions, sample.rows});
     if (!held.ok()) return held.status();
   }
+  if (builds) {
+    absl::Status built = head->WaitUntilBuilt();
+    if (!built.ok()) return built;
+  }
   return head;
+}
+
+/// The daemon builds while tokens come, and builds anew when what it has not covered is a share of
+/// what it has (docs/operations.md): waits for the last of these builds.
+absl::Status DaemonHead::WaitUntilBuilt() {
+  const auto late = std::chrono::steady_clock::now() + kBuildTimeout;
+  while (std::chrono::steady_clock::now() < late) {
+    const absl::StatusOr<DaemonStats> stats = client_.Stats(/*with_sessions=*/true);
+    if (!stats.ok()) return stats.status();
+    for (const SessionStats& session : stats->sessions) {
+      if (session.session.session_id != session_.session_id) continue;
+      const uint64_t covered = session.built.empty() ? 0 : session.built[0].tokens_covered;
+      const uint64_t left = static_cast<uint64_t>(trace_.tokens) - covered;
+      if (covered > 0 && left < std::max<uint64_t>(4096, covered / 8) + 1024) {
+        return absl::OkStatus();
+      }
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  }
+  return absl::DeadlineExceededError("the daemon did not build the index in time");
 }
 
 DaemonHead::~DaemonHead() {
@@ -77,6 +134,14 @@ SearchFunction DaemonHead::Search(IndexKind index) {
     request.options.audit_samples = static_cast<uint32_t>(options.audit_samples);
     request.options.seed = options.seed;
     request.options.list_read = options.list_read;
+    request.options.leave_rest_out = !options.estimate_rest;
+    request.options.exact_top = static_cast<uint32_t>(options.exact_top);
+    request.options.beta = std::isfinite(options.beta) ? options.beta : 0.0F;
+    if (options.stop_at != std::chrono::steady_clock::time_point::max()) {
+      request.options.search_time = std::max(
+          std::chrono::microseconds(1), std::chrono::duration_cast<std::chrono::microseconds>(
+                                            options.stop_at - std::chrono::steady_clock::now()));
+    }
     QueryItem item;
     item.session = session_;
     item.queries = AsBytes(absl::MakeConstSpan(

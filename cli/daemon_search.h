@@ -17,8 +17,10 @@ inline constexpr uint32_t kAppendTokens = 512;
 /// A session that holds one head. Closes itself; the trace must outlive it. Not thread-safe.
 class DaemonHead {
  public:
+  /// For an index that the daemon builds, `build` says which; Open then waits until it is there.
   static absl::StatusOr<std::unique_ptr<DaemonHead>> Open(KvClient& client, const HeadTrace& trace,
-                                                          int scan_bits);
+                                                          int scan_bits,
+                                                          IndexKind build = IndexKind::kAuto);
   ~DaemonHead();
   DaemonHead(const DaemonHead&) = delete;
   DaemonHead& operator=(const DaemonHead&) = delete;
@@ -28,6 +30,7 @@ class DaemonHead {
 
  private:
   DaemonHead(KvClient& client, const HeadTrace& trace) : client_(client), trace_(trace) {}
+  absl::Status WaitUntilBuilt();
 
   KvClient& client_;
   const HeadTrace& trace_;

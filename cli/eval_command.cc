@@ -145,8 +145,8 @@ void CheckFlags(const EvalFlags& flags) {
     FailUsage(absl::StrCat("--exact: ladder takes at most ", index::kMaxExactRows));
   }
   const bool built = std::any_of(flags.indexes.begin(), flags.indexes.end(), IsBuilt);
-  if (built && !flags.connect.via.empty()) {
-    FailUsage("--via: landmark, cluster and graph are evaluated in this process only");
+  if (built && !flags.connect.via.empty() && !(flags.build == BuildSettings{})) {
+    FailUsage("--via: the daemon builds with its own settings; leave those of the build out");
   }
   if (flags.exact_top > 0 && flags.build.summary != "minmax") {
     FailUsage("--exact-top: needs --summary minmax");
@@ -258,6 +258,14 @@ class HeadRun {
   }
 
   absl::Status RunBuilt(const std::string& name) {
+    if (client_ != nullptr) {
+      const IndexKind kind = name == "landmark"  ? IndexKind::kLandmark
+                             : name == "cluster" ? IndexKind::kCluster
+                                                 : IndexKind::kGraph;
+      auto remote = DaemonHead::Open(*client_, trace_, flags_.scan_bits[0], kind);
+      if (!remote.ok()) return remote.status();
+      return EvaluateBuilt(name, (*remote)->Search(kind));
+    }
     const StoredHead stored(trace_, flags_.scan_bits[0]);
     const std::shared_ptr<const index::BuiltIndex> built =
         BuildIndex(name, trace_, stored.view(), flags_.build);
@@ -266,13 +274,22 @@ class HeadRun {
           absl::StrCat(trace_.name, ": ", name, " needs a full segment of ", index::kSegmentTokens,
                        " tokens", name == "graph" ? " and prefill queries" : ""));
     }
-    const SearchFunction library = SearchLibrary(trace_, stored, *built, runner_);
+    const size_t first = results_.size();
+    absl::Status status = EvaluateBuilt(name, SearchLibrary(trace_, stored, *built, runner_));
+    for (size_t i = first; i < results_.size(); ++i) {
+      results_[i].build_core_seconds = built->build_core_seconds();
+      results_[i].index_bytes = static_cast<double>(built->Bytes());
+    }
+    return status;
+  }
+
+  absl::Status EvaluateBuilt(const std::string& name, const SearchFunction& answer) {
     const SearchFunction search = [&](int step, index::SearchOptions options) {
       if (flags_.stop_after_us > 0) {
         options.stop_at =
             std::chrono::steady_clock::now() + std::chrono::microseconds(flags_.stop_after_us);
       }
-      return library(step, options);
+      return answer(step, options);
     };
     index::SearchOptions options;
     options.audit_samples = flags_.audit;
@@ -284,8 +301,6 @@ class HeadRun {
       options.candidates = count;
       absl::Status status = Evaluate(name, BuiltSettings(name, options), search, options);
       if (!status.ok()) return status;
-      results_.back().build_core_seconds = built->build_core_seconds();
-      results_.back().index_bytes = static_cast<double>(built->Bytes());
     }
     return absl::OkStatus();
   }

@@ -85,15 +85,9 @@ std::chrono::milliseconds ToMilliseconds(uint64_t count) {
   return std::chrono::milliseconds(static_cast<int64_t>(std::min(count, kMax)));
 }
 
+/// kAuto for one that this client does not know.
 IndexKind ToIndexKind(proto::IndexKind kind) {
-  switch (kind) {
-    case proto::INDEX_EXACT:
-      return IndexKind::kExact;
-    case proto::INDEX_LADDER:
-      return IndexKind::kLadder;
-    default:
-      return IndexKind::kAuto;
-  }
+  return proto::IndexKind_IsValid(kind) ? static_cast<IndexKind>(kind) : IndexKind::kAuto;
 }
 
 // ---- searches
@@ -400,6 +394,9 @@ absl::StatusOr<DaemonStats> DecodeStats(const Answer& answer) {
     to.idle = ToMilliseconds(from.idle_ms());
     to.lease = ToMilliseconds(from.lease_ms());
     to.scan_bits = from.scan_bits();
+    for (const proto::BuiltIndexInfo& built : from.built()) {
+      to.built.push_back({ToIndexKind(built.index()), built.tokens_covered(), built.bytes()});
+    }
   }
   return stats;
 }

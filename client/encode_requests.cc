@@ -174,6 +174,11 @@ absl::Status FillSearch(const Request& request, Proto& message, Message& out) {
   to.set_audit_samples(options.audit_samples);
   to.set_seed(options.seed);
   to.set_list_read(options.list_read);
+  to.set_leave_rest_out(options.leave_rest_out);
+  to.set_exact_top(options.exact_top);
+  to.set_beta(options.beta);
+  to.set_search_time_us(static_cast<uint32_t>(
+      std::clamp<int64_t>(options.search_time.count(), 0, std::numeric_limits<uint32_t>::max())));
   return SetPayload(parts, out);
 }
 
@@ -195,12 +200,16 @@ absl::StatusOr<Message> EncodeOpen(const ModelShape& shape, const OpenOptions& o
   request.set_scan_bits(options.scan_bits);
   request.set_tokens_expected(options.tokens_expected);
   request.set_name(options.name);
+  for (const IndexKind kind : options.build) {
+    request.add_build(static_cast<proto::IndexKind>(kind));
+  }
   return Serialise(Op::kOpenSession, request);
 }
 
 absl::StatusOr<Message> EncodeAppend(const Session& session, uint32_t layer, uint64_t start,
                                      uint32_t tokens, absl::Span<const uint16_t> keys,
-                                     absl::Span<const uint16_t> values) {
+                                     absl::Span<const uint16_t> values,
+                                     const SampledQueries& queries) {
   const ModelShape& shape = session.shape;
   absl::Status status = CheckShape(shape, "session.shape.");
   if (!status.ok()) return status;
@@ -215,13 +224,19 @@ absl::StatusOr<Message> EncodeAppend(const Session& session, uint32_t layer, uin
   if (!status.ok()) return status;
   status = check("values", values.size(), shape.value_dim);
   if (!status.ok()) return status;
+  const uint64_t elements = Product({queries.positions.size(), shape.query_heads, shape.key_dim});
+  if (queries.rows.size() != elements) {
+    return Invalid("queries.rows",
+                   absl::StrCat(queries.rows.size(), " elements, its shape has ", elements));
+  }
   proto::AppendRequest request;
   SetSession(session, request.mutable_session());
   request.set_layer(layer);
   request.set_start(start);
   request.set_tokens(tokens);
+  request.mutable_query_positions()->Add(queries.positions.begin(), queries.positions.end());
   Message message = Serialise(Op::kAppend, request);
-  status = SetPayload({AsBytes(keys), AsBytes(values)}, message);
+  status = SetPayload({AsBytes(keys), AsBytes(values), AsBytes(queries.rows)}, message);
   if (!status.ok()) return status;
   return message;
 }

@@ -84,14 +84,24 @@ struct Session {
   ModelShape shape{};
 };
 
+/// Landmark, cluster and graph are built for sessions opened with them (docs/indexes.md). Until one
+/// is there, the ladder (or exact, for a short range) answers in its place, and the report says so.
+enum class IndexKind : uint8_t {
+  kAuto = 0,
+  kExact = 1,
+  kLadder = 2,
+  kLandmark = 3,
+  kCluster = 4,
+  kGraph = 5,
+};
+
 struct OpenOptions {
   std::chrono::milliseconds lease{0};  ///< closed when unused for so long; 0: the daemon's default
   uint32_t scan_bits = 0;              ///< 1 or 2; 0: the daemon's default
   uint64_t tokens_expected = 0;        ///< refuse now if there is no memory for so many
   std::string name{};                  ///< for listings
+  std::vector<IndexKind> build{};      ///< kLandmark, kCluster, kGraph: built in the background
 };
-
-enum class IndexKind : uint8_t { kAuto = 0, kExact = 1, kLadder = 2 };
 
 /// How an answer is found; unset fields take the daemon's defaults. See index/key_index.h.
 struct SearchOptions {
@@ -101,6 +111,11 @@ struct SearchOptions {
   uint32_t audit_samples = 0;
   uint64_t seed = 0;
   bool list_read = false;  ///< Attend: also return the positions read at 4 bits or better
+  /// Landmark, cluster, graph: the estimate of what was not read stays out of the state.
+  bool leave_rest_out = false;
+  uint32_t exact_top = 0;  ///< landmark: reads until so many best keys of each head are certain
+  float beta = 0.0F;       ///< graph: stops where nothing is within beta of a best score; 0: never
+  std::chrono::microseconds search_time{0};  ///< landmark, cluster: answers by then; 0: no limit
 };
 
 /// One session's part of a request: `tokens` query tokens of one layer, for all KV heads or for
@@ -193,6 +208,20 @@ struct Rows {
   std::vector<uint16_t> values;  ///< (count, value_dim)
 };
 
+/// Queries of some of the tokens that an append brings: (positions.size(), query_heads, key_dim) in
+/// the session's dtype, unscaled. 1 token in 32 is plenty.
+struct SampledQueries {
+  absl::Span<const uint64_t> positions{};  ///< ascending
+  absl::Span<const uint16_t> rows{};
+};
+
+/// How far an index of a session is built.
+struct BuiltIndexStats {
+  IndexKind index = IndexKind::kAuto;
+  uint64_t tokens_covered = 0;  ///< in the head that has least; 0: some head has none yet
+  uint64_t bytes = 0;
+};
+
 struct SessionStats {
   Session session;
   std::string name;
@@ -201,6 +230,7 @@ struct SessionStats {
   std::chrono::milliseconds idle{0};
   std::chrono::milliseconds lease{0};
   uint32_t scan_bits = 0;
+  std::vector<BuiltIndexStats> built;
 };
 
 struct DaemonStats {
@@ -261,10 +291,12 @@ class KvClient {
                                const CallOptions& call = {});
   /// Appends tokens [start, start + tokens) of one layer, all KV heads: keys (tokens, kv_heads,
   /// key_dim), values (tokens, kv_heads, value_dim). Searchable when it returns the number of
-  /// tokens now held. Safe to repeat; a gap is refused.
+  /// tokens now held. Safe to repeat; a gap is refused. Some of the tokens' own queries may come
+  /// along, for indexes that learn from them.
   absl::StatusOr<uint64_t> Append(const Session& session, uint32_t layer, uint64_t start,
                                   uint32_t tokens, absl::Span<const uint16_t> keys,
-                                  absl::Span<const uint16_t> values, const CallOptions& call = {});
+                                  absl::Span<const uint16_t> values, const CallOptions& call = {},
+                                  const SampledQueries& queries = {});
   absl::StatusOr<SearchResponse> Attend(const AttendRequest& request, const CallOptions& call = {});
   absl::StatusOr<SearchResponse> TopK(const TopKRequest& request, const CallOptions& call = {});
   absl::StatusOr<Rows> FetchRows(const Session& session, uint32_t layer, uint32_t kv_head,
@@ -283,7 +315,8 @@ class KvClient {
   /// once, also on error.
   void AppendAsync(const Session& session, uint32_t layer, uint64_t start, uint32_t tokens,
                    absl::Span<const uint16_t> keys, absl::Span<const uint16_t> values,
-                   const CallOptions& call, Callback<uint64_t> done);
+                   const CallOptions& call, Callback<uint64_t> done,
+                   const SampledQueries& queries = {});
   void AttendAsync(const AttendRequest& request, const CallOptions& call,
                    Callback<SearchResponse> done);
   void TopKAsync(const TopKRequest& request, const CallOptions& call,

@@ -17,6 +17,9 @@
 
 namespace kvseek::index {
 
+enum class BuiltKind : uint8_t { kLandmark, kCluster, kGraph };
+inline constexpr int kBuiltKinds = 3;
+
 class BuiltIndex : public KeyIndex {
  public:
   virtual int64_t covered() const = 0;
@@ -40,6 +43,10 @@ struct BuildInput {
   /// Asked now and then; true ends the build, which then returns null.
   std::function<bool()> give_up = [] { return false; };
 };
+
+/// Builds with the kind's usual settings, in the calling thread; seconds for a long sequence. Null
+/// if there is nothing to build from (no sealed keys; a graph without queries) or it was given up.
+std::shared_ptr<const BuiltIndex> BuildIndex(BuiltKind kind, const BuildInput& input);
 
 }  // namespace kvseek::index
 

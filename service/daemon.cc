@@ -14,6 +14,7 @@
 #include "kernels/cpu/simd_level.h"
 #include "proto/status_code.h"
 #include "service/compute_pool.h"
+#include "service/index_builder.h"
 #include "service/memory_budget.h"
 #include "service/request_handler.h"
 #include "service/server.h"
@@ -33,6 +34,7 @@ absl::Status CheckOptions(const DaemonOptions& options) {
   status.Update(check(options.workers >= 0, "workers", "must not be negative"));
   status.Update(check(options.io_spin.count() >= 0, "io_spin", "must not be negative"));
   status.Update(check(options.worker_spin.count() >= 0, "worker_spin", "must not be negative"));
+  status.Update(check(options.build_threads >= 0, "build_threads", "must not be negative"));
   status.Update(check(options.queue_limit > 0, "queue_limit", "must be at least 1"));
   status.Update(check(options.connections_max > 0, "connections_max", "must be at least 1"));
   status.Update(
@@ -53,7 +55,9 @@ class Daemon::Impl {
         budget_(options.memory_limit_bytes, options.retry_after),
         store_(options, budget_),
         pool_(options),
-        handler_(options, store_, pool_, {.connections_open = [this] { return Connections(); }}) {}
+        builder_(options, budget_),
+        handler_(options, store_, pool_, builder_,
+                 {.connections_open = [this] { return Connections(); }}) {}
   ~Impl() { Stop(); }
 
   absl::Status Start() {
@@ -110,6 +114,7 @@ class Daemon::Impl {
   MemoryBudget budget_;
   SessionStore store_;
   ComputePool pool_;
+  IndexBuilder builder_;
   // Before the handler: that one's end waits for the last calls, which hold connections of the
   // server.
   std::unique_ptr<Server> server_;

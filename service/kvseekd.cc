@@ -57,6 +57,10 @@ void Declare(CLI::App& app, Arguments& arguments) {
   app.add_option("--workers", options.workers, "Compute threads; 0: one a core")
       ->check(CLI::Range(0, 4096))
       ->capture_default_str();
+  app.add_option("--build-threads", options.build_threads,
+                 "Threads that build indexes where a core is idle; 0: none are built")
+      ->check(CLI::Range(0, 4096))
+      ->capture_default_str();
   app.add_flag("--pin", options.pin_workers, "Pin the compute threads to cores 0, 1, ...");
   constexpr uint32_t kSpinMaxUs = 1'000'000;
   app.add_option("--io-spin-us", arguments.io_spin_us,

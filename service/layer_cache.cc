@@ -48,6 +48,7 @@ std::shared_ptr<const LayerState> LayerState::Empty(const index::KvShape& shape,
                                                     uint32_t kv_heads) {
   auto state = std::make_shared<LayerState>();
   state->heads.assign(kv_heads, HeadCache(shape));
+  state->built.resize(kv_heads);
   return state;
 }
 
@@ -77,9 +78,21 @@ absl::StatusOr<int64_t> LayerCache::Append(const LayerRows& rows, MemoryBudget& 
     absl::Status status = CheckElements(name, tensor, rows.tokens, heads, dim, shape.dtype, worker);
     if (!status.ok()) return status;
   }
+  const auto query_elements = static_cast<int64_t>(rows.queries.positions.size());
+  absl::Status queries_good =
+      CheckElements("query", rows.queries.rows, query_elements,
+                    static_cast<int64_t>(rows.query_heads), shape.key_dim, shape.dtype, worker);
+  if (!queries_good.ok()) return queries_good;
   const int64_t skipped = std::min(state->tokens - rows.start, rows.tokens);
   const int64_t added = rows.tokens - skipped;
-  if (added == 0) return state->tokens;
+  std::shared_ptr<const QuerySample> queries = state->queries;
+  if (!rows.queries.positions.empty()) {
+    const QuerySample none(rows.query_heads * static_cast<size_t>(shape.key_dim));
+    auto more = (queries == nullptr ? none : *queries).With(rows.queries, budget);
+    if (!more.ok()) return more.status();
+    queries = *std::move(more);
+  }
+  if (added == 0 && queries == state->queries) return state->tokens;
 
   std::vector<uint64_t> bytes(state->heads.size());
   uint64_t total = 0;
@@ -93,6 +106,8 @@ absl::StatusOr<int64_t> LayerCache::Append(const LayerRows& rows, MemoryBudget& 
   auto next = std::make_shared<LayerState>();
   next->tokens = state->tokens + added;
   next->heads = state->heads;
+  next->built = state->built;
+  next->queries = std::move(queries);
   std::vector<absl::Status> failures(bytes.size());
   worker.pool.ForEach(
       heads,
@@ -121,8 +136,27 @@ absl::StatusOr<int64_t> LayerCache::Append(const LayerRows& rows, MemoryBudget& 
   return held;
 }
 
+bool LayerCache::Publish(size_t head, index::BuiltKind kind,
+                         std::shared_ptr<const index::BuiltIndex> built, const LayerState& source) {
+  const std::lock_guard write_lock(write_mutex_);
+  const std::shared_ptr<const LayerState> state = State();
+  const auto covered = static_cast<size_t>(built->covered() / index::kSegmentTokens);
+  const auto segments = state->heads[head].View().segments;
+  const auto sources = source.heads[head].View().segments;
+  if (segments.size() < covered ||
+      !std::equal(sources.begin(), sources.begin() + static_cast<ptrdiff_t>(covered),
+                  segments.begin())) {
+    return false;
+  }
+  auto next = std::make_shared<LayerState>(*state);
+  next->built[head][static_cast<size_t>(kind)] = std::move(built);
+  Replace(std::move(next));
+  return true;
+}
+
 absl::StatusOr<std::shared_ptr<const LayerState>> TruncateState(
-    const std::shared_ptr<const LayerState>& state, int64_t tokens, MemoryGrant& memory) {
+    const std::shared_ptr<const LayerState>& state, int64_t tokens, MemoryGrant& memory,
+    MemoryBudget& budget) {
   if (tokens >= state->tokens) return state;
   auto next = std::make_shared<LayerState>();
   next->tokens = tokens;
@@ -131,6 +165,15 @@ absl::StatusOr<std::shared_ptr<const LayerState>> TruncateState(
     absl::StatusOr<HeadCache> shorter = head.Truncate(tokens, memory);
     if (!shorter.ok()) return shorter.status();
     next->heads.push_back(*std::move(shorter));
+  }
+  auto queries = QuerySample::Below(state->queries, tokens, budget);
+  if (!queries.ok()) return queries.status();
+  next->queries = *std::move(queries);
+  next->built = state->built;
+  for (LayerState::BuiltSet& set : next->built) {
+    for (auto& built : set) {
+      if (built != nullptr && built->covered() > tokens) built = nullptr;
+    }
   }
   return next;
 }

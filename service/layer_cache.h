@@ -7,6 +7,8 @@
 #ifndef KVSEEK_SERVICE_LAYER_CACHE_H_
 #define KVSEEK_SERVICE_LAYER_CACHE_H_
 
+#include <array>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -15,16 +17,26 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "index/built_index.h"
 #include "index/scratch.h"
 #include "service/compute_pool.h"
 #include "service/head_cache.h"
 #include "service/memory_budget.h"
+#include "service/query_sample.h"
 
 namespace kvseek::service {
 
 struct LayerState {
+  using BuiltSet = std::array<std::shared_ptr<const index::BuiltIndex>, index::kBuiltKinds>;
+
   int64_t tokens = 0;            ///< of every head
   std::vector<HeadCache> heads;  ///< (kv_heads)
+  std::vector<BuiltSet> built;   ///< (kv_heads), by kind; null where there is none yet
+  std::shared_ptr<const QuerySample> queries;  ///< null: none came
+
+  const index::BuiltIndex* Built(size_t head, index::BuiltKind kind) const {
+    return built[head][static_cast<size_t>(kind)].get();
+  }
 
   /// A layer without tokens.
   static std::shared_ptr<const LayerState> Empty(const index::KvShape& shape, uint32_t kv_heads);
@@ -36,6 +48,8 @@ struct LayerRows {
   int64_t tokens = 0;
   const uint16_t* keys = nullptr;    ///< (tokens, kv_heads, key_dim)
   const uint16_t* values = nullptr;  ///< (tokens, kv_heads, value_dim)
+  SampledQueries queries{};          ///< of some of the tokens
+  size_t query_heads = 0;
 };
 
 /// Where changes compute: a worker of a pool and its scratch, which must be empty and is used.
@@ -58,23 +72,33 @@ class LayerCache {
   absl::StatusOr<int64_t> Append(const LayerRows& rows, MemoryBudget& budget, Worker worker)
       ABSL_LOCKS_EXCLUDED(write_mutex_, state_mutex_);
 
+  /// Adds an index that was built from `source`, an earlier state of this layer. False if the keys
+  /// that it covers are no longer these.
+  bool Publish(size_t head, index::BuiltKind kind, std::shared_ptr<const index::BuiltIndex> built,
+               const LayerState& source) ABSL_LOCKS_EXCLUDED(write_mutex_, state_mutex_);
+
   /// Replaces the state. REQUIRES: nobody appends meanwhile (Session sees to it).
   void Replace(std::shared_ptr<const LayerState> state) ABSL_LOCKS_EXCLUDED(state_mutex_);
 
   /// Appends to this layer in the order of arrival.
   Strand& strand() { return strand_; }
 
+  /// Set while the layer waits for a build.
+  std::atomic<bool>& build_queued() { return build_queued_; }
+
  private:
   std::mutex write_mutex_;  ///< held by an append from its look at the state to its publication
   mutable std::mutex state_mutex_
       ABSL_ACQUIRED_AFTER(write_mutex_);  ///< held for the swap of a pointer only
   std::shared_ptr<const LayerState> state_ ABSL_GUARDED_BY(state_mutex_);
+  std::atomic<bool> build_queued_{false};
   Strand strand_;
 };
 
 /// The first `tokens` tokens of a state; the state itself if it has no more.
 absl::StatusOr<std::shared_ptr<const LayerState>> TruncateState(
-    const std::shared_ptr<const LayerState>& state, int64_t tokens, MemoryGrant& memory);
+    const std::shared_ptr<const LayerState>& state, int64_t tokens, MemoryGrant& memory,
+    MemoryBudget& budget);
 /// Bytes of memory that TruncateState takes.
 uint64_t TruncateStateBytes(const LayerState& state, int64_t tokens);
 

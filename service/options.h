@@ -36,6 +36,10 @@ struct DaemonOptions {
   std::chrono::milliseconds deadline_default{30000};  ///< of requests that name none
   std::chrono::milliseconds retry_after{50};          ///< told with resource_exhausted
 
+  // ---- indexes built in the background
+  int build_threads = 1;              ///< run where a core is idle only; 0: none is built
+  uint64_t build_from_tokens = 8192;  ///< shorter sequences get no index; exact is faster there
+
   // ---- connections
   uint32_t connections_max = 1024;
   uint32_t inflight_requests_max = 256;             ///< of one connection; past it reading stops

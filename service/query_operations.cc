@@ -127,9 +127,23 @@ size_t MetadataBytes(const CheckedSearch& search, const CheckedItem& item) {
   return kNumbers + (search.options.audit_samples > 0 ? 3 : 1) * group_floats;
 }
 
-proto::IndexKind ChooseIndex(proto::IndexKind wanted, int64_t range) {
-  if (wanted != proto::INDEX_AUTO) return wanted;
-  return range < index::kExactBelowTokens ? proto::INDEX_EXACT : proto::INDEX_LADDER;
+struct ChosenIndex {
+  proto::IndexKind kind;
+  const index::KeyIndex* index;
+};
+
+/// What answers for one KV head of an item. An index that is not built yet stands back.
+ChosenIndex ChooseIndex(proto::IndexKind wanted, const CheckedItem& item, uint32_t kv_head,
+                        int64_t range) {
+  if (const auto kind = BuiltKindOf(wanted); kind.has_value()) {
+    const index::BuiltIndex* const built = item.layer->Built(kv_head, *kind);
+    if (built != nullptr) return {wanted, built};
+    wanted = proto::INDEX_AUTO;
+  }
+  const bool exact = wanted == proto::INDEX_EXACT ||
+                     (wanted == proto::INDEX_AUTO && range < index::kExactBelowTokens);
+  if (exact) return {proto::INDEX_EXACT, &index::ExactIndex()};
+  return {proto::INDEX_LADDER, &index::LadderIndex()};
 }
 
 absl::Status TooLarge(absl::string_view field, absl::string_view what, size_t bytes, size_t limit) {
@@ -212,7 +226,9 @@ std::string MakeMetadata(const CheckedSearch& search, absl::Span<const Place> pl
       report.mutable_missed_low()->Add(from.missed_low.begin(), from.missed_low.end());
       report.mutable_missed_high()->Add(from.missed_high.begin(), from.missed_high.end());
     }
-    report.set_index(ChooseIndex(search.index, item.ends[places[r].token] - item.begin));
+    report.set_index(ChooseIndex(search.index, item, item.kv_heads[places[r].head],
+                                 item.ends[places[r].token] - item.begin)
+                         .kind);
     if (search.topk() || search.options.list_read) {
       message.add_position_counts(static_cast<uint32_t>(results[r].positions.size()));
     }
@@ -270,9 +286,8 @@ std::vector<SearchTask> MakeTasks(const CheckedSearch& search) {
         static_cast<size_t>(group) * static_cast<size_t>(settings.kv.key_dim);
     const float* queries = item.queries;
     for (size_t t = 0; t < item.tokens; ++t) {
-      const bool exact = ChooseIndex(search.index, item.ends[t] - item.begin) == proto::INDEX_EXACT;
       for (const uint32_t head : item.kv_heads) {
-        tasks.push_back({exact ? &index::ExactIndex() : &index::LadderIndex(),
+        tasks.push_back({ChooseIndex(search.index, item, head, item.ends[t] - item.begin).index,
                          item.layer->heads[head].View(),
                          {queries, group, item.begin, item.ends[t]},
                          search.options});

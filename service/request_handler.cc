@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <condition_variable>
+#include <limits>
 #include <mutex>
 #include <optional>
 #include <utility>
@@ -16,6 +17,7 @@
 #include "proto/kvseek.pb.h"
 #include "proto/status_code.h"
 #include "service/compute_pool.h"
+#include "service/index_builder.h"
 #include "service/query_operations.h"
 #include "service/request_counters.h"
 #include "service/request_validation.h"
@@ -46,10 +48,12 @@ uint64_t Milliseconds(Clock::duration duration) {
 
 class RequestHandler::Impl {
  public:
-  Impl(const DaemonOptions& options, SessionStore& store, ComputePool& pool, ServerFacts facts)
+  Impl(const DaemonOptions& options, SessionStore& store, ComputePool& pool, IndexBuilder& builder,
+       ServerFacts facts)
       : options_(options),
         store_(store),
         pool_(pool),
+        builder_(builder),
         facts_(std::move(facts)),
         validator_(options_, store_),
         started_(Clock::now()) {}
@@ -113,10 +117,13 @@ class RequestHandler::Impl {
   void Search(const CallPtr& call);
   proto::SessionRef MakeRef(const Session& session) const;
   proto::SessionInfo Describe(const Session& session, TimePoint now) const;
+  static proto::BuiltIndexInfo DescribeBuilt(const Session& session, proto::IndexKind kind,
+                                             index::BuiltKind built);
 
   const DaemonOptions options_;
   SessionStore& store_;
   ComputePool& pool_;
+  IndexBuilder& builder_;
   const ServerFacts facts_;
   const RequestValidator validator_;
   const TimePoint started_;
@@ -307,6 +314,10 @@ absl::StatusOr<Response> RequestHandler::Impl::Stats(const proto::StatsRequest& 
   };
   for (const auto& [name, value] : counters_.Values()) add_counter(name, value);
   add_counter("sessions_expired", store_.expired());
+  add_counter("indexes_built", builder_.built());
+  add_counter("indexes_refused", builder_.refused());
+  add_counter("indexes_outdated", builder_.outdated());
+  add_counter("index_build_core_ms", builder_.core_ms());
   if (!message.with_sessions()) return MakeResponse(response);
 
   constexpr size_t kTagAndLength = 8;
@@ -328,12 +339,13 @@ absl::StatusOr<Response> RequestHandler::Impl::Health(const proto::HealthRequest
 
 void RequestHandler::Impl::Append(const CallPtr& call) {
   if (!Admit(call)) return;
-  const auto message = ParseMetadata<proto::AppendRequest>(call->request().metadata);
-  if (!message.ok()) return call->Finish(message.status());
+  auto parsed = ParseMetadata<proto::AppendRequest>(call->request().metadata);
+  if (!parsed.ok()) return call->Finish(parsed.status());
+  const auto message = std::make_shared<const proto::AppendRequest>(*std::move(parsed));
   auto checked = validator_.Check(*message, call->payload(), Clock::now());
   if (!checked.ok()) return call->Finish(checked.status());
   Strand& strand = checked->session->AppendStrand(checked->layer);
-  strand.Submit(pool_, MakeJob(call, [this, call, append = *checked](Scratch& scratch) {
+  strand.Submit(pool_, MakeJob(call, [this, call, message, append = *checked](Scratch& scratch) {
                   const auto held = append.session->Append(append.layer, append.rows,
                                                            store_.budget(), {pool_, scratch});
                   if (!held.ok()) {
@@ -341,6 +353,7 @@ void RequestHandler::Impl::Append(const CallPtr& call) {
                     return;
                   }
                   counters_.CountAppended(static_cast<uint64_t>(append.rows.tokens));
+                  builder_.Consider(append.session, append.layer);
                   proto::AppendResponse response;
                   response.set_tokens_held(static_cast<uint64_t>(*held));
                   call->Finish(MakeResponse(response));
@@ -423,12 +436,37 @@ proto::SessionInfo RequestHandler::Impl::Describe(const Session& session, TimePo
   info.set_idle_ms(Milliseconds(now - session.last_used()));
   info.set_lease_ms(Milliseconds(settings.lease));
   info.set_scan_bits(static_cast<uint32_t>(settings.kv.scan_bits));
+  for (const proto::IndexKind kind :
+       {proto::INDEX_LANDMARK, proto::INDEX_CLUSTER, proto::INDEX_GRAPH}) {
+    const index::BuiltKind built = *BuiltKindOf(kind);
+    if (settings.Builds(built)) *info.add_built() = DescribeBuilt(session, kind, built);
+  }
+  return info;
+}
+
+proto::BuiltIndexInfo RequestHandler::Impl::DescribeBuilt(const Session& session,
+                                                          proto::IndexKind kind,
+                                                          index::BuiltKind built) {
+  int64_t covered = std::numeric_limits<int64_t>::max();
+  uint64_t bytes = 0;
+  for (uint32_t layer = 0; layer < session.settings().layers; ++layer) {
+    const std::shared_ptr<const LayerState> state = session.State(layer);
+    for (size_t head = 0; head < state->heads.size(); ++head) {
+      const index::BuiltIndex* const found = state->Built(head, built);
+      covered = std::min(covered, found == nullptr ? 0 : found->covered());
+      bytes += found == nullptr ? 0 : found->Bytes();
+    }
+  }
+  proto::BuiltIndexInfo info;
+  info.set_index(kind);
+  info.set_tokens_covered(static_cast<uint64_t>(covered));
+  info.set_bytes(bytes);
   return info;
 }
 
 RequestHandler::RequestHandler(const DaemonOptions& options, SessionStore& store, ComputePool& pool,
-                               ServerFacts facts)
-    : impl_(std::make_unique<Impl>(options, store, pool, std::move(facts))) {}
+                               IndexBuilder& builder, ServerFacts facts)
+    : impl_(std::make_unique<Impl>(options, store, pool, builder, std::move(facts))) {}
 
 RequestHandler::~RequestHandler() = default;
 

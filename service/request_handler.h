@@ -17,6 +17,7 @@
 namespace kvseek::service {
 
 class ComputePool;
+class IndexBuilder;
 class SessionStore;
 
 /// An owned, 64-byte aligned payload.
@@ -49,9 +50,9 @@ struct ServerFacts {
 /// Thread-safe.
 class RequestHandler {
  public:
-  /// `store` and `pool` must outlive the handler.
+  /// `store`, `pool` and `builder` must outlive the handler.
   RequestHandler(const DaemonOptions& options, SessionStore& store, ComputePool& pool,
-                 ServerFacts facts);
+                 IndexBuilder& builder, ServerFacts facts);
   /// Gives up what is under way (unavailable) and waits until all `done` have returned.
   ~RequestHandler();
   RequestHandler(const RequestHandler&) = delete;

@@ -152,7 +152,36 @@ std::string Describe(const CheckedItem& item, int64_t index) {
                       static_cast<size_t>(index) % dim);
 }
 
+/// Positions of sampled queries: ascending, among those of the tokens that come with them.
+absl::Status CheckQueryPositions(const proto::AppendRequest& message) {
+  uint64_t least = message.start();
+  const uint64_t end = message.start() + message.tokens();
+  for (int i = 0; i < message.query_positions_size(); ++i) {
+    const uint64_t position = message.query_positions(i);
+    if (position < least || position >= end) {
+      return Invalid(absl::StrCat("query_positions[", i, "]"),
+                     absl::StrCat("must be more than the one before and one of [", message.start(),
+                                  ", ", end, "), not ", position));
+    }
+    least = position + 1;
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
+
+std::optional<index::BuiltKind> BuiltKindOf(proto::IndexKind kind) {
+  switch (kind) {
+    case proto::INDEX_LANDMARK:
+      return index::BuiltKind::kLandmark;
+    case proto::INDEX_CLUSTER:
+      return index::BuiltKind::kCluster;
+    case proto::INDEX_GRAPH:
+      return index::BuiltKind::kGraph;
+    default:
+      return std::nullopt;
+  }
+}
 
 absl::StatusOr<std::shared_ptr<Session>> RequestValidator::Find(bool given,
                                                                 const proto::SessionRef& session,
@@ -225,6 +254,13 @@ absl::StatusOr<SessionSettings> RequestValidator::Check(
       static_cast<int>(message.scan_bits() != 0 ? message.scan_bits() : options_.scan_bits);
   settings.name = message.name();
   settings.lease = Lease(message.lease_ms());
+  for (int i = 0; i < message.build_size(); ++i) {
+    const auto kind = BuiltKindOf(message.build(i));
+    if (!kind.has_value()) {
+      return Invalid(absl::StrCat("build[", i, "]"), "is no index that is built");
+    }
+    settings.build |= 1U << static_cast<uint32_t>(*kind);
+  }
   return settings;
 }
 
@@ -244,14 +280,21 @@ absl::StatusOr<CheckedAppend> RequestValidator::Check(const proto::AppendRequest
   proto::PayloadLayout layout;
   const size_t keys = layout.Add(rows * settings.kv.KeyRowBytes());
   const size_t values = layout.Add(rows * settings.kv.ValueRowBytes());
+  const auto sampled = static_cast<size_t>(message.query_positions_size());
+  const size_t queries = layout.Add(sampled * settings.query_heads * settings.kv.KeyRowBytes());
+  status.Update(CheckQueryPositions(message));
   status.Update(CheckPayloadBytes(payload.size(), layout.bytes()));
   if (!status.ok()) return status;
   CheckedAppend append;
   append.session = *std::move(session);
   append.layer = message.layer();
-  append.rows = {static_cast<int64_t>(message.start()), message.tokens(),
+  append.rows = {static_cast<int64_t>(message.start()),
+                 message.tokens(),
                  reinterpret_cast<const uint16_t*>(payload.data() + keys),
-                 reinterpret_cast<const uint16_t*>(payload.data() + values)};
+                 reinterpret_cast<const uint16_t*>(payload.data() + values),
+                 {absl::MakeConstSpan(message.query_positions().data(), sampled),
+                  reinterpret_cast<const uint16_t*>(payload.data() + queries)},
+                 settings.query_heads};
   return append;
 }
 
@@ -285,13 +328,15 @@ absl::Status RequestValidator::CheckOptions(const proto::SearchOptions& message,
   const uint32_t candidates = message.has_candidates() ? message.candidates() : options_.candidates;
   const uint32_t exact_rows = message.has_exact_rows() ? message.exact_rows() : options_.exact_rows;
   absl::Status status;
-  if (message.index() < proto::INDEX_AUTO || message.index() > proto::INDEX_LADDER) {
+  if (message.index() < proto::INDEX_AUTO || !proto::IndexKind_IsValid(message.index())) {
     status = Invalid("options.index", absl::StrCat("there is no index ", message.index()));
   }
   status.Update(CheckBetween("options.candidates", candidates, 1, index::kMaxCandidates));
   status.Update(CheckBetween("options.exact_rows", exact_rows, 0, index::kMaxExactRows));
   status.Update(
       CheckBetween("options.audit_samples", message.audit_samples(), 0, index::kMaxAuditSamples));
+  status.Update(CheckBetween("options.exact_top", message.exact_top(), 0, index::kMaxK));
+  if (!(message.beta() >= 0.0F)) status.Update(Invalid("options.beta", "must not be negative"));
   if (!status.ok()) return status;
   search.index = message.index();
   search.options.candidates = static_cast<int>(candidates);
@@ -299,6 +344,13 @@ absl::Status RequestValidator::CheckOptions(const proto::SearchOptions& message,
   search.options.audit_samples = static_cast<int>(message.audit_samples());
   search.options.seed = message.seed();
   search.options.list_read = message.list_read();
+  search.options.estimate_rest = !message.leave_rest_out();
+  search.options.exact_top = static_cast<int>(message.exact_top());
+  if (message.beta() > 0.0F) search.options.beta = message.beta();
+  if (message.search_time_us() > 0) {
+    search.options.stop_at =
+        std::chrono::steady_clock::now() + std::chrono::microseconds(message.search_time_us());
+  }
   return absl::OkStatus();
 }
 
@@ -352,6 +404,11 @@ absl::Status RequestValidator::CheckItems(const Message& message, absl::Span<con
     const std::string field = absl::StrCat("items[", i, "]");
     auto item = CheckItem(message.items(i), field, now);
     if (!item.ok()) return item.status();
+    if (const auto kind = BuiltKindOf(search.index);
+        kind.has_value() && !item->settings().Builds(*kind)) {
+      return proto::FieldError(absl::StatusCode::kFailedPrecondition, "options.index",
+                               absl::StrCat("the session of ", field, " was not opened with it"));
+    }
     if (!search.topk() && !item->held.empty()) {
       return Invalid(field + ".held_counts", "is for top_k only");
     }

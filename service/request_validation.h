@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -26,6 +27,9 @@
 namespace kvseek::service {
 
 inline constexpr size_t kSessionNameBytesMax = 256;
+
+/// The kind of an index that is built in the background; none for the others.
+std::optional<index::BuiltKind> BuiltKindOf(proto::IndexKind kind);
 
 /// One session's part of a search: `tokens` query tokens of one layer.
 struct CheckedItem {
@@ -59,11 +63,12 @@ struct CheckedSearch {
   bool topk() const { return options.k >= 0; }
 };
 
-/// A checked Append.
+/// A checked Append. The rows point into the request's payload, the positions of sampled queries
+/// into its message.
 struct CheckedAppend {
   std::shared_ptr<Session> session;
   uint32_t layer = 0;
-  LayerRows rows;  ///< points into the request's payload
+  LayerRows rows;
 };
 
 /// A checked FetchRows.

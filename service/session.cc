@@ -33,6 +33,12 @@ absl::StatusOr<int64_t> Session::Append(uint32_t layer, const LayerRows& rows, M
   return layers_[layer]->Append(rows, budget, worker);
 }
 
+bool Session::Publish(uint32_t layer, size_t head, index::BuiltKind kind,
+                      std::shared_ptr<const index::BuiltIndex> built, const LayerState& source) {
+  const std::shared_lock lock(shorten_mutex_);
+  return layers_[layer]->Publish(head, kind, std::move(built), source);
+}
+
 absl::Status Session::Truncate(uint64_t tokens, MemoryBudget& budget) {
   const std::unique_lock lock(shorten_mutex_);
   auto states = States(&tokens, budget);
@@ -62,7 +68,7 @@ absl::StatusOr<std::vector<std::shared_ptr<const LayerState>>> Session::States(
   absl::StatusOr<MemoryGrant> memory = MemoryGrant::Make(budget, bytes, "tokens");
   if (!memory.ok()) return memory.status();
   for (auto& state : states) {
-    auto shorter = TruncateState(state, kept, *memory);
+    auto shorter = TruncateState(state, kept, *memory, budget);
     if (!shorter.ok()) return shorter.status();
     state = *std::move(shorter);
   }
@@ -72,7 +78,11 @@ absl::StatusOr<std::vector<std::shared_ptr<const LayerState>>> Session::States(
 uint64_t Session::Bytes() const {
   uint64_t bytes = 0;
   for (const auto& layer : layers_) {
-    bytes += settings_.kv_heads * HeadCache::Bytes(settings_.kv, layer->State()->tokens);
+    const std::shared_ptr<const LayerState> state = layer->State();
+    bytes += settings_.kv_heads * HeadCache::Bytes(settings_.kv, state->tokens);
+    for (const LayerState::BuiltSet& set : state->built) {
+      for (const auto& built : set) bytes += built == nullptr ? 0 : built->Bytes();
+    }
   }
   return bytes;
 }

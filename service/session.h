@@ -29,8 +29,12 @@ struct SessionSettings {
   index::KvShape kv;
   std::string name;
   std::chrono::milliseconds lease{0};
+  uint32_t build = 0;  ///< a bit for each BuiltKind that is to be built in the background
 
   int Group() const { return static_cast<int>(query_heads / kv_heads); }
+  bool Builds(index::BuiltKind kind) const {
+    return (build >> static_cast<uint32_t>(kind) & 1U) != 0;
+  }
 };
 
 /// Thread-safe. Lives as long as anybody works with it, even when it has been closed meanwhile.
@@ -53,6 +57,13 @@ class Session {
   /// See LayerCache::Append. Appends to different layers run side by side.
   absl::StatusOr<int64_t> Append(uint32_t layer, const LayerRows& rows, MemoryBudget& budget,
                                  Worker worker) ABSL_LOCKS_EXCLUDED(shorten_mutex_);
+  /// See LayerCache::Publish.
+  bool Publish(uint32_t layer, size_t head, index::BuiltKind kind,
+               std::shared_ptr<const index::BuiltIndex> built, const LayerState& source)
+      ABSL_LOCKS_EXCLUDED(shorten_mutex_);
+  /// One place in the queue of builds for each layer. True if it is taken already.
+  bool TakeBuildPlace(uint32_t layer) { return layers_[layer]->build_queued().exchange(true); }
+  void GiveBuildPlaceBack(uint32_t layer) { layers_[layer]->build_queued().store(false); }
   /// Where appends to a layer queue up.
   Strand& AppendStrand(uint32_t layer) { return layers_[layer]->strand(); }
 
@@ -65,7 +76,7 @@ class Session {
   absl::StatusOr<std::vector<std::shared_ptr<const LayerState>>> States(const uint64_t* tokens,
                                                                         MemoryBudget& budget) const;
 
-  /// Bytes of keys, values and codes, shared or not.
+  /// Bytes of keys, values, codes and built indexes, shared or not.
   uint64_t Bytes() const;
 
   /// Renews the lease.

@@ -19,6 +19,7 @@
 #include "proto/kvseek.pb.h"
 #include "proto/status_code.h"
 #include "service/compute_pool.h"
+#include "service/index_builder.h"
 #include "service/memory_budget.h"
 #include "service/request_handler.h"
 #include "service/session_store.h"
@@ -50,6 +51,7 @@ DaemonOptions SmallDaemon() {
   options.tokens_max = 1U << 16;
   options.queue_limit = 64;
   options.payload_bytes_max = 8U << 20;
+  options.build_from_tokens = 1024;
   return options;
 }
 
@@ -125,11 +127,13 @@ class RequestFuzzTest : public testing::Test {
         budget_(options_.memory_limit_bytes, options_.retry_after),
         store_(options_, budget_),
         pool_(std::make_unique<ComputePool>(options_)),
+        builder_(std::make_unique<IndexBuilder>(options_, budget_)),
         handler_(std::make_unique<RequestHandler>(
-            options_, store_, *pool_,
+            options_, store_, *pool_, *builder_,
             ServerFacts{.connections_open = [] { return uint64_t{1}; }})) {}
   ~RequestFuzzTest() override {
     handler_.reset();
+    builder_.reset();
     pool_.reset();
     google::protobuf::SetLogHandler(log_);
   }
@@ -180,6 +184,10 @@ class RequestFuzzTest : public testing::Test {
     shape->set_key_dim(kKeyDim);
     shape->set_value_dim(kValueDim);
     shape->set_dtype(proto::DTYPE_BF16);
+    for (const proto::IndexKind kind :
+         {proto::INDEX_LANDMARK, proto::INDEX_CLUSTER, proto::INDEX_GRAPH}) {
+      open.add_build(kind);
+    }
     auto session = Succeed<proto::OpenSessionResponse>(Op::kOpenSession, open).session();
     proto::MessageMutator random(seed);
     for (uint32_t layer = 0; layer < kLayers; ++layer) {
@@ -199,12 +207,15 @@ class RequestFuzzTest : public testing::Test {
     message.set_layer(layer);
     message.set_start(start);
     message.set_tokens(tokens);
+    if (tokens > 0) message.add_query_positions(start + tokens / 2);
     const size_t rows = size_t{tokens} * kKvHeads;
+    const size_t queries = tokens > 0 ? kQueryHeads : 0;
     return {.op = Op::kAppend,
             .metadata = message.SerializeAsString(),
             .payload = Parts()
                            .Add(RandomBf16(rows * kKeyDim, random))
                            .Add(RandomBf16(rows * kValueDim, random))
+                           .Add(RandomBf16(queries * kKeyDim, random))
                            .Take()};
   }
 
@@ -290,6 +301,7 @@ class RequestFuzzTest : public testing::Test {
   MemoryBudget budget_;
   SessionStore store_;
   std::unique_ptr<ComputePool> pool_;
+  std::unique_ptr<IndexBuilder> builder_;
   std::unique_ptr<RequestHandler> handler_;
   std::vector<std::shared_ptr<Ticket>> tickets_;
   proto::SessionRef bystander_;
@@ -302,7 +314,9 @@ std::vector<Call> RequestFuzzTest::RightCalls(const proto::SessionRef& victim) {
         {.op = op, .metadata = message.SerializeAsString(), .payload = std::move(payload)});
   };
   proto::MessageMutator random(7);
-  for (const proto::IndexKind index : {proto::INDEX_EXACT, proto::INDEX_LADDER}) {
+  for (const proto::IndexKind index :
+       {proto::INDEX_EXACT, proto::INDEX_LADDER, proto::INDEX_LANDMARK, proto::INDEX_CLUSTER,
+        proto::INDEX_GRAPH}) {
     calls.push_back(AttendCall({victim}, index, 1));
     calls.push_back(AttendCall({victim, victim}, index, 2));
     calls.push_back(TopKCall({victim, victim}, index, 3));

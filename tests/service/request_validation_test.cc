@@ -274,11 +274,41 @@ TEST_F(RequestValidationTest, HeldRows) {
       << "an attend";
 }
 
+TEST_F(RequestValidationTest, SampledQueriesOfAppends) {
+  const proto::SessionRef session = OpenSession(service_, SmallShape());
+  const auto refused = [&](const std::vector<uint64_t>& positions, size_t queries) {
+    const Rows rows = RandomRows(3, SmallShape(), 4);
+    proto::AppendRequest request;
+    *request.mutable_session() = session;
+    request.set_start(0);
+    request.set_tokens(4);
+    for (const uint64_t position : positions) request.add_query_positions(position);
+    const std::vector<uint16_t> elements(queries * 6 * SmallShape().key_dim());
+    return Describe(
+        service_.Call(request, Tensors().Add(rows.keys).Add(rows.values).Add(elements)).status);
+  };
+  const std::string invalid = "INVALID_ARGUMENT ";
+  EXPECT_EQ(refused({0, 3}, 2), "OK");
+  EXPECT_EQ(refused({0, 4}, 2), invalid + "query_positions[1]");
+  EXPECT_EQ(refused({2, 2}, 2), invalid + "query_positions[1]");
+  EXPECT_EQ(refused({0, 3}, 1), invalid + "payload");
+  EXPECT_EQ(refused({}, 1), invalid + "payload");
+  proto::CloseSessionRequest close;
+  *close.mutable_session() = session;
+  EXPECT_TRUE(service_.Call(close).ok());
+}
+
 TEST_F(RequestValidationTest, OptionsAndQueries) {
   const std::string invalid = "INVALID_ARGUMENT ";
   EXPECT_EQ(RefusedAttend(
-                [](auto& m) { m.mutable_options()->set_index(static_cast<proto::IndexKind>(3)); }),
+                [](auto& m) { m.mutable_options()->set_index(static_cast<proto::IndexKind>(6)); }),
             invalid + "options.index");
+  EXPECT_EQ(RefusedAttend([](auto& m) { m.mutable_options()->set_index(proto::INDEX_GRAPH); }),
+            "FAILED_PRECONDITION options.index");
+  EXPECT_EQ(RefusedAttend([](auto& m) { m.mutable_options()->set_exact_top(1 << 17); }),
+            invalid + "options.exact_top");
+  EXPECT_EQ(RefusedAttend([](auto& m) { m.mutable_options()->set_beta(-1.0F); }),
+            invalid + "options.beta");
   EXPECT_EQ(RefusedAttend([](auto& m) { m.mutable_options()->set_candidates(0); }),
             invalid + "options.candidates");
   EXPECT_EQ(RefusedAttend([](auto& m) { m.mutable_options()->set_candidates((1 << 20) + 1); }),

@@ -17,6 +17,7 @@
 #include "proto/kvseek.pb.h"
 #include "proto/status_code.h"
 #include "service/compute_pool.h"
+#include "service/index_builder.h"
 #include "service/memory_budget.h"
 #include "service/request_handler.h"
 #include "service/session_store.h"
@@ -87,7 +88,8 @@ class Service {
         budget_(options_.memory_limit_bytes, options_.retry_after),
         store_(options_, budget_),
         pool_(options_),
-        handler_(options_, store_, pool_, {[] { return uint64_t{7}; }}) {}
+        builder_(options_, budget_),
+        handler_(options_, store_, pool_, builder_, {[] { return uint64_t{7}; }}) {}
 
   static DaemonOptions SmallOptions(int workers) {
     DaemonOptions options;
@@ -99,6 +101,7 @@ class Service {
   MemoryBudget& budget() { return budget_; }
   SessionStore& store() { return store_; }
   ComputePool& pool() { return pool_; }
+  IndexBuilder& builder() { return builder_; }
   RequestHandler& handler() { return handler_; }
 
   /// Starts a call; the future holds its answer.
@@ -174,6 +177,7 @@ class Service {
   MemoryBudget budget_;
   SessionStore store_;
   ComputePool pool_;
+  IndexBuilder builder_;
   RequestHandler handler_;
 };
 

@@ -1,0 +1,21 @@
+#include "index/built_index.h"
+
+#include "index/cluster_index.h"
+#include "index/graph_index.h"
+#include "index/landmark_index.h"
+
+namespace kvseek::index {
+
+std::shared_ptr<const BuiltIndex> BuildIndex(BuiltKind kind, const BuildInput& input) {
+  switch (kind) {
+    case BuiltKind::kLandmark:
+      return BuildLandmark(input, {});
+    case BuiltKind::kCluster:
+      return BuildCluster(input, {});
+    case BuiltKind::kGraph:
+      return GraphIndex::Build(input, {});
+  }
+  return nullptr;
+}
+
+}  // namespace kvseek::index
