@@ -21,6 +21,8 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr uint64_t kDistinctSteps = 16;  // queries that requests choose from
+constexpr uint32_t kSampledEvery = 32;   // tokens whose queries go along, one in so many
+constexpr uint64_t kUncoveredMax = 4096 + index::kSegmentTokens;  // that a daemon leaves, at least
 
 Clock::duration Seconds(double seconds) {
   return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
@@ -47,6 +49,9 @@ class Bench {
         queries_.push_back(model_.Queries(layer, step));
       }
     }
+    if (!options_.build.empty()) {
+      if (absl::Status status = MeasureBuilding(); !status.ok()) return status;
+    }
     Send();
     std::unique_lock lock(mutex_);
     all_answered_.wait(lock, [this] { return waiting_ == 0; });
@@ -56,6 +61,65 @@ class Bench {
   }
 
  private:
+  /// Requests while the daemon builds; returns when it has built all.
+  absl::Status MeasureBuilding() {
+    const Clock::time_point begun = Clock::now();
+    const auto built = [this]() -> absl::StatusOr<uint64_t> {
+      const absl::StatusOr<DaemonStats> stats = clients_[0]->Stats(/*with_sessions=*/false);
+      if (!stats.ok()) return stats.status();
+      const auto found = stats->counters.find("indexes_built");
+      return found == stats->counters.end() ? 0 : found->second;
+    };
+    const absl::StatusOr<uint64_t> before = built();
+    if (!before.ok()) return before.status();
+    Send();
+    const absl::StatusOr<uint64_t> after = built();
+    if (!after.ok()) return after.status();
+    {
+      std::unique_lock lock(mutex_);
+      all_answered_.wait(lock, [this] { return waiting_ == 0; });
+      const double fill_seconds = result_.fill_seconds;
+      BenchResult building = std::exchange(result_, {});
+      result_.fill_seconds = fill_seconds;
+      result_.micros_building = std::move(building.micros);
+      result_.errors = std::move(building.errors);
+      result_.built_meanwhile = *after - *before;
+    }
+    absl::Status status = WaitUntilBuilt();
+    result_.build_seconds = std::chrono::duration<double>(Clock::now() - begun).count();
+    return status;
+  }
+
+  absl::Status WaitUntilBuilt() {
+    progress_.Begin("building indexes", 0);
+    for (;;) {
+      const absl::StatusOr<DaemonStats> stats = clients_[0]->Stats(/*with_sessions=*/true);
+      if (!stats.ok()) return stats.status();
+      bool all = true;
+      for (const SessionStats& session : stats->sessions) {
+        for (const BuiltIndexStats& built : session.built) {
+          all = all && built.tokens_covered + kUncoveredMax > options_.tokens;
+        }
+      }
+      if (all) break;
+      std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    }
+    progress_.End("");
+    return absl::OkStatus();
+  }
+
+  /// Some queries of [at, at + tokens) of a layer, in the session's dtype.
+  void SampleQueries(uint32_t layer, uint32_t at, uint32_t tokens) {
+    sample_positions_.clear();
+    sample_rows_.clear();
+    for (uint32_t t = 0; t < tokens && !options_.build.empty(); t += kSampledEvery) {
+      sample_positions_.push_back(at + t);
+      for (const float element : model_.Queries(layer, kDistinctSteps + at + t)) {
+        sample_rows_.push_back(kernels::FloatToBf16(element));
+      }
+    }
+  }
+
   KvClient& Client(size_t session) const { return *clients_[session % clients_.size()]; }
 
   absl::Status FillAll() {
@@ -70,15 +134,17 @@ class Bench {
           Client(i).Open(shape, {.lease = std::chrono::minutes(30),
                                  .scan_bits = options_.scan_bits,
                                  .tokens_expected = options_.tokens,
-                                 .name = absl::StrCat("kvseek bench ", i)});
+                                 .name = absl::StrCat("kvseek bench ", i),
+                                 .build = options_.build});
       if (!session.ok()) return session.status();
       sessions_.push_back(*session);
       for (uint32_t layer = 0; layer < shape.layers; ++layer) {
         for (uint32_t at = 0; at < options_.tokens; at += kAppendTokens) {
           const uint32_t tokens = std::min(kAppendTokens, options_.tokens - at);
           model_.Fill(i, layer, at, tokens, keys, values);
-          const absl::StatusOr<uint64_t> held =
-              Client(i).Append(*session, layer, at, tokens, keys, values);
+          SampleQueries(layer, at, tokens);
+          const absl::StatusOr<uint64_t> held = Client(i).Append(
+              *session, layer, at, tokens, keys, values, {}, {sample_positions_, sample_rows_});
           if (!held.ok()) return held.status();
           progress_.Step();
         }
@@ -172,6 +238,8 @@ class Bench {
   SyntheticModel model_;
   std::vector<Session> sessions_;
   std::vector<std::vector<float>> queries_;  // (layers * kDistinctSteps)
+  std::vector<uint64_t> sample_positions_;
+  std::vector<uint16_t> sample_rows_;
   Clock::time_point counted_from_;
 
   std::mutex mutex_;
@@ -191,8 +259,11 @@ uint64_t BenchMemoryBytes(const BenchOptions& options) {
                              .softmax_scale = 1.0F,
                              .scan_bits = static_cast<int>(options.scan_bits)};
   const uint64_t segments = (options.tokens + index::kSegmentTokens - 1) / index::kSegmentTokens;
-  return uint64_t{options.sessions} * model.layers * model.kv_heads * segments *
-         index::Segment::Bytes(shape);
+  const uint64_t heads = uint64_t{options.sessions} * model.layers * model.kv_heads;
+  // An index has some hundred bytes a key at most.
+  return heads * segments *
+         (index::Segment::Bytes(shape) +
+          options.build.size() * size_t{256} * index::kSegmentTokens);
 }
 
 absl::StatusOr<BenchResult> RunBench(const std::vector<std::unique_ptr<KvClient>>& clients,

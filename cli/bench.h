@@ -25,6 +25,9 @@ struct BenchOptions {
   bool topk = false;  ///< TopK with rows and state; otherwise Attend
   uint32_t k = 256;
   SearchOptions search;
+  /// Indexes that the sessions are opened with, from queries sampled with the tokens. Requests are
+  /// then sent twice: while the daemon builds, and when it has built all.
+  std::vector<IndexKind> build;
   double rate =
       100.0;  ///< requests a second; one is a layer of one session, one query token, all heads
   double duration_s = 5.0;
@@ -40,8 +43,11 @@ struct BenchResult {
   std::map<std::string, uint64_t> errors;  ///< by code
   double seconds = 0.0;                    ///< until the last answer, at least the duration
   double fill_seconds = 0.0;
-  std::vector<double> micros;         ///< of answers
-  std::vector<double> daemon_micros;  ///< of these, the daemon's own time
+  std::vector<double> micros;           ///< of answers
+  std::vector<double> micros_building;  ///< of those that came while indexes were built
+  uint64_t built_meanwhile = 0;         ///< indexes (of a layer's KV head) published then
+  double build_seconds = 0.0;           ///< from the end of the filling until all were there
+  std::vector<double> daemon_micros;    ///< of these, the daemon's own time
   uint64_t bytes_sent = 0;
   uint64_t bytes_received = 0;
   uint64_t keys_scanned = 0;

@@ -40,6 +40,14 @@ const std::map<std::string, ModelShape>& Presets() {
   return presets;
 }
 
+const std::map<std::string, IndexKind>& Indexes() {
+  static const std::map<std::string, IndexKind> indexes = {
+      {"auto", IndexKind::kAuto},       {"exact", IndexKind::kExact},
+      {"ladder", IndexKind::kLadder},   {"landmark", IndexKind::kLandmark},
+      {"cluster", IndexKind::kCluster}, {"graph", IndexKind::kGraph}};
+  return indexes;
+}
+
 struct BenchFlags {
   ConnectFlags connect;
   BenchOptions bench;
@@ -50,6 +58,7 @@ struct BenchFlags {
   std::optional<uint32_t> head_dim;
   std::string op = "attend";
   std::string index = "ladder";
+  std::vector<std::string> build;
   uint32_t candidates = 4096;
   uint32_t exact_rows = 64;
   int connections = 4;
@@ -107,9 +116,13 @@ void ResolveFlags(BenchFlags& flags) {
     FailUsage("--workers: is for the daemon started here; leave it out with --via");
   }
   bench.topk = flags.op == "topk";
-  bench.search.index = flags.index == "exact"    ? IndexKind::kExact
-                       : flags.index == "ladder" ? IndexKind::kLadder
-                                                 : IndexKind::kAuto;
+  bench.search.index = Indexes().at(flags.index);
+  for (const std::string& name : flags.build) bench.build.push_back(Indexes().at(name));
+  const bool built = bench.search.index >= IndexKind::kLandmark;
+  if (built &&
+      std::find(flags.build.begin(), flags.build.end(), flags.index) == flags.build.end()) {
+    FailUsage(absl::StrCat("--index: ", flags.index, " needs --build ", flags.index));
+  }
   bench.search.candidates = flags.candidates;
   bench.search.exact_rows = flags.exact_rows;
 }
@@ -202,6 +215,12 @@ void PrintJson(const BenchFlags& flags, const BenchResult& result, std::optional
                      {{"p50", Percentile(result.micros, 0.5)},
                       {"p99", Percentile(result.micros, 0.99)},
                       {"p999", Percentile(result.micros, 0.999)}}},
+                    {"building",
+                     {{"indexes", flags.build},
+                      {"p50", Percentile(result.micros_building, 0.5)},
+                      {"p99", Percentile(result.micros_building, 0.99)},
+                      {"published", result.built_meanwhile},
+                      {"seconds", result.build_seconds}}},
                     {"daemon_micros_p50", Percentile(result.daemon_micros, 0.5)},
                     {"beside_daemon_micros_p50", BesideDaemon(result)},
                     {"wire_bytes",
@@ -231,6 +250,14 @@ void PrintText(const BenchFlags& flags, const BenchResult& result, std::optional
   table.Add({"latency p50", Digits(Percentile(result.micros, 0.5)) + " us"});
   table.Add({"latency p99", Digits(Percentile(result.micros, 0.99)) + " us"});
   table.Add({"latency p99.9", Digits(Percentile(result.micros, 0.999)) + " us"});
+  if (!flags.build.empty()) {
+    table.Add(
+        {"p50 while indexes were built", Digits(Percentile(result.micros_building, 0.5)) + " us"});
+    table.Add(
+        {"p99 while indexes were built", Digits(Percentile(result.micros_building, 0.99)) + " us"});
+    table.Add({"indexes published meanwhile", absl::StrCat(result.built_meanwhile)});
+    table.Add({"all built after", Digits(result.build_seconds) + " s"});
+  }
   table.Add({"in the daemon p50", Digits(Percentile(result.daemon_micros, 0.5)) + " us"});
   table.Add({"beside it p50", Digits(BesideDaemon(result)) + " us"});
   table.Add({"sent a request", ShortBytes(static_cast<double>(result.bytes_sent) / answered)});
@@ -306,9 +333,15 @@ void AddSearchFlags(CLI::App& command, BenchFlags& flags) {
       .add_option("--op", flags.op, "attend: finished attention; topk: rows and the rest's state")
       ->check(CLI::IsMember({"attend", "topk"}))
       ->capture_default_str();
-  command.add_option("--index", flags.index, "auto, exact or ladder")
-      ->check(CLI::IsMember({"auto", "exact", "ladder"}))
+  command.add_option("--index", flags.index, "Which index answers")
+      ->check(CLI::IsMember({"auto", "exact", "ladder", "landmark", "cluster", "graph"}))
       ->capture_default_str();
+  command
+      .add_option("--build", flags.build,
+                  "Comma list of landmark, cluster, graph: sessions are opened with them, and "
+                  "requests sent while the daemon builds them and again when it has")
+      ->delimiter(',')
+      ->check(CLI::IsMember({"landmark", "cluster", "graph"}));
   command
       .add_option("--scan-bits", flags.bench.scan_bits, "ladder: bits a dimension of the scan code")
       ->check(CLI::Range(1U, 2U))
