@@ -12,8 +12,10 @@ endif()
 install(TARGETS ${KVSEEK_PROGRAMS} RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
 install(TARGETS kvseek_client kvseek_proto kvseek_kernels EXPORT kvseekTargets
   ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR})
-install(FILES ${CMAKE_SOURCE_DIR}/client/kv_client.h
+install(FILES ${CMAKE_SOURCE_DIR}/client/kv_client.h ${CMAKE_SOURCE_DIR}/client/head_plan.h
   DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/kvseek/client)
+install(FILES ${CMAKE_SOURCE_DIR}/client/decoder/head_modes.h
+  DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/kvseek/client/decoder)
 install(FILES ${CMAKE_SOURCE_DIR}/kernels/dtype.h ${CMAKE_SOURCE_DIR}/kernels/attention_state.h
   DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/kvseek/kernels)
 if(TARGET kvseek_decoder)
@@ -22,7 +24,6 @@ if(TARGET kvseek_decoder)
   install(FILES ${CMAKE_SOURCE_DIR}/client/sparse_decoder.h
     DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/kvseek/client)
   install(FILES ${CMAKE_SOURCE_DIR}/client/decoder/decoder_options.h
-    ${CMAKE_SOURCE_DIR}/client/decoder/head_modes.h
     DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/kvseek/client/decoder)
   install(FILES ${CMAKE_SOURCE_DIR}/kernels/cuda/attention.h
     ${CMAKE_SOURCE_DIR}/kernels/cuda/kv_pages.h
