@@ -19,6 +19,7 @@ using Action = std::function<absl::Status()>;
 
 void AddDemoCommand(CLI::App& program, Action& action);
 void AddEvalCommand(CLI::App& program, Action& action);
+void AddPlanCommand(CLI::App& program, Action& action);
 void AddBenchCommand(CLI::App& program, Action& action);
 /// ping, stats and sessions.
 void AddDaemonCommands(CLI::App& program, Action& action);

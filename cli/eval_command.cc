@@ -4,7 +4,6 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
-#include <filesystem>
 #include <iostream>
 #include <limits>
 #include <map>
@@ -16,7 +15,6 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_join.h"
 #include "cli/build_index.h"
 #include "cli/commands.h"
 #include "cli/connect.h"
@@ -24,6 +22,7 @@
 #include "cli/evaluation.h"
 #include "cli/library_search.h"
 #include "cli/table.h"
+#include "cli/trace_flags.h"
 #include "kernels/cpu/simd_level.h"
 
 namespace kvseek::cli {
@@ -132,10 +131,7 @@ constexpr char kHelp[] =
     "      --index graph --per-head --candidates 240,480,960";
 
 void CheckFlags(const EvalFlags& flags) {
-  if (!flags.heads.empty() && flags.heads.size() != flags.kv.size()) {
-    FailUsage(absl::StrCat("--head: ", flags.heads.size(), " given for ", flags.kv.size(),
-                           " --kv; give one for each, in the same order, or none"));
-  }
+  CheckHeadFlags(flags.kv, flags.heads);
   if (flags.exact.size() > 1 && !flags.Asks("oracle")) {
     FailUsage("--exact: several numbers are for --index oracle; ladder takes one");
   }
@@ -154,34 +150,6 @@ void CheckFlags(const EvalFlags& flags) {
   if (!flags.connect.via.empty() && flags.threads != 1) {
     FailUsage("--threads: the daemon has its own; leave it out with --via");
   }
-}
-
-/// The head that a --kv file without --head means: the one its file name contains.
-absl::StatusOr<std::string> HeadOfFile(const std::string& kv,
-                                       const std::vector<std::string>& heads) {
-  const std::string file = std::filesystem::path(kv).filename().string();
-  std::string best;
-  for (const std::string& head : heads) {
-    if (file.find(head) != std::string::npos && head.size() > best.size()) best = head;
-  }
-  if (best.empty()) {
-    return absl::NotFoundError(absl::StrCat(kv, ": no head of the queries file (",
-                                            absl::StrJoin(heads, ", "),
-                                            ") is in its name; say which with --head"));
-  }
-  return best;
-}
-
-absl::Status ResolveHeads(EvalFlags& flags) {
-  if (!flags.heads.empty()) return absl::OkStatus();
-  const absl::StatusOr<std::vector<std::string>> heads = ListHeads(flags.queries);
-  if (!heads.ok()) return heads.status();
-  for (const std::string& kv : flags.kv) {
-    absl::StatusOr<std::string> head = HeadOfFile(kv, *heads);
-    if (!head.ok()) return head.status();
-    flags.heads.push_back(*std::move(head));
-  }
-  return absl::OkStatus();
 }
 
 /// Evaluates the indexes asked for on one head.
@@ -427,7 +395,9 @@ void PrintText(const std::vector<EvalResult>& results, const std::string& simd_l
 }
 
 absl::Status RunEval(EvalFlags flags) {
-  if (absl::Status status = ResolveHeads(flags); !status.ok()) return status;
+  if (absl::Status status = ResolveHeads(flags.kv, flags.queries, flags.heads); !status.ok()) {
+    return status;
+  }
   std::unique_ptr<KvClient> client;
   std::string simd_level = kernels::SimdLevel();
   if (!flags.connect.via.empty()) {
@@ -499,14 +469,7 @@ void AddEvalCommand(CLI::App& program, Action& action) {
   auto flags = std::make_shared<EvalFlags>();
   CLI::App* command = program.add_subcommand("eval", "Measure indexes on recorded attention heads");
   command->footer(kHelp);
-  command->add_option("--kv", flags->kv, "Keys and values of a head (.safetensors); repeatable")
-      ->required()
-      ->allow_extra_args(false);
-  command->add_option("--queries", flags->queries, "Decode queries (.safetensors)")->required();
-  command
-      ->add_option("--head", flags->heads,
-                   "Head of the --kv at the same place; default: the one its file name contains")
-      ->allow_extra_args(false);
+  AddTraceFlags(*command, flags->kv, flags->queries, flags->heads);
   command
       ->add_option("--index", flags->indexes,
                    "Comma list of exact, ladder, landmark, cluster, graph, oracle")

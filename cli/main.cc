@@ -41,6 +41,7 @@ int Run(int argc, char** argv) {
   kvseek::cli::Action action;
   kvseek::cli::AddDemoCommand(program, action);
   kvseek::cli::AddEvalCommand(program, action);
+  kvseek::cli::AddPlanCommand(program, action);
   kvseek::cli::AddBenchCommand(program, action);
   kvseek::cli::AddDaemonCommands(program, action);
   try {

@@ -39,7 +39,7 @@ void ExpectFailure(const std::string& arguments, const std::string& named) {
 TEST(ProgramTest, HelpTeaches) {
   const Ran help = RunKvseek("--help");
   EXPECT_EQ(help.exit_code, 0);
-  for (const char* command : {"demo", "eval", "bench", "ping", "stats", "sessions"}) {
+  for (const char* command : {"demo", "eval", "plan", "bench", "ping", "stats", "sessions"}) {
     EXPECT_THAT(help.out, HasSubstr(command));
     const Ran of_command = RunKvseek(absl::StrCat(command, " --help"));
     EXPECT_EQ(of_command.exit_code, 0) << command;
