@@ -50,7 +50,8 @@ constexpr char kHelp[] =
     "and\n"
     "the form of the file that --out writes.\n"
     "\n"
-    "Indexes: exact, always; ladder, landmark and cluster as in `kvseek eval`. A session has one\n"
+    "Indexes: exact, always; ladder, landmark, cluster and graph as in `kvseek eval`. A session "
+    "has one\n"
     "number of scan bits: the plan takes the one for which all heads together read least.\n"
     "\n"
     "What is printed of each head:\n"
@@ -217,9 +218,9 @@ void AddSettings(CLI::App& command, PlanSettings& settings) {
       ->capture_default_str();
   command
       .add_option("--index", settings.indexes,
-                  "Comma list of ladder, landmark, cluster: what there is beside exact")
+                  "Comma list of ladder, landmark, cluster, graph: what there is beside exact")
       ->delimiter(',')
-      ->check(CLI::IsMember({"ladder", "landmark", "cluster"}))
+      ->check(CLI::IsMember({"ladder", "landmark", "cluster", "graph"}))
       ->capture_default_str();
   command
       .add_option("--scan-bits", settings.scan_bits,

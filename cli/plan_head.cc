@@ -16,6 +16,14 @@ double MeanOf(const std::vector<float>& values) {
   return values.empty() ? 0.0 : sum / static_cast<double>(values.size());
 }
 
+index::BuiltKind KindOf(const std::string& name) {
+  if (name == "landmark") return index::BuiltKind::kLandmark;
+  return name == "cluster" ? index::BuiltKind::kCluster : index::BuiltKind::kGraph;
+}
+
+/// Only the ladder reads the scan codes.
+bool ReadsCodes(const std::string& index) { return index == "ladder"; }
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<PlannedTrace>> PlannedTrace::Make(const HeadTrace& trace,
@@ -37,14 +45,12 @@ absl::Status PlannedTrace::Build() {
         trace_.name, ": no prefill queries from position ", std::max(least, settings_.recent),
         " on; the queries file needs ", trace_.name, ".q_prefill (--since, --recent)"));
   }
-  const size_t row = static_cast<size_t>(trace_.group) * static_cast<size_t>(trace_.key_dim);
   const std::vector<int> spread = SpreadSteps(static_cast<int>(late.size()), settings_.audits);
   constexpr size_t kStride = 16;  // no stretch of the text comes all at once, as in traffic
   for (size_t first = 0; first < kStride; ++first) {
     for (size_t i = first; i < spread.size(); i += kStride) {
       const size_t sample = late[static_cast<size_t>(spread[i])];
-      audited_.push_back({trace_.prefill_queries.data() + sample * row,
-                          trace_.prefill_positions[sample] + 1 - settings_.recent});
+      audited_.push_back({sample, trace_.prefill_positions[sample] + 1 - settings_.recent});
     }
   }
   const int most = static_cast<int>(std::min<int64_t>(trace_.tokens, index::kMaxCandidates));
@@ -52,20 +58,41 @@ absl::Status PlannedTrace::Build() {
   for (const int bits : settings_.scan_bits) {
     stored_.push_back({bits, std::make_unique<const StoredHead>(trace_, bits)});
   }
-  for (const std::string& name : settings_.indexes) {
-    if (ReadsCodes(name)) continue;
-    auto built = BuildIndex(name, trace_, stored_.front().head->view(), settings_.build);
-    if (built == nullptr) {
-      return absl::FailedPreconditionError(absl::StrCat(
-          trace_.name, ": ", name, " needs a full segment of ", index::kSegmentTokens, " tokens"));
-    }
-    built_.emplace_back(name, std::move(built));
-  }
+  if (absl::Status status = BuildIndexes(); !status.ok()) return status;
   steps_ = SpreadSteps(trace_.steps, settings_.steps);
   for (const int step : steps_) {
     tests_.push_back(std::make_unique<const index::SearchAudit>(
         stored_.front().head->view(), MakeQuery(trace_.StepQueries(step), 0, trace_.tokens),
         scratch_));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status PlannedTrace::BuildIndexes() {
+  std::vector<bool> audited(trace_.prefill_positions.size(), false);
+  for (const Query& query : audited_) audited[query.sample] = true;
+  std::vector<float> queries;
+  std::vector<int64_t> positions;
+  const size_t row = static_cast<size_t>(trace_.group) * static_cast<size_t>(trace_.key_dim);
+  for (size_t i = 0; i < audited.size(); ++i) {
+    if (audited[i]) continue;
+    queries.insert(queries.end(), PrefillQueries(i), PrefillQueries(i) + row);
+    positions.push_back(trace_.prefill_positions[i]);
+  }
+  index::BuildInput input;
+  input.view = stored_.front().head->view();
+  input.group = trace_.group;
+  input.queries = queries;
+  input.query_positions = positions;
+  for (const std::string& name : settings_.indexes) {
+    if (ReadsCodes(name)) continue;
+    auto built = index::BuildIndex(KindOf(name), input);
+    if (built == nullptr) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          trace_.name, ": ", name, " needs a full segment of ", index::kSegmentTokens, " tokens",
+          name == "graph" ? ", and prefill queries beside the audited" : ""));
+    }
+    built_.emplace_back(name, std::move(built));
   }
   return absl::OkStatus();
 }
@@ -101,7 +128,7 @@ HeadChoice PlannedTrace::Plan(int scan_bits) {
   HeadChoice choice;
   choice.scan_bits = scan_bits;
   for (const Query& audited : audited_) {
-    const index::SearchQuery query = MakeQuery(audited.queries, 0, audited.end);
+    const index::SearchQuery query = MakeQuery(PrefillQueries(audited.sample), 0, audited.end);
     const index::SearchAudit audit(View(scan_bits), query, scratch_);
     std::vector<index::PlanTrial> trials;
     for (const index::PlanSetting& setting : planner.Wanted()) {
@@ -172,10 +199,11 @@ double PlannedTrace::FarMass() {
   const index::KvView view = stored_.front().head->view();
   for (const Query& query : audited_) {
     const int64_t all = std::min(query.end + settings_.recent, trace_.tokens);
-    const index::SearchResult whole =
-        index::ExactIndex().Search(view, MakeQuery(query.queries, 0, all), {}, scratch_);
+    const index::SearchResult whole = index::ExactIndex().Search(
+        view, MakeQuery(PrefillQueries(query.sample), 0, all), {}, scratch_);
     const index::SearchResult far = index::ExactIndex().Search(
-        view, MakeQuery(query.queries, std::min(settings_.sink, query.end), query.end), {},
+        view,
+        MakeQuery(PrefillQueries(query.sample), std::min(settings_.sink, query.end), query.end), {},
         scratch_);
     for (size_t h = 0; h < sums.size(); ++h) {
       sums[h] += std::exp(double{far.lse[h]} - double{whole.lse[h]});

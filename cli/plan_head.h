@@ -3,7 +3,8 @@
 // Prefill queries stand for audited traffic. A query at position p sees what a decoder's request
 // would: the stored keys [0, p + 1 - recent), its newest ones being in the decoder's steady zone.
 // Only queries from the last part of the prefix are used, since what a budget is worth depends on
-// the number of keys. Decode queries see all stored keys; nothing is fitted to them.
+// the number of keys. Indexes are trained on the other prefill queries. Decode queries see all
+// stored keys; nothing is fitted to them.
 #ifndef KVSEEK_CLI_PLAN_HEAD_H_
 #define KVSEEK_CLI_PLAN_HEAD_H_
 
@@ -14,8 +15,8 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "cli/build_index.h"
 #include "cli/trace.h"
+#include "index/built_index.h"
 #include "index/planner.h"
 #include "index/search_audit.h"
 
@@ -23,9 +24,8 @@ namespace kvseek::cli {
 
 struct PlanSettings {
   index::PlannerOptions planner;
-  std::vector<std::string> indexes = {"ladder", "landmark", "cluster"};  ///< beside exact
+  std::vector<std::string> indexes = {"ladder", "landmark", "cluster", "graph"};  ///< beside exact
   std::vector<int> scan_bits = {1, 2};
-  BuildSettings build;
   int exact_rows = 64;      ///< of ladder
   int candidates_min = 64;  ///< smallest budget
   int audits = 192;         ///< prefill queries, evenly spread
@@ -75,7 +75,7 @@ class PlannedTrace {
 
  private:
   struct Query {
-    const float* queries;
+    size_t sample;  ///< of the trace's prefill queries
     int64_t end;
   };
   struct Stored {
@@ -86,6 +86,11 @@ class PlannedTrace {
   PlannedTrace(const HeadTrace& trace, const PlanSettings& settings)
       : trace_(trace), settings_(settings) {}
   absl::Status Build();
+  absl::Status BuildIndexes();
+  const float* PrefillQueries(size_t sample) const {
+    return trace_.prefill_queries.data() +
+           sample * static_cast<size_t>(trace_.group) * static_cast<size_t>(trace_.key_dim);
+  }
   index::SearchQuery MakeQuery(const float* queries, int64_t begin, int64_t end) const {
     return {queries, trace_.group, begin, end};
   }
@@ -97,7 +102,6 @@ class PlannedTrace {
   PlanFigures Test(const std::string& index, int scan_bits, int candidates);
   /// Replaces `best` by a setting of the curve that meets the target at fewer bytes.
   void SearchCurve(const std::string& index, int scan_bits, PlanFigures& best);
-  static bool ReadsCodes(const std::string& index) { return index == "ladder"; }
 
   const HeadTrace& trace_;
   const PlanSettings& settings_;
