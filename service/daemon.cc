@@ -40,6 +40,8 @@ absl::Status CheckOptions(const DaemonOptions& options) {
   status.Update(
       check(options.inflight_requests_max > 0, "inflight_requests_max", "must be at least 1"));
   status.Update(check(options.scan_bits == 1 || options.scan_bits == 2, "scan_bits", "1 or 2"));
+  status.Update(
+      check(options.audit_share >= 0.0 && options.audit_share <= 1.0, "audit_share", "0 to 1"));
   status.Update(check(options.lease_default.count() > 0, "lease_default", "must be positive"));
   status.Update(check(options.frame_timeout.count() > 0, "frame_timeout", "must be positive"));
   status.Update(check(options.hello_timeout.count() > 0, "hello_timeout", "must be positive"));

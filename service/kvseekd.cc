@@ -71,6 +71,10 @@ void Declare(CLI::App& app, Arguments& arguments) {
                  "Microseconds that a compute thread looks for work before it sleeps")
       ->check(CLI::Range(0U, kSpinMaxUs))
       ->capture_default_str();
+  app.add_option("--audit-share", options.audit_share,
+                 "Share of Attend requests that are also answered exactly where a core is idle")
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
   app.add_option("--queue-limit", options.queue_limit,
                  "Requests waiting or under way; more are refused")
       ->check(CLI::Range(1U, 1U << 20))

@@ -56,6 +56,10 @@ struct DaemonOptions {
                                           1000};  ///< a session unused for so long is closed
   std::chrono::milliseconds lease_max{24 * 60 * 60 * 1000};
 
+  // ---- audits (service/request_audits.h)
+  double audit_share = 0.0;     ///< of Attend requests also answered exactly, 0..1; 0: none
+  size_t audit_queue_max = 16;  ///< waiting for one; more are dropped
+
   // ---- defaults of searches (index/key_index.h)
   uint32_t scan_bits = 2;
   uint32_t candidates = 4096;

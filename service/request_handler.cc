@@ -19,6 +19,7 @@
 #include "service/compute_pool.h"
 #include "service/index_builder.h"
 #include "service/query_operations.h"
+#include "service/request_audits.h"
 #include "service/request_counters.h"
 #include "service/request_validation.h"
 #include "service/search_executor.h"
@@ -128,6 +129,7 @@ class RequestHandler::Impl {
   const RequestValidator validator_;
   const TimePoint started_;
   RequestCounters counters_;
+  RequestAudits audits_{options_};
   const std::shared_ptr<std::atomic<bool>> stopping_ = std::make_shared<std::atomic<bool>>(false);
 
   std::mutex mutex_;
@@ -313,6 +315,7 @@ absl::StatusOr<Response> RequestHandler::Impl::Stats(const proto::StatsRequest& 
     counter->set_value(value);
   };
   for (const auto& [name, value] : counters_.Values()) add_counter(name, value);
+  for (const auto& [name, value] : audits_.Values()) add_counter(name, value);
   add_counter("sessions_expired", store_.expired());
   add_counter("indexes_built", builder_.built());
   add_counter("indexes_refused", builder_.refused());
@@ -401,6 +404,7 @@ void RequestHandler::Impl::Search(const CallPtr& call) {
           counters_.CountSearches(*results);
           try {
             call->Finish(MakeAnswer(*search, *results, call->arrived(), options_, {pool_, own}));
+            audits_.Offer(*search);
           } catch (...) {
             call->Finish(StatusOfException());
           }
