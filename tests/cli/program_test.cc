@@ -72,7 +72,7 @@ TEST(ProgramTest, WrongFlagsAreUsageErrors) {
   ExpectUsageError("eval" + Head15() + Queries() + " --summary mode", "--summary");
   ExpectUsageError("eval" + Head15() + Queries() + " --keys-per-cluster 3", "--keys-per-cluster");
   ExpectUsageError("eval" + Head15() + Queries() + " --summary mean --exact-top 5", "--exact-top");
-  ExpectUsageError("eval" + Head15() + Queries() + " --index cluster --via unix:x", "--via");
+  ExpectUsageError("eval" + Head15() + Queries() + " --index cluster --keys-per-cluster 20 --via unix:x", "--via");
   ExpectUsageError("ping", "--via");
   ExpectUsageError("bench --kv-heads 3 --query-heads 8", "--query-heads");
   ExpectUsageError("bench --rate 0", "--rate");
