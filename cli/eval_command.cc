@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <fstream>
 #include <iostream>
 #include <limits>
 #include <map>
@@ -19,9 +20,9 @@
 #include "cli/commands.h"
 #include "cli/connect.h"
 #include "cli/daemon_search.h"
+#include "cli/eval_results.h"
 #include "cli/evaluation.h"
 #include "cli/library_search.h"
-#include "cli/table.h"
 #include "cli/trace_flags.h"
 #include "kernels/cpu/simd_level.h"
 
@@ -38,6 +39,7 @@ struct EvalFlags {
   std::vector<int> scan_bits = {2};
   std::vector<int> candidates = {4096};
   std::vector<int64_t> exact = {64};
+  std::vector<std::string> summaries = {"minmax"};
   int audit = 128;
   int steps = 0;
   uint64_t seed = 0;
@@ -50,20 +52,11 @@ struct EvalFlags {
   int threads = 1;
   ConnectFlags connect;
   std::string format = "text";
+  std::string plot;
 
   bool Asks(const std::string& index) const {
     return std::find(indexes.begin(), indexes.end(), index) != indexes.end();
   }
-};
-
-/// One index with one choice of settings on one head.
-struct EvalResult {
-  std::string head;
-  std::string index;
-  Json settings;
-  Evaluation figures;
-  std::optional<double> build_core_seconds;
-  std::optional<double> index_bytes;
 };
 
 bool IsBuilt(const std::string& index) {
@@ -128,7 +121,12 @@ constexpr char kHelp[] =
     "  kvseek eval --kv code8.layer15.kv1.safetensors --queries code8.queries.safetensors \\\n"
     "      --index landmark,cluster --candidates 512,1024 --no-estimate\n"
     "  kvseek eval --kv code8.layer15.kv1.safetensors --queries code8.queries.safetensors \\\n"
-    "      --index graph --per-head --candidates 240,480,960";
+    "      --index graph --per-head --candidates 240,480,960\n"
+    "  kvseek eval --kv code8.layer15.kv1.safetensors --queries code8.queries.safetensors \\\n"
+    "      --index exact,ladder,landmark,cluster,graph,oracle --scan-bits 1,2 --summary "
+    "minmax,mean "
+    "\\\n"
+    "      --candidates 256,512,1024,2048 --exact 64,256,1024 --plot layer15.svg";
 
 void CheckFlags(const EvalFlags& flags) {
   CheckHeadFlags(flags.kv, flags.heads);
@@ -141,10 +139,11 @@ void CheckFlags(const EvalFlags& flags) {
     FailUsage(absl::StrCat("--exact: ladder takes at most ", index::kMaxExactRows));
   }
   const bool built = std::any_of(flags.indexes.begin(), flags.indexes.end(), IsBuilt);
-  if (built && !flags.connect.via.empty() && !(flags.build == BuildSettings{})) {
+  const bool bounds = flags.summaries == std::vector<std::string>{"minmax"};
+  if (built && !flags.connect.via.empty() && !(flags.build == BuildSettings{} && bounds)) {
     FailUsage("--via: the daemon builds with its own settings; leave those of the build out");
   }
-  if (flags.exact_top > 0 && flags.build.summary != "minmax") {
+  if (flags.exact_top > 0 && !bounds) {
     FailUsage("--exact-top: needs --summary minmax");
   }
   if (!flags.connect.via.empty() && flags.threads != 1) {
@@ -178,7 +177,15 @@ class HeadRun {
       return absl::OkStatus();
     }
     if (index == "exact") return RunStored(index, flags_.scan_bits[0], {});
-    if (IsBuilt(index)) return RunBuilt(index);
+    if (index == "landmark") {
+      for (const std::string& summary : flags_.summaries) {
+        BuildSettings build = flags_.build;
+        build.summary = summary;
+        if (absl::Status status = RunBuilt(index, build); !status.ok()) return status;
+      }
+      return absl::OkStatus();
+    }
+    if (IsBuilt(index)) return RunBuilt(index, flags_.build);
     for (const int bits : flags_.scan_bits) {
       if (absl::Status status = RunStored(index, bits, flags_.candidates); !status.ok()) {
         return status;
@@ -225,25 +232,26 @@ class HeadRun {
     return absl::OkStatus();
   }
 
-  absl::Status RunBuilt(const std::string& name) {
+  absl::Status RunBuilt(const std::string& name, const BuildSettings& build) {
     if (client_ != nullptr) {
       const IndexKind kind = name == "landmark"  ? IndexKind::kLandmark
                              : name == "cluster" ? IndexKind::kCluster
                                                  : IndexKind::kGraph;
       auto remote = DaemonHead::Open(*client_, trace_, flags_.scan_bits[0], kind);
       if (!remote.ok()) return remote.status();
-      return EvaluateBuilt(name, (*remote)->Search(kind));
+      return EvaluateBuilt(name, build, (*remote)->Search(kind));
     }
     const StoredHead stored(trace_, flags_.scan_bits[0]);
     const std::shared_ptr<const index::BuiltIndex> built =
-        BuildIndex(name, trace_, stored.view(), flags_.build);
+        BuildIndex(name, trace_, stored.view(), build);
     if (built == nullptr) {
       return absl::FailedPreconditionError(
           absl::StrCat(trace_.name, ": ", name, " needs a full segment of ", index::kSegmentTokens,
                        " tokens", name == "graph" ? " and prefill queries" : ""));
     }
     const size_t first = results_.size();
-    absl::Status status = EvaluateBuilt(name, SearchLibrary(trace_, stored, *built, runner_));
+    absl::Status status =
+        EvaluateBuilt(name, build, SearchLibrary(trace_, stored, *built, runner_));
     for (size_t i = first; i < results_.size(); ++i) {
       results_[i].build_core_seconds = built->build_core_seconds();
       results_[i].index_bytes = static_cast<double>(built->Bytes());
@@ -251,7 +259,8 @@ class HeadRun {
     return status;
   }
 
-  absl::Status EvaluateBuilt(const std::string& name, const SearchFunction& answer) {
+  absl::Status EvaluateBuilt(const std::string& name, const BuildSettings& build,
+                             const SearchFunction& answer) {
     const SearchFunction search = [&](int step, index::SearchOptions options) {
       if (flags_.stop_after_us > 0) {
         options.stop_at =
@@ -267,23 +276,24 @@ class HeadRun {
     if (name == "graph") options.beta = flags_.beta;
     for (const int count : flags_.candidates) {
       options.candidates = count;
-      absl::Status status = Evaluate(name, BuiltSettings(name, options), search, options);
+      absl::Status status = Evaluate(name, BuiltSettings(name, build, options), search, options);
       if (!status.ok()) return status;
     }
     return absl::OkStatus();
   }
 
-  Json BuiltSettings(const std::string& name, const index::SearchOptions& options) const {
+  Json BuiltSettings(const std::string& name, const BuildSettings& build,
+                     const index::SearchOptions& options) const {
     Json settings;
     if (name == "landmark") {
-      settings["block"] = flags_.build.block;
-      settings["summary"] = flags_.build.summary;
+      settings["block"] = build.block;
+      settings["summary"] = build.summary;
       settings["exact_top"] = options.exact_top;
     } else if (name == "graph") {
-      settings["degree"] = flags_.build.degree;
+      settings["degree"] = build.degree;
       settings["beta"] = std::isfinite(options.beta) ? Json(options.beta) : Json();
     } else {
-      settings["keys_per_cluster"] = flags_.build.keys_per_cluster;
+      settings["keys_per_cluster"] = build.keys_per_cluster;
     }
     settings["candidates"] = options.candidates;
     settings["estimate"] = options.estimate_rest;
@@ -315,85 +325,6 @@ class HeadRun {
   Reference reference_;
 };
 
-Json OrNull(const std::optional<double>& value) {
-  return value.has_value() ? Json(*value) : Json();
-}
-
-void PrintJson(const std::vector<EvalResult>& results, const std::string& simd_level) {
-  Json list = Json::array();
-  for (const EvalResult& result : results) {
-    const Evaluation& f = result.figures;
-    list.push_back(
-        {{"head", result.head},
-         {"index", result.index},
-         {"settings", result.settings},
-         {"output_error", {{"mean", f.error_mean}, {"p90", f.error_p90}, {"max", f.error_max}}},
-         {"recall_at_100", f.recall_at_100},
-         {"keys_scanned", f.keys_scanned},
-         {"bytes_read", f.bytes_read},
-         {"missed_mass",
-          {{"estimated", OrNull(f.missed_estimated)},
-           {"true", f.missed_true},
-           {"interval_cover", OrNull(f.interval_cover)},
-           {"interval_width", OrNull(f.interval_width)}}},
-         {"micros", {{"p50", OrNull(f.micros_p50)}, {"p99", OrNull(f.micros_p99)}}},
-         {"build_core_seconds", OrNull(result.build_core_seconds)},
-         {"index_bytes", OrNull(result.index_bytes)}});
-  }
-  std::cout << Json{{"simd_level", simd_level}, {"results", list}}.dump(2) << '\n';
-}
-
-std::string OrDash(const std::optional<double>& value) {
-  return value.has_value() ? Digits(*value) : "-";
-}
-
-std::string BuiltText(const std::string& index, const Json& settings) {
-  std::string text;
-  if (index == "landmark") {
-    text = absl::StrCat(settings["summary"].get<std::string>(), " ", settings["block"].get<int>());
-  } else if (index == "graph") {
-    text = absl::StrCat("degree ", settings["degree"].get<int>());
-  } else {
-    text = absl::StrCat("1/", settings["keys_per_cluster"].get<int>());
-  }
-  absl::StrAppend(&text, ", ", settings["candidates"].get<int>());
-  if (settings.contains("beta") && !settings["beta"].is_null()) {
-    absl::StrAppend(&text, ", beta ", settings["beta"].get<float>());
-  }
-  const int exact_top = settings.value("exact_top", 0);
-  if (exact_top > 0) absl::StrAppend(&text, ", top ", exact_top);
-  if (!settings["estimate"].get<bool>()) absl::StrAppend(&text, ", no est.");
-  return text;
-}
-
-std::string SettingsText(const EvalResult& result) {
-  if (result.index == "oracle")
-    return absl::StrCat("top ", result.settings["exact"].get<int64_t>());
-  if (result.index == "exact") return "all keys";
-  if (IsBuilt(result.index)) return BuiltText(result.index, result.settings);
-  return absl::StrCat(result.settings["scan_bits"].get<int>(), " bit, ",
-                      result.settings["candidates"].get<int>(), ", ",
-                      result.settings["exact"].get<int>());
-}
-
-void PrintText(const std::vector<EvalResult>& results, const std::string& simd_level) {
-  Table table({"head", "index", "settings", "error mean", "p90", "max", "recall@100", "scanned",
-               "read", "missed est.", "true", "cover", "width", "us p50", "p99", "build s",
-               "size"});
-  for (const EvalResult& result : results) {
-    const Evaluation& f = result.figures;
-    table.Add({result.head, result.index, SettingsText(result), Digits(f.error_mean),
-               Digits(f.error_p90), Digits(f.error_max), Digits(f.recall_at_100),
-               Short(f.keys_scanned), ShortBytes(f.bytes_read), OrDash(f.missed_estimated),
-               Digits(f.missed_true), OrDash(f.interval_cover), OrDash(f.interval_width),
-               OrDash(f.micros_p50), OrDash(f.micros_p99), OrDash(result.build_core_seconds),
-               result.index_bytes.has_value() ? ShortBytes(*result.index_bytes) : "-"});
-  }
-  std::cout << table.Text() << "\nSIMD level " << simd_level
-            << ". Per group and step: scanned (keys), read, us. `kvseek eval --help` explains the "
-               "columns.\n";
-}
-
 absl::Status RunEval(EvalFlags flags) {
   if (absl::Status status = ResolveHeads(flags.kv, flags.queries, flags.heads); !status.ok()) {
     return status;
@@ -421,19 +352,22 @@ absl::Status RunEval(EvalFlags flags) {
       if (!status.ok()) return status;
     }
   }
-  if (flags.format == "json") {
-    PrintJson(results, simd_level);
-  } else {
-    PrintText(results, simd_level);
-  }
-  return absl::OkStatus();
+  std::cout << (flags.format == "json" ? EvalJson(results, simd_level)
+                                       : EvalTable(results, simd_level));
+  if (flags.plot.empty()) return absl::OkStatus();
+  std::ofstream file(flags.plot);
+  file << RenderSvgPage(EvalPlots(results));
+  file.close();
+  return file ? absl::OkStatus()
+              : absl::UnavailableError(absl::StrCat(flags.plot, ": cannot be written"));
 }
 
 void AddBuildOptions(CLI::App& command, EvalFlags& flags) {
   command.add_option("--block", flags.build.block, "landmark: keys of a block")
       ->check(CLI::IsMember({16, 32, 64, 128, 256}))
       ->capture_default_str();
-  command.add_option("--summary", flags.build.summary, "landmark: minmax or mean")
+  command.add_option("--summary", flags.summaries, "landmark: minmax, mean or minmax,mean")
+      ->delimiter(',')
       ->check(CLI::IsMember({"minmax", "mean"}))
       ->capture_default_str();
   command
@@ -509,6 +443,8 @@ void AddEvalCommand(CLI::App& program, Action& action) {
   AddBuildOptions(*command, *flags);
   AddConnectFlags(*command, flags->connect, /*required=*/false);
   AddFormatFlag(*command, flags->format);
+  command->add_option("--plot", flags->plot,
+                      "Where to write a picture (SVG): error and recall against bytes and time");
   command->callback([flags, &action] {
     CheckFlags(*flags);
     action = [flags] { return RunEval(*flags); };

@@ -12,21 +12,30 @@
 namespace kvseek::cli {
 namespace {
 
-constexpr std::array kColours = {"#1f5fa8", "#c4541a", "#3d8c40", "#7a4ca0", "#8a6d1d", "#5a5a5a"};
-constexpr std::array kMarks = {'o', 'x', '+', '*', '#', '@'};
+constexpr std::array kColours = {"#1f5fa8", "#c4541a", "#3d8c40", "#7a4ca0", "#8a6d1d",
+                                 "#5a5a5a", "#d6457f", "#1a9c9c", "#9aa61c", "#000000"};
+constexpr std::array kMarks = {'o', 'x', '+', '*', '#', '@', '%', '&', '=', '$'};
 
-/// One logarithmic axis, [low, high] mapped to [0, 1].
+/// One axis, [low, high] mapped to [0, 1].
 struct Axis {
+  bool linear = false;
   double low = std::numeric_limits<double>::infinity();
-  double high = 0.0;
+  double high = -std::numeric_limits<double>::infinity();
 
   void Cover(double value) {
     low = std::min(low, value);
     high = std::max(high, value);
   }
-  /// Widens to numbers of 1, 2 or 5 times a power of ten.
+  /// Widens to numbers of 1, 2 or 5 times a power of ten; linear: to multiples of such a one.
   void RoundOut() {
-    if (high <= 0.0) low = high = 1.0;
+    if (high < low) low = high = 1.0;
+    if (linear) {
+      const double step = Step();
+      low = std::floor(low / step + 0.001) * step;
+      high = std::ceil(high / step - 0.001) * step;
+      if (low == high) high = low + step;
+      return;
+    }
     const std::vector<double> ticks = Ticks(low / 10.0, high * 10.0);
     for (const double tick : ticks) {
       if (tick >= high * 0.999) {
@@ -39,8 +48,24 @@ struct Axis {
     if (below != ticks.rend()) low = *below;
     if (low == high) high = low * 10.0;
   }
-  double Map(double value) const { return std::log(value / low) / std::log(high / low); }
-  std::vector<double> Ticks() const { return Ticks(low * 0.999, high * 1.001); }
+  double Map(double value) const {
+    if (linear) return (value - low) / (high - low);
+    return std::log(value / low) / std::log(high / low);
+  }
+  std::vector<double> Ticks() const {
+    if (!linear) return Ticks(low * 0.999, high * 1.001);
+    std::vector<double> ticks;
+    const double step = Step();
+    for (long i = std::lround(low / step); i <= std::lround(high / step); ++i) {
+      ticks.push_back(static_cast<double>(i) * step);
+    }
+    return ticks;
+  }
+  /// Of a linear axis: the smallest 1, 2 or 5 times a power of ten with at most ten to the range.
+  double Step() const {
+    const double least = (high > low ? high - low : 1.0) / 10.0 * 0.999;
+    return Ticks(least, least * 10.0).front();
+  }
 
   static std::vector<double> Ticks(double from, double to) {
     std::vector<double> ticks;
@@ -56,14 +81,17 @@ struct Axis {
   }
 };
 
-bool Drawn(const PlotPoint& point) { return point.x > 0.0 && point.y > 0.0; }
+bool Drawn(const Plot& plot, const PlotPoint& point) {
+  return point.x > 0.0 && (plot.y_linear || point.y > 0.0);
+}
 
 void Fit(const Plot& plot, Axis& x, Axis& y) {
+  y.linear = plot.y_linear;
   for (const PlotSeries& series : plot.series) {
     for (const PlotPoint& point : series.points) {
-      if (!Drawn(point)) continue;
+      if (!Drawn(plot, point)) continue;
       x.Cover(point.x);
-      y.Cover(point.y);
+      y.Cover(std::max(point.y, plot.y_min));
     }
   }
   x.RoundOut();
@@ -82,20 +110,20 @@ std::string TickText(double value) {
   return absl::StrFormat("%g", value);
 }
 
-/// The picture's measures, in pixels.
+/// A panel's measures, in pixels.
 struct Frame {
-  static constexpr double kWidth = 760;
-  static constexpr double kHeight = 480;
   static constexpr double kLeft = 76;
   static constexpr double kRight = 24;
   static constexpr double kTop = 48;
   static constexpr double kBottom = 60;
 
+  double width = 760;
+  double height = 480;
   Axis x;
   Axis y;
-  double PixelX(double value) const { return kLeft + x.Map(value) * (kWidth - kLeft - kRight); }
+  double PixelX(double value) const { return kLeft + x.Map(value) * (width - kLeft - kRight); }
   double PixelY(double value) const {
-    return kHeight - kBottom - y.Map(value) * (kHeight - kTop - kBottom);
+    return height - kBottom - y.Map(value) * (height - kTop - kBottom);
   }
 };
 
@@ -105,10 +133,16 @@ std::string Text(double x, double y, const std::string& anchor, const std::strin
                          anchor, rest, Escape(text));
 }
 
+std::string Circle(double x, double y, const std::string& colour) {
+  return absl::StrFormat("<circle cx=\"%.1f\" cy=\"%.1f\" r=\"4\" fill=\"%s\"/>\n", x, y, colour);
+}
+
+std::string Colour(size_t series) { return kColours[series % kColours.size()]; }
+
 std::string SvgAxes(const Plot& plot, const Frame& frame) {
   std::string svg;
-  const double bottom = Frame::kHeight - Frame::kBottom;
-  const double right = Frame::kWidth - Frame::kRight;
+  const double bottom = frame.height - Frame::kBottom;
+  const double right = frame.width - Frame::kRight;
   for (const double tick : frame.x.Ticks()) {
     const double x = frame.PixelX(tick);
     absl::StrAppendFormat(&svg, "<path class=\"grid\" d=\"M%.1f %.1fV%.1f\"/>\n", x, Frame::kTop,
@@ -121,53 +155,88 @@ std::string SvgAxes(const Plot& plot, const Frame& frame) {
                           right);
     svg += Text(Frame::kLeft - 8, y + 4, "end", "", TickText(tick));
   }
-  svg += Text(Frame::kWidth / 2, 28, "middle", " font-size=\"16\"", plot.title);
-  svg += Text((Frame::kLeft + right) / 2, Frame::kHeight - 16, "middle", "", plot.x_label);
+  svg += Text(frame.width / 2, 28, "middle", " font-size=\"16\"", plot.title);
+  svg += Text((Frame::kLeft + right) / 2, frame.height - 16, "middle", "", plot.x_label);
   const double middle = (Frame::kTop + bottom) / 2;
   svg += Text(18, middle, "middle", absl::StrFormat(" transform=\"rotate(-90 18 %.1f)\"", middle),
               plot.y_label);
   return svg;
 }
 
-std::string SvgSeries(const PlotSeries& series, const std::string& colour, const Frame& frame) {
+std::string SvgSeries(const Plot& plot, size_t which, const Frame& frame) {
+  const PlotSeries& series = plot.series[which];
+  const std::string colour = Colour(which);
   std::string path;
   std::string marks;
   for (const PlotPoint& point : series.points) {
-    if (!Drawn(point)) continue;
+    if (!Drawn(plot, point)) continue;
     const double x = frame.PixelX(point.x);
-    const double y = frame.PixelY(point.y);
+    const double y = frame.PixelY(std::max(point.y, frame.y.low));
     absl::StrAppendFormat(&path, "%c%.1f %.1f", path.empty() ? 'M' : 'L', x, y);
-    absl::StrAppendFormat(&marks, "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"4\" fill=\"%s\"/>\n", x, y,
-                          colour);
-    if (!point.label.empty())
-      marks += Text(x + 7, y - 6, "start", " font-size=\"11\"", point.label);
+    marks += Circle(x, y, colour);
+    if (point.label.empty()) continue;
+    const bool at_right = x > frame.width * 0.75;
+    marks += Text(at_right ? x - 7 : x + 7, y - 6, at_right ? "end" : "start", " font-size=\"11\"",
+                  point.label);
   }
-  return absl::StrFormat("<path d=\"%s\" fill=\"none\" stroke=\"%s\" stroke-width=\"2\"/>\n%s",
-                         path, colour, marks);
+  if (path.empty()) return "";
+  return absl::StrFormat("<path d=\"%s\" fill=\"none\" stroke=\"%s\" stroke-width=\"2\"%s/>\n%s",
+                         path, colour, series.dashed ? " stroke-dasharray=\"5 4\"" : "", marks);
+}
+
+/// Axes and curves; `frame` has its size.
+std::string SvgPanel(const Plot& plot, Frame frame) {
+  Fit(plot, frame.x, frame.y);
+  std::string svg = SvgAxes(plot, frame);
+  for (size_t i = 0; i < plot.series.size(); ++i) svg += SvgSeries(plot, i, frame);
+  return svg;
+}
+
+std::string SvgFile(double width, double height, const std::string& content) {
+  return absl::StrFormat(
+      "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %.0f %.0f\" "
+      "font-family=\"sans-serif\" font-size=\"12\" fill=\"#222\">\n"
+      "<style>.grid{stroke:#ddd;fill:none}</style>\n"
+      "<rect width=\"100%%\" height=\"100%%\" fill=\"#fff\"/>\n%s</svg>\n",
+      width, height, content);
 }
 
 }  // namespace
 
 std::string RenderSvg(const Plot& plot) {
-  Frame frame;
-  Fit(plot, frame.x, frame.y);
-  std::string svg = absl::StrFormat(
-      "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %.0f %.0f\" "
-      "font-family=\"sans-serif\" font-size=\"12\" fill=\"#222\">\n"
-      "<style>.grid{stroke:#ddd;fill:none}</style>\n"
-      "<rect width=\"100%%\" height=\"100%%\" fill=\"#fff\"/>\n",
-      Frame::kWidth, Frame::kHeight);
-  svg += SvgAxes(plot, frame);
+  const Frame frame;
+  std::string svg = SvgPanel(plot, frame);
   for (size_t i = 0; i < plot.series.size(); ++i) {
-    const std::string colour = kColours[i % kColours.size()];
-    svg += SvgSeries(plot.series[i], colour, frame);
     const double y = Frame::kTop + 18 + 18 * static_cast<double>(i);
-    const double x = Frame::kWidth - Frame::kRight - 12;
-    absl::StrAppendFormat(&svg, "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"4\" fill=\"%s\"/>\n", x, y - 4,
-                          colour);
-    svg += Text(x - 10, y, "end", "", plot.series[i].name);
+    const double x = frame.width - Frame::kRight - 12;
+    svg += Circle(x, y - 4, Colour(i)) + Text(x - 10, y, "end", "", plot.series[i].name);
   }
-  return svg + "</svg>\n";
+  return SvgFile(frame.width, frame.height, svg);
+}
+
+std::string RenderSvgPage(const std::vector<Plot>& panels) {
+  constexpr size_t kColumns = 2;
+  constexpr size_t kLegendColumns = 4;
+  const Frame frame{.width = 540, .height = 380, .x = {}, .y = {}};
+  const double width = kColumns * frame.width;
+  std::string svg;
+  for (size_t i = 0; i < panels.size(); ++i) {
+    absl::StrAppendFormat(&svg, "<g transform=\"translate(%.0f %.0f)\">\n%s</g>\n",
+                          static_cast<double>(i % kColumns) * frame.width,
+                          static_cast<double>(i / kColumns) * frame.height,
+                          SvgPanel(panels[i], frame));
+  }
+  const size_t rows = (panels.size() + kColumns - 1) / kColumns;
+  const double top = static_cast<double>(rows) * frame.height + 12;
+  const size_t entries = panels.empty() ? 0 : panels[0].series.size();
+  for (size_t i = 0; i < entries; ++i) {
+    const double x = Frame::kLeft + static_cast<double>(i % kLegendColumns) *
+                                        (width - Frame::kLeft) / kLegendColumns;
+    const double y = top + 20 * static_cast<double>(i / kLegendColumns);
+    svg += Circle(x, y - 4, Colour(i)) + Text(x + 10, y, "start", "", panels[0].series[i].name);
+  }
+  const size_t legend_rows = (entries + kLegendColumns - 1) / kLegendColumns;
+  return SvgFile(width, top + 20 * static_cast<double>(legend_rows), svg);
 }
 
 std::string RenderText(const Plot& plot, int width, int height) {
@@ -184,7 +253,8 @@ std::string RenderText(const Plot& plot, int width, int height) {
   };
   for (size_t i = 0; i < plot.series.size(); ++i) {
     for (const PlotPoint& point : plot.series[i].points) {
-      if (Drawn(point)) rows[row_of(point.y)][column_of(point.x)] = kMarks[i % kMarks.size()];
+      if (!Drawn(plot, point)) continue;
+      rows[row_of(std::max(point.y, y.low))][column_of(point.x)] = kMarks[i % kMarks.size()];
     }
   }
   std::vector<std::string> labels(rows.size());

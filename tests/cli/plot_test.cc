@@ -19,13 +19,15 @@ Plot SamplePlot() {
                      {"second", {{1000, 0.01, ""}, {0.0, 5.0, "nowhere"}}}}};
 }
 
+size_t Count(const std::string& text, const std::string& part) {
+  size_t count = 0;
+  for (size_t at = text.find(part); at != std::string::npos; at = text.find(part, at + 1)) ++count;
+  return count;
+}
+
 TEST(PlotTest, SvgShowsEveryPoint) {
   const std::string svg = RenderSvg(SamplePlot());
-  size_t circles = 0;
-  for (size_t at = svg.find("<circle"); at != std::string::npos; at = svg.find("<circle", at + 1)) {
-    ++circles;
-  }
-  EXPECT_EQ(circles, 3U + 2U);  // points, and the legend's marks
+  EXPECT_EQ(Count(svg, "<circle"), 3U + 2U);  // points, and the legend's marks
   EXPECT_THAT(svg, HasSubstr("a &lt; b &amp; c"));
   EXPECT_THAT(svg, HasSubstr(">one</text>"));
   EXPECT_THAT(svg, Not(HasSubstr("nowhere")));
@@ -40,6 +42,46 @@ TEST(PlotTest, TextPutsPointsWhereTheyBelong) {
   EXPECT_THAT(text, HasSubstr("     0.1 |o" + std::string(30, ' ') + "\n"));
   EXPECT_THAT(text, HasSubstr("   0.001 |" + std::string(30, ' ') + "o\n"));
   EXPECT_THAT(text, HasSubstr("    0.01 |x" + std::string(30, ' ') + "\n"));
+}
+
+TEST(PlotTest, LinearAxesBeginAtRoundNumbers) {
+  Plot plot = SamplePlot();
+  plot.y_linear = true;
+  plot.series = {{"first", {{10, 0.43, ""}, {100, 1.0, ""}}}, {"second", {{10, 0.7, ""}}}};
+  // 0.4..1.0 over 13 rows: a tenth each second row.
+  const std::string text = RenderText(plot, 11, 13);
+  EXPECT_THAT(text, HasSubstr("       1 |          o\n"));
+  EXPECT_THAT(text, HasSubstr("     0.7 |x          \n"));
+  EXPECT_THAT(text, HasSubstr("     0.4 |"));
+  EXPECT_THAT(text, Not(HasSubstr("0.3")));
+  plot.series = {{"zero", {{10, 0.0, ""}}}};
+  EXPECT_EQ(Count(RenderSvg(plot), "<circle"), 2U) << "0 has a place on a linear axis";
+}
+
+TEST(PlotTest, PointsFarBelowAreDrawnOnTheEdge) {
+  Plot plot = SamplePlot();
+  plot.series[1].points.push_back({1e6, 1e-9, ""});
+  plot.y_min = 0.001;
+  const std::string text = RenderText(plot, 31, 11);
+  EXPECT_THAT(text, HasSubstr("   0.001 |" + std::string(30, ' ') + "x\n"));
+  EXPECT_THAT(text, HasSubstr("     0.1 |o" + std::string(30, ' ') + "\n"));
+}
+
+TEST(PlotTest, APageHasOneLegend) {
+  Plot other = SamplePlot();
+  other.title = "other";
+  other.series[0].dashed = true;
+  other.series[1].points.clear();
+  const std::string svg = RenderSvgPage({SamplePlot(), other, SamplePlot()});
+  EXPECT_EQ(Count(svg, "<svg"), 1U);
+  EXPECT_EQ(Count(svg, "<g "), 3U);
+  EXPECT_EQ(Count(svg, "</g>"), 3U);
+  EXPECT_EQ(Count(svg, "<circle"), 3U + 2U + 3U + 2U);
+  EXPECT_EQ(Count(svg, "stroke-dasharray"), 1U);
+  EXPECT_EQ(Count(svg, ">first</text>"), 1U);
+  EXPECT_EQ(Count(svg, ">second</text>"), 1U);
+  EXPECT_EQ(Count(svg, ">a &lt; b &amp; c</text>"), 2U);
+  EXPECT_THAT(RenderSvgPage({}), HasSubstr("</svg>"));
 }
 
 TEST(PlotTest, SurvivesNoPoints) {

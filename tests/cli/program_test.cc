@@ -2,7 +2,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
 
 #include "tests/cli/run_program.h"
 
@@ -72,7 +75,11 @@ TEST(ProgramTest, WrongFlagsAreUsageErrors) {
   ExpectUsageError("eval" + Head15() + Queries() + " --summary mode", "--summary");
   ExpectUsageError("eval" + Head15() + Queries() + " --keys-per-cluster 3", "--keys-per-cluster");
   ExpectUsageError("eval" + Head15() + Queries() + " --summary mean --exact-top 5", "--exact-top");
-  ExpectUsageError("eval" + Head15() + Queries() + " --index cluster --keys-per-cluster 20 --via unix:x", "--via");
+  ExpectUsageError(
+      "eval" + Head15() + Queries() + " --index cluster --keys-per-cluster 20 --via unix:x",
+      "--via");
+  ExpectUsageError("eval" + Head15() + Queries() + " --index landmark --summary mean --via unix:x",
+                   "--via");
   ExpectUsageError("ping", "--via");
   ExpectUsageError("bench --kv-heads 3 --query-heads 8", "--query-heads");
   ExpectUsageError("bench --rate 0", "--rate");
@@ -163,6 +170,72 @@ TEST(ProgramTest, EvalBuildsLandmarkAndCluster) {
   ASSERT_EQ(table.exit_code, 0) << table.err;
   EXPECT_THAT(table.out, HasSubstr("minmax 16, 256"));
   EXPECT_THAT(table.out, HasSubstr("1/16, 256"));
+}
+
+/// Every element of `xml` is closed where it should be, and no text has a bare ampersand.
+void ExpectWellFormed(const std::string& xml) {
+  std::vector<std::string> open;
+  for (size_t at = xml.find('<'); at != std::string::npos; at = xml.find('<', at)) {
+    const size_t end = xml.find('>', at);
+    ASSERT_NE(end, std::string::npos);
+    const std::string tag = xml.substr(at + 1, end - at - 1);
+    ASSERT_EQ(std::count(tag.begin(), tag.end(), '"') % 2, 0) << tag;
+    const std::string name = tag.substr(0, tag.find_first_of(" /", 1));
+    if (tag.front() == '/') {
+      ASSERT_FALSE(open.empty()) << tag;
+      EXPECT_EQ(name, "/" + open.back());
+      open.pop_back();
+    } else if (tag.back() != '/') {
+      open.push_back(name);
+    }
+    at = end;
+  }
+  EXPECT_TRUE(open.empty()) << open.back();
+  for (size_t at = xml.find('&'); at != std::string::npos; at = xml.find('&', at + 1)) {
+    EXPECT_LT(xml.find(';', at), at + 6);
+  }
+}
+
+TEST(ProgramTest, EvalPlotsEveryCurve) {
+  const TempDir dir;
+  const std::string picture = dir.File("plot.svg");
+  const Ran ran = RunKvseek("eval" + Head20() + Queries() +
+                            " --index exact,ladder,landmark,cluster,graph,oracle --scan-bits 1,2"
+                            " --summary minmax,mean --candidates 256,1024 --exact 64,512"
+                            " --steps 2 --format json --plot '" +
+                            picture + "'");
+  ASSERT_EQ(ran.exit_code, 0) << ran.err;
+  const json results = json::parse(ran.out).at("results");
+  ASSERT_EQ(results.size(), 1U + 2 * 2 + 2 * 2 + 2 + 2 + 2);
+  EXPECT_EQ(results[5].at("settings").at("summary"), "minmax");
+  EXPECT_EQ(results[7].at("settings").at("summary"), "mean");
+  const std::string svg = ReadFile(picture);
+  EXPECT_THAT(svg, ::testing::StartsWith("<svg"));
+  ExpectWellFormed(svg);
+  for (const char* curve :
+       {"exact", "ladder, 1 bit", "ladder, 2 bits", "landmark minmax 16", "landmark mean 16",
+        "cluster 1/16", "graph degree 32", "perfect top k, rest forgotten"}) {
+    EXPECT_THAT(svg, HasSubstr(absl::StrCat(">", curve, "</text>")));
+  }
+  for (const char* panel : {"error against bytes", "error against time", "recall against bytes",
+                            "recall against time"}) {
+    EXPECT_THAT(svg, HasSubstr(absl::StrCat(">layer20.kv0: ", panel, "</text>")));
+  }
+  // Seven curves of two points and exact's one, twice against bytes; the oracle has no time.
+  size_t circles = 0;
+  for (size_t at = svg.find("<circle"); at != std::string::npos; at = svg.find("<circle", at + 1)) {
+    ++circles;
+  }
+  EXPECT_EQ(circles, 2U * 15 + 2U * 13 + 8);
+}
+
+TEST(ProgramTest, EvalPrintsWhatItCannotPlot) {
+  const TempDir dir;
+  const Ran ran = RunKvseek("eval" + Head20() + Queries() + " --index ladder --steps 1 --plot '" +
+                            dir.File("none/plot.svg") + "'");
+  EXPECT_EQ(ran.exit_code, 1);
+  EXPECT_THAT(ran.err, HasSubstr("none/plot.svg"));
+  EXPECT_THAT(ran.out, HasSubstr("layer20.kv0"));
 }
 
 TEST(ProgramTest, EvalNeedsASegmentToBuildFrom) {
