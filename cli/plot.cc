@@ -221,10 +221,10 @@ std::string RenderSvgPage(const std::vector<Plot>& panels) {
   const double width = kColumns * frame.width;
   std::string svg;
   for (size_t i = 0; i < panels.size(); ++i) {
+    const size_t row = i / kColumns;
     absl::StrAppendFormat(&svg, "<g transform=\"translate(%.0f %.0f)\">\n%s</g>\n",
                           static_cast<double>(i % kColumns) * frame.width,
-                          static_cast<double>(i / kColumns) * frame.height,
-                          SvgPanel(panels[i], frame));
+                          static_cast<double>(row) * frame.height, SvgPanel(panels[i], frame));
   }
   const size_t rows = (panels.size() + kColumns - 1) / kColumns;
   const double top = static_cast<double>(rows) * frame.height + 12;
@@ -232,7 +232,8 @@ std::string RenderSvgPage(const std::vector<Plot>& panels) {
   for (size_t i = 0; i < entries; ++i) {
     const double x = Frame::kLeft + static_cast<double>(i % kLegendColumns) *
                                         (width - Frame::kLeft) / kLegendColumns;
-    const double y = top + 20 * static_cast<double>(i / kLegendColumns);
+    const size_t row = i / kLegendColumns;
+    const double y = top + 20 * static_cast<double>(row);
     svg += Circle(x, y - 4, Colour(i)) + Text(x + 10, y, "start", "", panels[0].series[i].name);
   }
   const size_t legend_rows = (entries + kLegendColumns - 1) / kLegendColumns;
