@@ -2,11 +2,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <limits>
 #include <utility>
 
 #include "index/rest_audit.h"
+#include "index/reuse.h"
 #include "kernels/cpu/attention.h"
+#include "kernels/cpu/ladder_codes.h"
 
 namespace kvseek::index {
 namespace {
@@ -76,6 +79,8 @@ class ChosenPlan final : public SearchPlan {
   std::vector<int64_t> UnreadKeys(const UnreadPart& part) const;
   void ReportMissed(absl::Span<const float> read, absl::Span<const float> rest,
                     SearchReport& report, Scratch& scratch) const;
+  std::shared_ptr<const LastSearch> MakeLast(absl::Span<const float> read,
+                                             absl::Span<const float> rest) const;
   void TakeTopK(const ScoredKeys& kept, absl::Span<const float> read, absl::Span<const float> rest,
                 OwnedState& state, SearchResult& result) const;
 
@@ -165,9 +170,12 @@ SearchResult ChosenPlan::Finish(Scratch& scratch) {
   const std::vector<float> read_lse = state.Lse();
   const OwnedState rest = RestState();
   const std::vector<float> rest_lse = rest.Lse();
+  std::shared_ptr<const LastSearch> last;
+  if (options_.keep > 0) last = MakeLast(read_lse, rest_lse);
   if (options_.estimate_rest) kernels::MergeState(state.view(), rest.view());
 
   SearchResult result;
+  result.last = std::move(last);
   const int64_t run = query_.end - std::min(query_.end, std::max(query_.begin, chosen_.covered));
   const auto chosen = static_cast<int64_t>(chosen_.positions.size());
   result.report.keys_scanned = std::max(chosen_.keys_scored, chosen) + run;
@@ -305,6 +313,44 @@ std::vector<int64_t> ChosenPlan::UnreadKeys(const UnreadPart& part) const {
     }
   }
   return keys;
+}
+
+std::shared_ptr<const LastSearch> ChosenPlan::MakeLast(absl::Span<const float> read,
+                                                       absl::Span<const float> rest) const {
+  constexpr int64_t kBlock = kernels::kScanBlock;
+  auto last = std::make_shared<LastSearch>();
+  last->group = query_.group;
+  last->begin = query_.begin;
+  last->first_block = (query_.begin + kBlock - 1) / kBlock;
+  last->last_block = std::max(last->first_block, std::min(query_.end, chosen_.covered) / kBlock);
+  last->queries.assign(query_.queries,
+                       query_.queries + static_cast<ptrdiff_t>(query_.group) * view_.shape.key_dim);
+  const auto whole = [&](int64_t position) {
+    return position >= last->first_block * kBlock && position < last->last_block * kBlock;
+  };
+  std::merge(chosen_.positions.begin(), chosen_.positions.end(), chosen_.kept.begin(),
+             chosen_.kept.end(), std::back_inserter(last->positions));
+  std::erase_if(last->positions, [&](int64_t position) { return !whole(position); });
+  for (size_t h = 0; h < read.size(); ++h) {
+    last->reference.push_back(LogAdd(read[h], rest[h]));
+    last->missed.push_back(std::exp(rest[h] - last->reference[h]));
+  }
+  const auto blocks = static_cast<size_t>(last->last_block - last->first_block);
+  last->block_weights.resize(read.size() * blocks);
+  for (size_t p = 0; p < chosen_.unread.size(); ++p) {
+    const UnreadPart& part = chosen_.unread[p];
+    if (part.kept) continue;
+    for (const int64_t position : UnreadKeys(part)) {
+      if (!whole(position)) continue;
+      const auto block = static_cast<size_t>(position / kBlock - last->first_block);
+      for (size_t h = 0; h < read.size(); ++h) {
+        last->block_weights[h * blocks + block] +=
+            std::exp(chosen_.weights[h * chosen_.unread.size() + p] - last->reference[h]) /
+            static_cast<float>(part.keys);
+      }
+    }
+  }
+  return last;
 }
 
 /// The parts that were read and are not returned stay in the state. They are summed anew: a

@@ -22,7 +22,8 @@ namespace kvseek::index {
 struct UnreadPart {
   const KeyParts* parts = nullptr;
   int part = 0;
-  int keys = 0;  ///< of the range and not chosen; > 0
+  int keys = 0;       ///< of the range and not chosen; > 0
+  bool kept = false;  ///< its keys are in ChosenKeys::kept
 };
 
 struct ChosenKeys {
@@ -30,6 +31,8 @@ struct ChosenKeys {
   std::vector<int64_t> positions;
   /// Positions of the range from here on are read too, all of them.
   int64_t covered = 0;
+  /// Ascending positions, of unread parts: with the chosen ones what SearchOptions::keep asks for.
+  std::vector<int64_t> kept;
   std::vector<UnreadPart> unread;  ///< together: every key of the range that is not read
   /// (group, unread.size()): PartWeight of the part's unread keys.
   std::vector<float> weights;

@@ -46,7 +46,7 @@ RestRatio LadderAudit::Sample(const LadderPlan& plan, const ScoredKeys& candidat
         continue;
       }
       const int64_t block = piece.first_block + static_cast<int64_t>(b);
-      plan.FillScanHeads(block / LadderPlan::kSegmentBlocks, false, heads);
+      plan.FillScanHeads(block / LadderPlan::kSegmentBlocks, {}, heads);
       kernels::ScanCodes(plan.Block(block), 1, plan.symbols_, planes, table, 1, sums, kScanBlock);
       kernels::EstimateScores(sums, kScanBlock, plan.Block(block), 1, plan.symbols_, planes,
                               heads + head, 1, estimates, kScanBlock, weights);

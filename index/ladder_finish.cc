@@ -33,11 +33,17 @@ SearchResult LadderPlan::Finish(Scratch& scratch) {
     candidates.Append(piece.candidates);
   }
   SearchResult result;
+  const bool scanned = recall_.last == nullptr && !pieces_.empty();
+  if (options_.keep > 0 && scanned) result.last = MakeLast(state.Lse());
+  std::vector<RestRatio> ratios;
+  if (recall_.last != nullptr) {
+    ratios = CheckRecall(state.Lse(), candidates, result.report, scratch);
+  }
   if (options_.k >= 0) {
     TakeTopK(candidates, state, result, scratch);
   } else {
     RefineBest(candidates, state, scratch);
-    ReportMissed(state.Lse(), candidates, result.report, scratch);
+    ReportMissed(state.Lse(), candidates, ratios, result.report, scratch);
     if (options_.list_read) {
       for (int64_t p = query_.begin; p < first_block_ * kScanBlock && p < query_.end; ++p) {
         result.positions.push_back(p);
@@ -169,12 +175,21 @@ void LadderPlan::AddFine(const ScoredKeys& candidates, absl::Span<const uint32_t
   }
 }
 
+std::vector<float> LadderPlan::RestMass() const {
+  std::vector<float> masses(static_cast<size_t>(group_), 0.0F);
+  for (const Piece& piece : pieces_) {
+    for (size_t h = 0; h < masses.size(); ++h) masses[h] += piece.rest[h];
+  }
+  return masses;
+}
+
 void LadderPlan::ReportMissed(absl::Span<const float> lse, const ScoredKeys& candidates,
-                              SearchReport& report, Scratch& scratch) const {
+                              absl::Span<const RestRatio> ratios, SearchReport& report,
+                              Scratch& scratch) const {
+  const std::vector<float> masses = RestMass();
   for (int h = 0; h < group_; ++h) {
     const auto i = static_cast<size_t>(h);
-    float rest = 0.0F;
-    for (const Piece& piece : pieces_) rest += piece.rest[i];
+    const float rest = masses[i];
     // Masses relative to exp(reference).
     const float all = std::isfinite(lse[i]) ? std::exp(lse[i] - reference_[i]) : 0.0F;
     const float read = std::max(all - rest, 0.0F);
@@ -182,7 +197,9 @@ void LadderPlan::ReportMissed(absl::Span<const float> lse, const ScoredKeys& can
       return missed > 0.0F ? missed / (read + missed) : 0.0F;
     };
     RestRatio ratio;
-    if (options_.audit_samples > 0 && rest > 0.0F) {
+    if (!ratios.empty()) {
+      ratio = ratios[i];
+    } else if (options_.audit_samples > 0 && rest > 0.0F) {
       ratio = LadderAudit::Sample(*this, candidates, h, scratch);
     }
     report.missed_mass.push_back(share(rest * ratio.mean));
@@ -196,12 +213,19 @@ void LadderPlan::ReportReads(const ScoredKeys& candidates, SearchReport& report)
   const int64_t blocks = last_block_ - first_block_;
   const auto fine = static_cast<int64_t>(candidates.positions.size());
   const auto row_bytes = static_cast<int64_t>(shape.KeyRowBytes() + shape.ValueRowBytes());
-  report.keys_scanned = query_.end - query_.begin;
   report.keys_fine = fine;
   report.keys_exact = exact_tokens_ + exact_rows_read_;
+  int64_t chosen_by = 0;  // bytes
+  if (recall_.last == nullptr) {
+    report.keys_scanned = query_.end - query_.begin;
+    chosen_by = (blocks + sampled_blocks_) * kernels::ScanBlockBytes(symbols_, shape.scan_bits);
+  } else {
+    report.keys_scanned = fine + exact_tokens_ + recall_.samples;
+    chosen_by = static_cast<int64_t>(recalled_weights_.size() * sizeof(float)) +
+                recall_.samples * static_cast<int64_t>(shape.KeyRowBytes());
+  }
   report.bytes_touched =
-      (blocks + sampled_blocks_) * kernels::ScanBlockBytes(symbols_, shape.scan_bits) +
-      blocks * static_cast<int64_t>(shape.ValueRowBytes()) +
+      chosen_by + blocks * static_cast<int64_t>(shape.ValueRowBytes()) +
       static_cast<int64_t>(centre_scores_.size()) / group_ * shape.key_dim *
           static_cast<int64_t>(sizeof(float)) +
       fine * static_cast<int64_t>(kernels::FineRecordBytes(padded_dim_, shape.value_dim) +

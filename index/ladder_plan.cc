@@ -40,7 +40,7 @@ std::vector<int64_t> SampleBlocks(int64_t first, int64_t last) {
 }  // namespace
 
 LadderPlan::LadderPlan(const KvView& view, const SearchQuery& query, const SearchOptions& options,
-                       Scratch& scratch)
+                       Scratch& scratch, Recall recall)
     : view_(view),
       query_(query),
       options_(options),
@@ -48,15 +48,21 @@ LadderPlan::LadderPlan(const KvView& view, const SearchQuery& query, const Searc
       padded_dim_(kernels::PaddedDim(view.shape.key_dim)),
       symbols_(kernels::Symbols(padded_dim_)),
       scaled_(ScaleQueries(query, view.shape)),
-      exact_state_(query.group, view.shape.value_dim) {
+      exact_state_(query.group, view.shape.value_dim),
+      recall_(std::move(recall)) {
   first_block_ = (query.begin + kScanBlock - 1) / kScanBlock;
   last_block_ = std::min(query.end, view.SealedTokens()) / kScanBlock;
   last_block_ = std::max(last_block_, first_block_);
+  if (recall_.last != nullptr) last_block_ = recall_.last->last_block;
   AttendExactPart(scratch);
   reference_ = exact_state_.Lse();
   if (first_block_ == last_block_) return;
   PrepareQueries();
-  ChooseThreshold(scratch);
+  if (recall_.last != nullptr) {
+    PrepareRecall();
+  } else {
+    ChooseThreshold(scratch);
+  }
   constexpr int64_t kPieceBlocks = int64_t{kPieceSegments} * kSegmentBlocks;
   for (int64_t block = first_block_; block < last_block_;) {
     const int64_t end = std::min(last_block_, (block / kPieceBlocks + 1) * kPieceBlocks);
@@ -133,19 +139,29 @@ void LadderPlan::ChooseThreshold(Scratch& scratch) {
   auto* estimates = scratch.Take<float>(static_cast<size_t>(group_) * keys);
   EstimateReference(sample, estimates, scratch);
 
+  const int64_t wanted = std::max<int64_t>(
+      WantedKeys(estimates, keys, std::max(options_.candidates, options_.k), scratch), options_.k);
+  thresholds_ = Thresholds(estimates, keys, wanted, scratch);
+  if (options_.keep == 0) return;
+  keep_thresholds_ = Thresholds(estimates, keys, options_.keep, scratch);
+  for (size_t h = 0; h < thresholds_.size(); ++h) {
+    keep_thresholds_[h] = std::min(keep_thresholds_[h], thresholds_[h]);
+  }
+}
+
+std::vector<float> LadderPlan::Thresholds(const float* estimates, int keys, int64_t wanted,
+                                          Scratch& scratch) const {
   const int64_t all = (last_block_ - first_block_) * kScanBlock;
-  const int64_t wanted = std::max(options_.candidates, options_.k);
-  thresholds_.assign(static_cast<size_t>(group_), -kInfinity);
-  if (wanted >= all) return;
+  std::vector<float> thresholds(static_cast<size_t>(group_), -kInfinity);
+  if (wanted >= all) return thresholds;
   const auto sample_rank = [&](int64_t of_all) {
     return std::max<int64_t>((of_all * keys + all / 2) / all, 1) + 1;
   };
   auto* work = scratch.Take<int32_t>(static_cast<size_t>(keys));
   // Each head's own best: whatever exceeds this is chosen.
-
   const int64_t share = wanted / kHeadShare;
   for (int h = 0; h < group_; ++h) {
-    thresholds_[static_cast<size_t>(h)] = kernels::RankThreshold(
+    thresholds[static_cast<size_t>(h)] = kernels::RankThreshold(
         estimates + static_cast<ptrdiff_t>(h) * keys, keys, sample_rank(share), work);
   }
   // The others by their share of softmax mass, with one threshold for all heads that fills the
@@ -153,12 +169,59 @@ void LadderPlan::ChooseThreshold(Scratch& scratch) {
   auto* best = scratch.Take<float>(static_cast<size_t>(keys));
   auto* over = scratch.Take<float>(static_cast<size_t>(keys));
   kernels::MaxOfShifted(estimates, keys, group_, reference_.data(), keys, best);
-  kernels::MaxOfShifted(estimates, keys, group_, thresholds_.data(), keys, over);
+  kernels::MaxOfShifted(estimates, keys, group_, thresholds.data(), keys, over);
   for (int i = 0; i < keys; ++i) best[i] = over[i] > 0.0F ? kInfinity : best[i];
   const float mass = kernels::RankThreshold(best, keys, sample_rank(wanted), work);
-  for (size_t h = 0; h < thresholds_.size(); ++h) {
-    thresholds_[h] = std::min(thresholds_[h], mass + reference_[h]);
+  for (size_t h = 0; h < thresholds.size(); ++h) {
+    thresholds[h] = std::min(thresholds[h], mass + reference_[h]);
   }
+  return thresholds;
+}
+
+int64_t LadderPlan::WantedKeys(const float* estimates, int keys, int64_t wanted,
+                               Scratch& scratch) const {
+  const auto count = static_cast<size_t>(keys);
+  size_t needed = count;
+  if (options_.mass > 0.0F) needed = KeysForMass(estimates, count, scratch);
+  if (options_.beta > 0.0F) {
+    std::vector<bool> near(count);
+    for (int h = 0; h < group_; ++h) {
+      const float* const head = estimates + static_cast<size_t>(h) * count;
+      const float bar = kernels::MaxElement(head, keys) - options_.beta;
+      for (size_t i = 0; i < count; ++i) near[i] = near[i] || head[i] >= bar;
+    }
+    needed = std::min(needed, static_cast<size_t>(std::count(near.begin(), near.end(), true)));
+  }
+  if (needed == count) return wanted;
+  const int64_t all = (last_block_ - first_block_) * kScanBlock;
+  return std::clamp<int64_t>(static_cast<int64_t>(needed) * all / keys, 1, wanted);
+}
+
+size_t LadderPlan::KeysForMass(const float* estimates, size_t count, Scratch& scratch) const {
+  const auto group = static_cast<size_t>(group_);
+  auto* shares = scratch.Take<float>(group * count);
+  std::vector<std::pair<float, uint32_t>> ranked(count, {-kInfinity, 0});
+  for (size_t h = 0; h < group; ++h) {
+    float sum = 0.0F;
+    for (size_t i = 0; i < count; ++i) {
+      const float rank = estimates[h * count + i] - reference_[h];
+      ranked[i] = {std::max(ranked[i].first, rank), static_cast<uint32_t>(i)};
+      shares[h * count + i] = std::exp(rank);
+      sum += shares[h * count + i];
+    }
+    // As if all estimates of a head were equally noisy.
+    const float factor = sampled_mass_[h] / std::max(sum, 1e-30F);
+    for (size_t i = 0; i < count; ++i) shares[h * count + i] *= factor;
+  }
+  std::sort(ranked.begin(), ranked.end());
+  std::vector<float> left(group, 0.0F);
+  for (size_t passed = 0; passed < count; ++passed) {
+    for (size_t h = 0; h < group; ++h) {
+      left[h] += shares[h * count + ranked[passed].second];
+      if (left[h] > options_.mass) return count - passed;
+    }
+  }
+  return 0;
 }
 
 void LadderPlan::EstimateReference(const std::vector<int64_t>& sample, float* estimates,
@@ -179,7 +242,7 @@ void LadderPlan::EstimateReference(const std::vector<int64_t>& sample, float* es
                              static_cast<size_t>(kernels::ScanBlockBytes(symbols_, planes)));
     }
     float* block_estimates = estimates + i * kScanBlock;
-    FillScanHeads(sample[i] / kSegmentBlocks, false, heads);
+    FillScanHeads(sample[i] / kSegmentBlocks, {}, heads);
     kernels::ScanCodes(block, 1, symbols_, planes, tables_.get(), group_, sums, kScanBlock);
     kernels::EstimateScores(sums, kScanBlock, block, 1, symbols_, planes, heads, group_,
                             block_estimates, keys, nullptr);
@@ -203,10 +266,12 @@ void LadderPlan::EstimateReference(const std::vector<int64_t>& sample, float* es
     const float high = std::max(reference_[h], sampled);
     const float low = std::min(reference_[h], sampled);
     reference_[h] = high + std::log1p(std::exp(low - high));
+    sampled_mass_.push_back(std::exp(sampled - reference_[h]));
   }
 }
 
-void LadderPlan::FillScanHeads(int64_t segment, bool choose, kernels::ScanHead* heads) const {
+void LadderPlan::FillScanHeads(int64_t segment, absl::Span<const float> thresholds,
+                               kernels::ScanHead* heads) const {
   const Segment& codes = *view_.segments[static_cast<size_t>(segment)];
   const float* centres = centre_scores_.data() + (segment - first_block_ / kSegmentBlocks) * group_;
   const float scale = view_.shape.softmax_scale;
@@ -214,8 +279,8 @@ void LadderPlan::FillScanHeads(int64_t segment, bool choose, kernels::ScanHead* 
   for (int h = 0; h < group_; ++h) {
     const auto i = static_cast<size_t>(h);
     heads[h] = {centres[h], scale * sum_unit * table_units_[i],
-                scale * query_norms_[i] * codes.scan_noise(), choose ? thresholds_[i] : kInfinity,
-                reference_[i]};
+                scale * query_norms_[i] * codes.scan_noise(),
+                thresholds.empty() ? kInfinity : thresholds[i], reference_[i]};
   }
 }
 

@@ -1,6 +1,7 @@
 // One search of the ladder, split over three files by step: preparation and threshold
 // (ladder_plan.cc), the pieces that scan (ladder_scan_piece.cc), putting together
-// (ladder_finish.cc); the audit stands beside them (ladder_audit.h).
+// (ladder_finish.cc); the audit stands beside them (ladder_audit.h), and so does the search that
+// takes its candidates and weights from an earlier one (ladder_recall.cc; reuse.h).
 //
 // The range is cut in two. Whole 64-key blocks of sealed segments are the ladder's; what is left at
 // either end, and the tail, is read exactly while the search is prepared. Steps, for a group of
@@ -17,19 +18,31 @@
 #define KVSEEK_INDEX_LADDER_PLAN_H_
 
 #include <cstdint>
+#include <memory>
+#include <utility>
 #include <vector>
 
+#include "absl/types/span.h"
 #include "index/key_index.h"
+#include "index/rest_audit.h"
+#include "index/reuse.h"
 #include "index/selection.h"
 #include "kernels/cpu/ladder_fine.h"
 #include "kernels/cpu/ladder_scan.h"
 
 namespace kvseek::index {
 
+/// What takes the place of the scan in a search that reuses an earlier one.
+struct Recall {
+  std::shared_ptr<const LastSearch> last;  ///< null: a search of its own
+  int samples = 0;                         ///< see ReuseOptions
+  float tolerance = 0.0F;
+};
+
 class LadderPlan final : public SearchPlan {
  public:
   LadderPlan(const KvView& view, const SearchQuery& query, const SearchOptions& options,
-             Scratch& scratch);
+             Scratch& scratch, Recall recall = {});
 
   int pieces() const override { return static_cast<int>(pieces_.size()); }
   void Run(int index, Scratch& scratch) override;
@@ -51,17 +64,26 @@ class LadderPlan final : public SearchPlan {
     ScoredKeys candidates;    ///< with their 4-bit scores
     std::vector<float> rest;  ///< (group): the unchosen keys' summed weight, relative to reference_
     std::vector<float> block_weights;  ///< audits only, (group, blocks): the same for each block
+    std::vector<int64_t> kept;         ///< SearchOptions::keep: positions
+    std::vector<float> kept_weights;   ///< (group, blocks): of the keys not kept
   };
 
   // ---- preparation (ladder_plan.cc)
   void PrepareQueries();
   void AttendExactPart(Scratch& scratch);
   void ChooseThreshold(Scratch& scratch);
+  /// (group): what about `wanted` keys of the range exceed, from estimates (group, keys).
+  std::vector<float> Thresholds(const float* estimates, int keys, int64_t wanted,
+                                Scratch& scratch) const;
+  /// How many keys of the range the options' mass and beta ask for, at most `wanted`.
+  int64_t WantedKeys(const float* estimates, int keys, int64_t wanted, Scratch& scratch) const;
+  /// How many of the `count` sampled keys hold all but options_.mass of every head's mass.
+  size_t KeysForMass(const float* estimates, size_t count, Scratch& scratch) const;
   /// Scans the blocks of the sample: estimates (group, sample keys), and from them reference_.
   void EstimateReference(const std::vector<int64_t>& sample, float* estimates, Scratch& scratch);
-  /// What turns the sums of segment `segment` into scores; without `choose` no key passes the
-  /// threshold.
-  void FillScanHeads(int64_t segment, bool choose, kernels::ScanHead* heads) const;
+  /// What turns the sums of segment `segment` into scores; without thresholds no key is chosen.
+  void FillScanHeads(int64_t segment, absl::Span<const float> thresholds,
+                     kernels::ScanHead* heads) const;
   void FillFineHeads(int64_t segment, kernels::FineHead* heads) const;
   const uint8_t* Block(int64_t block) const;
 
@@ -73,6 +95,8 @@ class LadderPlan final : public SearchPlan {
     float* block_weights;           ///< (group, 16)
     kernels::FineHead* fine_heads;  ///< (group)
     float* fine_scores;             ///< (group, 1024)
+    uint32_t* kept;                 ///< (1024)
+    float* kept_weights;            ///< (group, 16)
   };
   /// Candidates of one segment, as indices into it.
   struct Chosen {
@@ -81,14 +105,35 @@ class LadderPlan final : public SearchPlan {
     uint32_t* keys;
   };
   void ScanSegmentPart(Piece& piece, int64_t begin_block, int64_t end_block,
-                       const kernels::GroupState& rest, const ScanBuffers& buffers, Chosen& chosen);
+                       const ScanBuffers& buffers, Chosen& chosen);
+  /// Of the codes just scanned: what SearchOptions::keep asks for.
+  void KeepKeys(Piece& piece, int64_t begin_block, int blocks, const ScanBuffers& buffers);
+  /// Adds buffers.block_weights of the blocks to the rest.
+  void AddRest(Piece& piece, int64_t begin_block, int blocks, const ScanBuffers& buffers,
+               const kernels::GroupState& rest);
   /// Where the next `blocks` blocks of the range start, or null if it has not so many. A piece that
   /// ends fetches for the one after it, which the same worker is likely to run.
   const uint8_t* NextCodes(int64_t end_block, int blocks) const;
   void PrefetchRecords(const Chosen& chosen) const;
   void ReadCandidates(Piece& piece, const Chosen& chosen, const ScanBuffers& buffers);
 
+  // ---- recall (ladder_recall.cc)
+  /// Sets reference_ and recalled_weights_.
+  void PrepareRecall();
+  /// In place of ScanSegmentPart.
+  void RecallSegmentPart(int64_t begin_block, int64_t end_block, const ScanBuffers& buffers,
+                         Chosen& chosen) const;
+  /// (group) mass of the unread keys over its estimate, from a sample of them.
+  std::vector<RestRatio> SampleUnread(const ScoredKeys& candidates, absl::Span<const float> rest,
+                                      Scratch& scratch) const;
+  /// Says in the report whether the answer is to be trusted; returns the sample's ratios.
+  std::vector<RestRatio> CheckRecall(absl::Span<const float> lse, const ScoredKeys& candidates,
+                                     SearchReport& report, Scratch& scratch) const;
+  std::shared_ptr<const LastSearch> MakeLast(absl::Span<const float> lse) const;
+
   // ---- finish (ladder_finish.cc)
+  /// (group): the unread keys' mass over exp(reference).
+  std::vector<float> RestMass() const;
   /// Replaces the 4-bit parts of each head's best candidates by exact ones.
   void RefineBest(const ScoredKeys& candidates, OwnedState& state, Scratch& scratch);
   void RefineHead(const ScoredKeys& candidates, absl::Span<const uint32_t> picks, int head,
@@ -100,7 +145,9 @@ class LadderPlan final : public SearchPlan {
   /// state.group).
   void AddFine(const ScoredKeys& candidates, absl::Span<const uint32_t> picks, int head,
                const kernels::GroupState& state, Scratch& scratch) const;
-  void ReportMissed(absl::Span<const float> lse, const ScoredKeys& candidates, SearchReport& report,
+  /// `ratios`: CheckRecall's; empty: there is none.
+  void ReportMissed(absl::Span<const float> lse, const ScoredKeys& candidates,
+                    absl::Span<const RestRatio> ratios, SearchReport& report,
                     Scratch& scratch) const;
   void ReportReads(const ScoredKeys& candidates, SearchReport& report) const;
 
@@ -125,9 +172,14 @@ class LadderPlan final : public SearchPlan {
   OwnedState exact_state_;  ///< of the exact part
   ScoredKeys exact_keys_;   ///< TopK: the exact part's keys
   int64_t exact_tokens_ = 0;
-  std::vector<float> reference_;   ///< (group): estimated lse of the whole range
-  std::vector<float> thresholds_;  ///< (group), on estimates
+  std::vector<float> reference_;        ///< (group): estimated lse of the whole range
+  std::vector<float> sampled_mass_;     ///< (group): share of it that is not the exact part's
+  std::vector<float> thresholds_;       ///< (group), on estimates
+  std::vector<float> keep_thresholds_;  ///< (group), none higher
   int64_t sampled_blocks_ = 0;
+
+  const Recall recall_;
+  std::vector<float> recalled_weights_;  ///< (group, blocks), over exp(reference)
 
   std::vector<Piece> pieces_;
   int64_t exact_rows_read_ = 0;

@@ -24,6 +24,7 @@ void LadderPlan::Run(int index, Scratch& scratch) {
   const auto piece_blocks = static_cast<size_t>(piece.last_block - piece.first_block);
   piece.rest.assign(group, 0.0F);
   if (options_.audit_samples > 0) piece.block_weights.resize(piece_blocks * group);
+  if (options_.keep > 0) piece.kept_weights.resize(piece_blocks * group);
   // Room for half as many again as the budget's even share.
   const int64_t budget = std::max(options_.candidates, options_.k);
   const auto blocks = piece.last_block - piece.first_block;
@@ -33,8 +34,9 @@ void LadderPlan::Run(int index, Scratch& scratch) {
   scratch.Reset();
   ScanBuffers buffers = {
       scratch.Take<int16_t>(group * kSegmentTokens), scratch.Take<kernels::ScanHead>(group),
-      scratch.Take<float>(group * kSegmentBlocks), scratch.Take<kernels::FineHead>(group),
-      scratch.Take<float>(group * kSegmentTokens)};
+      scratch.Take<float>(group * kSegmentBlocks),   scratch.Take<kernels::FineHead>(group),
+      scratch.Take<float>(group * kSegmentTokens),   scratch.Take<uint32_t>(kSegmentTokens),
+      scratch.Take<float>(group * kSegmentBlocks)};
   Chosen chosen = {0, 0, scratch.Take<uint32_t>(kSegmentTokens)};
   Chosen before = {0, 0, scratch.Take<uint32_t>(kSegmentTokens)};
   // The estimated rest is summed relative to reference_.
@@ -42,7 +44,12 @@ void LadderPlan::Run(int index, Scratch& scratch) {
   for (size_t h = 0; h < group; ++h) rest.view().max[h] = reference_[h];
   for (int64_t block = piece.first_block; block < piece.last_block;) {
     const int64_t end = std::min(piece.last_block, (block / kSegmentBlocks + 1) * kSegmentBlocks);
-    ScanSegmentPart(piece, block, end, rest.view(), buffers, chosen);
+    if (recall_.last != nullptr) {
+      RecallSegmentPart(block, end, buffers, chosen);
+    } else {
+      ScanSegmentPart(piece, block, end, buffers, chosen);
+    }
+    AddRest(piece, block, static_cast<int>(end - block), buffers, rest.view());
     // Records arrive from memory while the next segment is scanned.
     PrefetchRecords(chosen);
     ReadCandidates(piece, before, buffers);
@@ -55,8 +62,7 @@ void LadderPlan::Run(int index, Scratch& scratch) {
 }
 
 void LadderPlan::ScanSegmentPart(Piece& piece, int64_t begin_block, int64_t end_block,
-                                 const kernels::GroupState& rest, const ScanBuffers& buffers,
-                                 Chosen& chosen) {
+                                 const ScanBuffers& buffers, Chosen& chosen) {
   const auto blocks = static_cast<int>(end_block - begin_block);
   const int keys = blocks * kScanBlock;
   const int planes = view_.shape.scan_bits;
@@ -65,7 +71,7 @@ void LadderPlan::ScanSegmentPart(Piece& piece, int64_t begin_block, int64_t end_
   const bool full = static_cast<int64_t>(piece.candidates.positions.size()) >= bound;
 
   chosen.segment = begin_block / kSegmentBlocks;
-  FillScanHeads(chosen.segment, !full, buffers.scan_heads);
+  FillScanHeads(chosen.segment, full ? absl::Span<const float>() : thresholds_, buffers.scan_heads);
   const uint8_t* next = NextCodes(end_block, blocks);
   kernels::ScanCodes(Block(begin_block), blocks, symbols_, planes, tables_.get(), group_,
                      buffers.sums, keys, next);
@@ -76,7 +82,35 @@ void LadderPlan::ScanSegmentPart(Piece& piece, int64_t begin_block, int64_t end_
   chosen.count = kernels::SelectAndWeigh(buffers.sums, keys, Block(begin_block), blocks, symbols_,
                                          planes, buffers.scan_heads, group_, first_in_segment,
                                          chosen.keys, buffers.block_weights, blocks, next);
+  if (options_.keep > 0) KeepKeys(piece, begin_block, blocks, buffers);
+}
 
+void LadderPlan::KeepKeys(Piece& piece, int64_t begin_block, int blocks,
+                          const ScanBuffers& buffers) {
+  const int64_t segment = begin_block / kSegmentBlocks;
+  const bool full =
+      static_cast<int64_t>(piece.kept.size()) >= kCandidateBoundFactor * options_.keep;
+  FillScanHeads(segment, full ? absl::Span<const float>() : keep_thresholds_, buffers.scan_heads);
+  const int count =
+      kernels::SelectAndWeigh(buffers.sums, blocks * kScanBlock, Block(begin_block), blocks,
+                              symbols_, view_.shape.scan_bits, buffers.scan_heads, group_, 0,
+                              buffers.kept, buffers.kept_weights, blocks);
+  for (int i = 0; i < count; ++i) {
+    piece.kept.push_back(begin_block * kScanBlock + buffers.kept[i]);
+  }
+  const int64_t piece_blocks = piece.last_block - piece.first_block;
+  for (int h = 0; h < group_; ++h) {
+    std::copy_n(buffers.kept_weights + static_cast<ptrdiff_t>(h) * blocks, blocks,
+                piece.kept_weights.begin() + h * piece_blocks + begin_block - piece.first_block);
+  }
+}
+
+void LadderPlan::AddRest(Piece& piece, int64_t begin_block, int blocks, const ScanBuffers& buffers,
+                         const kernels::GroupState& rest) {
+  const int value_dim = view_.shape.value_dim;
+  const uint16_t* means =
+      view_.segments[static_cast<size_t>(begin_block / kSegmentBlocks)]->block_means() +
+      (begin_block % kSegmentBlocks) * value_dim;
   kernels::AddWeightedRows(buffers.block_weights, blocks, group_, means, blocks, value_dim,
                            rest.acc);
   const auto piece_blocks = piece.last_block - piece.first_block;

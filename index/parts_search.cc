@@ -34,7 +34,9 @@ PartsSearch::PartsSearch(absl::Span<const std::shared_ptr<const PartsRun>> runs,
 
 ChosenKeys PartsSearch::Choose() {
   for (const auto& run : runs_) {
-    const KeyParts& top = run->nodes == nullptr ? *run->parts : *run->nodes;
+    // A node's bound is far above its parts': no part would be within beta of the best node.
+    const bool flat = run->nodes == nullptr || options_.beta > 0.0F;
+    const KeyParts& top = flat ? *run->parts : *run->nodes;
     if (top.begin() >= end_ || top.end() <= query_.begin) continue;
     Score(*run, top, 0, top.count());
     for (int h = 0; h < query_.group && prove_; ++h) {
@@ -43,24 +45,48 @@ ChosenKeys PartsSearch::Choose() {
   }
   SetLse();
   Queue(0);
+  TakeParts(options_.candidates, false);
+  const size_t read = chosen_.positions.size();
+  if (options_.keep > options_.candidates && !prove_) {
+    TakeParts(options_.keep, true);
+    chosen_.kept.assign(chosen_.positions.begin() + static_cast<ptrdiff_t>(read),
+                        chosen_.positions.end());
+    chosen_.positions.resize(read);
+  }
+  return Finish();
+}
+
+void PartsSearch::TakeParts(int64_t keys, bool all) {
   while (!queue_.empty() && std::chrono::steady_clock::now() < options_.stop_at) {
     const uint32_t slot = queue_.front().second;
     const Scored scored = scored_[slot];
-    const int64_t budget = options_.candidates - static_cast<int64_t>(chosen_.positions.size());
+    const int64_t budget = keys - static_cast<int64_t>(chosen_.positions.size());
     // A part that is cut off or let in by no more than its half: the budget holds on average.
     const bool fits = scored.keys <= 2 * budget || chosen_.positions.empty();
     if (!IsNode(scored) && !fits && !prove_) break;
+    if (!all && !prove_ && Enough()) break;
     std::pop_heap(queue_.begin(), queue_.end());
     queue_.pop_back();
     if (prove_ && budget <= 0 && Beaten(slot)) {
       beaten_.push_back(slot);
     } else if (IsNode(scored)) {
-      Open(scored);
+      Open(slot);
     } else {
+      if (all) kept_.push_back(slot);
+      for (size_t h = 0; h < group_ && options_.mass > 0.0F; ++h) left_[h] -= Share(slot, h);
       Take(scored);
     }
   }
-  return Finish();
+}
+
+double PartsSearch::Share(size_t slot, size_t head) const {
+  return std::exp(double{weights_[slot * group_ + head]} - double{lse_[head]});
+}
+
+bool PartsSearch::Enough() const {
+  if (options_.beta > 0.0F && queue_.front().first < -options_.beta) return true;
+  return options_.mass > 0.0F &&
+         *std::max_element(left_.begin(), left_.end()) <= double{options_.mass};
 }
 
 void PartsSearch::Score(const PartsRun& run, const KeyParts& of, int first, int last) {
@@ -116,23 +142,45 @@ void PartsSearch::SetLse() {
     float sum = 0.0F;
     for (size_t i = h; i < weights_.size(); i += group_) sum += std::exp(weights_[i] - largest);
     lse_.push_back(largest + std::log(sum));
+    left_.push_back(1.0);
+    float best = -kInfinity;
+    for (size_t i = h; i < ranks_.size(); i += group_) best = std::max(best, ranks_[i]);
+    best_rank_.push_back(best);
   }
+}
+
+/// With beta the heads' best parts are level, otherwise their masses are.
+float PartsSearch::Rank(size_t slot) const {
+  const std::vector<float>& level = options_.beta > 0.0F ? best_rank_ : lse_;
+  float largest = -kInfinity;
+  for (size_t h = 0; h < group_; ++h) {
+    largest = std::max(largest, ranks_[slot * group_ + h] - level[h]);
+  }
+  if (options_.vote == Vote::kMax || options_.beta > 0.0F) return largest;
+  float sum = 0.0F;
+  for (size_t h = 0; h < group_; ++h) {
+    sum += std::exp(ranks_[slot * group_ + h] - level[h] - largest);
+  }
+  return largest + std::log(sum);
 }
 
 void PartsSearch::Queue(size_t first) {
   for (size_t slot = first; slot < scored_.size(); ++slot) {
-    float rank = -kInfinity;
-    for (size_t h = 0; h < group_; ++h) rank = std::max(rank, ranks_[slot * group_ + h] - lse_[h]);
-    queue_.emplace_back(rank, static_cast<uint32_t>(slot));
+    queue_.emplace_back(Rank(slot), static_cast<uint32_t>(slot));
     if (first > 0) std::push_heap(queue_.begin(), queue_.end());
   }
   if (first == 0) std::make_heap(queue_.begin(), queue_.end());
 }
 
-void PartsSearch::Open(const Scored& node) {
+void PartsSearch::Open(size_t slot) {
+  const Scored node = scored_[slot];
   const size_t first = scored_.size();
   const int part = node.part * kNodeParts;
   Score(*node.run, *node.run->parts, part, std::min(part + kNodeParts, node.run->parts->count()));
+  for (size_t h = 0; h < group_ && options_.mass > 0.0F; ++h) {
+    left_[h] -= Share(slot, h);
+    for (size_t child = first; child < scored_.size(); ++child) left_[h] += Share(child, h);
+  }
   Queue(first);
 }
 
@@ -181,11 +229,15 @@ bool PartsSearch::Beaten(size_t slot) const {
 
 ChosenKeys PartsSearch::Finish() {
   for (const auto& [rank, slot] : queue_) beaten_.push_back(slot);
+  beaten_.insert(beaten_.end(), kept_.begin(), kept_.end());
   std::sort(beaten_.begin(), beaten_.end());
+  std::sort(kept_.begin(), kept_.end());
+  std::sort(chosen_.kept.begin(), chosen_.kept.end());
   std::sort(chosen_.positions.begin(), chosen_.positions.end());
   for (const uint32_t slot : beaten_) {
     const Scored& scored = scored_[slot];
-    chosen_.unread.push_back({scored.of, scored.part, scored.keys});
+    const bool kept = std::binary_search(kept_.begin(), kept_.end(), slot);
+    chosen_.unread.push_back({scored.of, scored.part, scored.keys, kept});
   }
   for (size_t h = 0; h < group_; ++h) {
     double sum = 0.0;

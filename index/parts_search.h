@@ -39,13 +39,19 @@ class PartsSearch {
   int KeysInRange(const KeyParts& of, int part) const;
   /// Queues slots from `first` on.
   void Queue(size_t first);
-  void Open(const Scored& node);
+  void Open(size_t slot);
+  /// Takes parts until there are about `keys` keys, or, unless `all`, enough by mass or beta.
+  void TakeParts(int64_t keys, bool all);
+  bool Enough() const;
   void Take(const Scored& part);
   /// Scores the keys just taken, and raises the heads' bars.
   void RaiseBars(size_t first);
   /// No key below has a place among any head's best exact_top.
   bool Beaten(size_t slot) const;
   void SetLse();
+  float Rank(size_t slot) const;
+  /// Estimated share of a head's softmax mass.
+  double Share(size_t slot, size_t head) const;
   ChosenKeys Finish();
 
   const absl::Span<const std::shared_ptr<const PartsRun>> runs_;
@@ -64,6 +70,9 @@ class PartsSearch {
   std::vector<float> lse_;                                  ///< (group), estimated
   std::vector<std::pair<float, uint32_t>> queue_;           ///< a heap of (group's rank, slot)
   std::vector<uint32_t> beaten_;                            ///< slots
+  std::vector<uint32_t> kept_;                              ///< slots taken to be kept, not read
+  std::vector<float> best_rank_;                            ///< (group), of what was scored first
+  std::vector<double> left_;  ///< (group): estimated share of mass in parts not taken
   /// (group) min-heaps of the best exact_top scores so far.
   std::vector<std::vector<float>> best_;
   float margin_ = 0.0F;  ///< of rounding, the largest of any head and run
