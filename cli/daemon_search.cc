@@ -136,7 +136,8 @@ SearchFunction DaemonHead::Search(IndexKind index) {
     request.options.list_read = options.list_read;
     request.options.leave_rest_out = !options.estimate_rest;
     request.options.exact_top = static_cast<uint32_t>(options.exact_top);
-    request.options.beta = std::isfinite(options.beta) ? options.beta : 0.0F;
+    request.options.beta = options.beta;
+    request.options.mass = options.mass;
     if (options.stop_at != std::chrono::steady_clock::time_point::max()) {
       request.options.search_time = std::max(
           std::chrono::microseconds(1), std::chrono::duration_cast<std::chrono::microseconds>(

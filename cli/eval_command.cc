@@ -10,6 +10,7 @@
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <utility>
@@ -23,6 +24,7 @@
 #include "cli/eval_results.h"
 #include "cli/evaluation.h"
 #include "cli/library_search.h"
+#include "cli/policy_flags.h"
 #include "cli/trace_flags.h"
 #include "kernels/cpu/simd_level.h"
 
@@ -45,9 +47,9 @@ struct EvalFlags {
   uint64_t seed = 0;
   BuildSettings build;
   bool no_estimate = false;
-  float beta = std::numeric_limits<float>::infinity();
   bool per_head = false;
   int exact_top = 0;
+  PolicyFlags policy;
   int64_t stop_after_us = 0;
   int threads = 1;
   ConnectFlags connect;
@@ -101,6 +103,7 @@ constexpr char kHelp[] =
     "that it\n"
     "                 attends to, as if it knew them without a look)\n"
     "  bytes_read     codes and rows read for the group in a step\n"
+    "  searches_skipped  share of steps answered from an earlier step's selection (--reuse)\n"
     "  missed_mass    softmax mass of keys not read at 4 bits or better: as the answers estimate "
     "it,\n"
     "                 and the truth; unless --audit is 0, share of true values inside the answers' "
@@ -146,6 +149,9 @@ void CheckFlags(const EvalFlags& flags) {
   if (flags.exact_top > 0 && !bounds) {
     FailUsage("--exact-top: needs --summary minmax");
   }
+  if (!flags.connect.via.empty() && flags.policy.HereOnly()) {
+    FailUsage("--via: --vote and --reuse are evaluated in this process only");
+  }
   if (!flags.connect.via.empty() && flags.threads != 1) {
     FailUsage("--threads: the daemon has its own; leave it out with --via");
   }
@@ -161,7 +167,9 @@ class HeadRun {
   absl::Status Run() {
     ReferenceOptions options;
     if (flags_.Asks("oracle")) options.oracle_ks = flags_.exact;
-    reference_ = ComputeReference(trace_, SpreadSteps(trace_.steps, flags_.steps), options);
+    std::vector<int> steps = SpreadSteps(trace_.steps, flags_.steps);
+    if (flags_.policy.reuse > 0) std::iota(steps.begin(), steps.end(), 0);
+    reference_ = ComputeReference(trace_, steps, options);
     for (const std::string& index : flags_.indexes) {
       if (absl::Status status = RunIndex(index); !status.ok()) return status;
     }
@@ -210,8 +218,8 @@ class HeadRun {
       search = remote->Search(exact ? IndexKind::kExact : IndexKind::kLadder);
     } else {
       stored.emplace(trace_, scan_bits);
-      search = SearchLibrary(trace_, *stored, exact ? index::ExactIndex() : index::LadderIndex(),
-                             runner_);
+      search = flags_.policy.Search(trace_, *stored,
+                                    exact ? index::ExactIndex() : index::LadderIndex(), runner_);
     }
     index::SearchOptions options;
     options.audit_samples = flags_.audit;
@@ -251,7 +259,7 @@ class HeadRun {
     }
     const size_t first = results_.size();
     absl::Status status =
-        EvaluateBuilt(name, build, SearchLibrary(trace_, stored, *built, runner_));
+        EvaluateBuilt(name, build, flags_.policy.Search(trace_, stored, *built, runner_));
     for (size_t i = first; i < results_.size(); ++i) {
       results_[i].build_core_seconds = built->build_core_seconds();
       results_[i].index_bytes = static_cast<double>(built->Bytes());
@@ -273,7 +281,6 @@ class HeadRun {
     options.seed = flags_.seed;
     options.estimate_rest = !flags_.no_estimate;
     if (name == "landmark") options.exact_top = flags_.exact_top;
-    if (name == "graph") options.beta = flags_.beta;
     for (const int count : flags_.candidates) {
       options.candidates = count;
       absl::Status status = Evaluate(name, BuiltSettings(name, build, options), search, options);
@@ -291,7 +298,6 @@ class HeadRun {
       settings["exact_top"] = options.exact_top;
     } else if (name == "graph") {
       settings["degree"] = build.degree;
-      settings["beta"] = std::isfinite(options.beta) ? Json(options.beta) : Json();
     } else {
       settings["keys_per_cluster"] = build.keys_per_cluster;
     }
@@ -305,13 +311,16 @@ class HeadRun {
 
   absl::Status Evaluate(const std::string& index, const Json& settings,
                         const SearchFunction& search, const index::SearchOptions& options) {
-    absl::StatusOr<Evaluation> figures = EvaluateSearch(trace_, reference_, search, options);
+    index::SearchOptions with_policy = options;
+    flags_.policy.Apply(with_policy);
+    absl::StatusOr<Evaluation> figures = EvaluateSearch(trace_, reference_, search, with_policy);
     if (!figures.ok()) return figures.status();
     Add(index, settings, *figures);
     return absl::OkStatus();
   }
 
   void Add(const std::string& index, Json settings, const Evaluation& figures) {
+    flags_.policy.Describe(settings);
     settings["steps"] = reference_.steps.size();
     settings["threads"] = flags_.threads;
     results_.push_back({trace_.name, index, std::move(settings), figures, {}, {}});
@@ -377,10 +386,6 @@ void AddBuildOptions(CLI::App& command, EvalFlags& flags) {
   command.add_option("--degree", flags.build.degree, "graph: neighbours of a key, at most")
       ->check(CLI::Range(index::kGraphDegreeMin, index::kGraphDegreeMax))
       ->capture_default_str();
-  command
-      .add_option("--beta", flags.beta,
-                  "graph: look no further for a head than this below its best score, in nats")
-      ->check(CLI::PositiveNumber);
   command.add_flag("--per-head", flags.per_head,
                    "Search for each query head by itself, instead of once for the group");
   command.add_flag("--no-estimate", flags.no_estimate,
@@ -441,6 +446,7 @@ void AddEvalCommand(CLI::App& program, Action& action) {
       ->check(CLI::Range(1, 256))
       ->capture_default_str();
   AddBuildOptions(*command, *flags);
+  flags->policy.AddOptions(*command);
   AddConnectFlags(*command, flags->connect, /*required=*/false);
   AddFormatFlag(*command, flags->format);
   command->add_option("--plot", flags->plot,

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "absl/strings/str_cat.h"
+#include "cli/policy_flags.h"
 #include "cli/table.h"
 
 namespace kvseek::cli {
@@ -32,9 +33,6 @@ std::string BuiltText(const std::string& index, const Json& settings) {
 /// Of the same: how they are searched, but for the candidates.
 std::string SearchText(const Json& settings) {
   std::string text;
-  if (settings.contains("beta") && !settings["beta"].is_null()) {
-    absl::StrAppend(&text, ", beta ", settings["beta"].get<float>());
-  }
   const int exact_top = settings.value("exact_top", 0);
   if (exact_top > 0) absl::StrAppend(&text, ", top ", exact_top);
   if (!settings["estimate"].get<bool>()) absl::StrAppend(&text, ", no est.");
@@ -48,10 +46,10 @@ std::string SettingsText(const EvalResult& result) {
   const int candidates = result.settings["candidates"].get<int>();
   if (result.index == "ladder") {
     return absl::StrCat(result.settings["scan_bits"].get<int>(), " bit, ", candidates, ", ",
-                        result.settings["exact"].get<int>());
+                        result.settings["exact"].get<int>(), PolicyFlags::Text(result.settings));
   }
   return absl::StrCat(BuiltText(result.index, result.settings), ", ", candidates,
-                      SearchText(result.settings));
+                      SearchText(result.settings), PolicyFlags::Text(result.settings));
 }
 
 /// A result without its budget.
@@ -60,10 +58,12 @@ std::string CurveName(const EvalResult& result) {
   if (result.index == "oracle") return "perfect top k, rest forgotten";
   if (result.index == "ladder") {
     const int bits = settings["scan_bits"].get<int>();
-    return absl::StrCat("ladder, ", bits, bits == 1 ? " bit" : " bits");
+    return absl::StrCat("ladder, ", bits, bits == 1 ? " bit" : " bits",
+                        PolicyFlags::Text(settings));
   }
   if (result.index == "exact") return result.index;
-  return absl::StrCat(result.index, " ", BuiltText(result.index, settings), SearchText(settings));
+  return absl::StrCat(result.index, " ", BuiltText(result.index, settings), SearchText(settings),
+                      PolicyFlags::Text(settings));
 }
 
 /// What one panel shows.
@@ -143,12 +143,16 @@ std::string EvalJson(const std::vector<EvalResult>& results, const std::string& 
          {"recall_at_100", f.recall_at_100},
          {"keys_scanned", f.keys_scanned},
          {"bytes_read", f.bytes_read},
+         {"searches_skipped", f.searches_skipped},
          {"missed_mass",
           {{"estimated", OrNull(f.missed_estimated)},
            {"true", f.missed_true},
            {"interval_cover", OrNull(f.interval_cover)},
            {"interval_width", OrNull(f.interval_width)}}},
-         {"micros", {{"p50", OrNull(f.micros_p50)}, {"p99", OrNull(f.micros_p99)}}},
+         {"micros",
+          {{"mean", OrNull(f.micros_mean)},
+           {"p50", OrNull(f.micros_p50)},
+           {"p99", OrNull(f.micros_p99)}}},
          {"build_core_seconds", OrNull(result.build_core_seconds)},
          {"index_bytes", OrNull(result.index_bytes)}});
   }
@@ -157,15 +161,16 @@ std::string EvalJson(const std::vector<EvalResult>& results, const std::string& 
 
 std::string EvalTable(const std::vector<EvalResult>& results, const std::string& simd_level) {
   Table table({"head", "index", "settings", "error mean", "p90", "max", "recall@100", "scanned",
-               "read", "missed est.", "true", "cover", "width", "us p50", "p99", "build s",
-               "size"});
+               "read", "skipped", "missed est.", "true", "cover", "width", "us p50", "p99",
+               "build s", "size"});
   for (const EvalResult& result : results) {
     const Evaluation& f = result.figures;
     table.Add({result.head, result.index, SettingsText(result), Digits(f.error_mean),
                Digits(f.error_p90), Digits(f.error_max), Digits(f.recall_at_100),
-               Short(f.keys_scanned), ShortBytes(f.bytes_read), OrDash(f.missed_estimated),
-               Digits(f.missed_true), OrDash(f.interval_cover), OrDash(f.interval_width),
-               OrDash(f.micros_p50), OrDash(f.micros_p99), OrDash(result.build_core_seconds),
+               Short(f.keys_scanned), ShortBytes(f.bytes_read), Digits(f.searches_skipped),
+               OrDash(f.missed_estimated), Digits(f.missed_true), OrDash(f.interval_cover),
+               OrDash(f.interval_width), OrDash(f.micros_p50), OrDash(f.micros_p99),
+               OrDash(result.build_core_seconds),
                result.index_bytes.has_value() ? ShortBytes(*result.index_bytes) : "-"});
   }
   return absl::StrCat(

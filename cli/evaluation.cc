@@ -16,6 +16,7 @@ struct Samples {
   std::vector<double> recalls;
   std::vector<double> keys_scanned;
   std::vector<double> bytes_read;
+  std::vector<double> reused;
   std::vector<double> missed_estimated;
   std::vector<double> missed_true;
   std::vector<double> covered;
@@ -30,11 +31,13 @@ struct Samples {
     result.recall_at_100 = Mean(recalls);
     result.keys_scanned = Mean(keys_scanned);
     result.bytes_read = Mean(bytes_read);
+    if (!reused.empty()) result.searches_skipped = Mean(reused);
     result.missed_true = Mean(missed_true);
     if (!missed_estimated.empty()) result.missed_estimated = Mean(missed_estimated);
     if (!covered.empty()) result.interval_cover = Mean(covered);
     if (!widths.empty()) result.interval_width = Percentile(widths, 0.5);
     if (!micros.empty()) {
+      result.micros_mean = Mean(micros);
       result.micros_p50 = Percentile(micros, 0.5);
       result.micros_p99 = Percentile(micros, 0.99);
     }
@@ -87,6 +90,7 @@ void AddAnswer(const HeadTrace& trace, const Reference& reference, size_t s, boo
   }
   samples.keys_scanned.push_back(static_cast<double>(report.keys_scanned));
   samples.bytes_read.push_back(static_cast<double>(report.bytes_touched));
+  samples.reused.push_back(report.reused ? 1.0 : 0.0);
   for (size_t h = 0; h < group; ++h) {
     const size_t row = s * group + h;
     samples.errors.push_back(OutputError(answer.out.data() + h * dim,

@@ -34,6 +34,7 @@ struct Evaluation {
   /// Of the group in one step, mean. The oracle counts the rows it attends to only.
   double keys_scanned = 0.0;
   double bytes_read = 0.0;
+  double searches_skipped = 0.0;  ///< share of steps answered from an earlier step's selection
   /// Softmax mass of keys not read at 4 bits or better: mean of the reports, and the truth.
   std::optional<double> missed_estimated;  ///< none for the oracle
   double missed_true = 0.0;
@@ -42,6 +43,7 @@ struct Evaluation {
   std::optional<double> interval_cover;
   std::optional<double> interval_width;
   /// Time of one step's answer without listing and audit; none for the oracle.
+  std::optional<double> micros_mean;
   std::optional<double> micros_p50;
   std::optional<double> micros_p99;
 };

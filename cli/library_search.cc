@@ -1,5 +1,7 @@
 #include "cli/library_search.h"
 
+#include <utility>
+
 namespace kvseek::cli {
 
 PieceRunner::PieceRunner(int threads) {
@@ -45,9 +47,13 @@ void PieceRunner::Work(index::Scratch& scratch) {
 index::SearchResult PieceRunner::Search(const index::KeyIndex& index, const index::KvView& view,
                                         const index::SearchQuery& query,
                                         const index::SearchOptions& options) {
-  if (threads_.empty()) return index.Search(view, query, options, scratch_);
-  const std::unique_ptr<index::SearchPlan> plan = index.Plan(view, query, options, scratch_);
-  {
+  return Run(index.Plan(view, query, options, scratch_));
+}
+
+index::SearchResult PieceRunner::Run(std::unique_ptr<index::SearchPlan> plan) {
+  if (threads_.empty()) {
+    for (int i = 0; i < plan->pieces(); ++i) plan->Run(i, scratch_);
+  } else {
     std::unique_lock lock(mutex_);
     plan_ = plan.get();
     next_ = 0;
@@ -66,6 +72,33 @@ SearchFunction SearchLibrary(const HeadTrace& trace, const StoredHead& head,
     const index::SearchQuery query{
         .queries = trace.StepQueries(step), .group = trace.group, .begin = 0, .end = trace.tokens};
     return runner.Search(index, view, query, options);
+  };
+}
+
+SearchFunction SearchReusing(const HeadTrace& trace, const StoredHead& head,
+                             const index::KeyIndex& index, const index::ReuseOptions& options,
+                             PieceRunner& runner) {
+  struct State {
+    index::SelectionReuse reuse;
+    int step;  // the last one
+  };
+  auto state = std::make_shared<State>(State{index::SelectionReuse(options), -1});
+  return [&trace, &index, &runner, view = head.view(), state](
+             int step, const index::SearchOptions& search) -> absl::StatusOr<index::SearchResult> {
+    if (step != state->step + 1) state->reuse.Forget();
+    state->step = step;
+    const index::SearchQuery query{
+        .queries = trace.StepQueries(step), .group = trace.group, .begin = 0, .end = trace.tokens};
+    int64_t wasted = 0;
+    if (auto plan = state->reuse.Plan(view, query, search, runner.scratch())) {
+      index::SearchResult result = runner.Run(std::move(plan));
+      if (result.report.trusted) return result;
+      wasted = result.report.bytes_touched;
+    }
+    index::SearchResult result = runner.Search(index, view, query, state->reuse.ForSearch(search));
+    result.report.bytes_touched += wasted;
+    state->reuse.Remember(result);
+    return result;
   };
 }
 

@@ -11,6 +11,7 @@
 #include "cli/evaluation.h"
 #include "cli/trace.h"
 #include "index/key_index.h"
+#include "index/reuse.h"
 
 namespace kvseek::cli {
 
@@ -26,6 +27,8 @@ class PieceRunner {
 
   index::SearchResult Search(const index::KeyIndex& index, const index::KvView& view,
                              const index::SearchQuery& query, const index::SearchOptions& options);
+  index::SearchResult Run(std::unique_ptr<index::SearchPlan> plan);
+  index::Scratch& scratch() { return scratch_; }
 
  private:
   void Work(index::Scratch& scratch);
@@ -47,6 +50,12 @@ class PieceRunner {
 /// A SearchFunction over `head`; all arguments must outlive it.
 SearchFunction SearchLibrary(const HeadTrace& trace, const StoredHead& head,
                              const index::KeyIndex& index, PieceRunner& runner);
+
+/// The same, but steps that follow the one before them may be answered from its selection
+/// (index/reuse.h); any other step begins anew.
+SearchFunction SearchReusing(const HeadTrace& trace, const StoredHead& head,
+                             const index::KeyIndex& index, const index::ReuseOptions& options,
+                             PieceRunner& runner);
 
 }  // namespace kvseek::cli
 

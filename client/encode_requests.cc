@@ -176,6 +176,7 @@ absl::Status FillSearch(const Request& request, Proto& message, Message& out) {
   to.set_list_read(options.list_read);
   to.set_leave_rest_out(options.leave_rest_out);
   to.set_exact_top(options.exact_top);
+  to.set_mass(options.mass);
   to.set_beta(options.beta);
   to.set_search_time_us(static_cast<uint32_t>(
       std::clamp<int64_t>(options.search_time.count(), 0, std::numeric_limits<uint32_t>::max())));

@@ -114,7 +114,8 @@ struct SearchOptions {
   /// Landmark, cluster, graph: the estimate of what was not read stays out of the state.
   bool leave_rest_out = false;
   uint32_t exact_top = 0;  ///< landmark: reads until so many best keys of each head are certain
-  float beta = 0.0F;       ///< graph: stops where nothing is within beta of a best score; 0: never
+  float mass = 0.0F;  ///< fewer candidates where no head misses more of its mass; 0: all. Not graph
+  float beta = 0.0F;  ///< fewer where fewer are within beta nats of a head's best score; 0: all
   std::chrono::microseconds search_time{0};  ///< landmark, cluster: answers by then; 0: no limit
 };
 

@@ -41,6 +41,7 @@ class GraphSearch {
         view_(view),
         query_(query),
         options_(options),
+        beta_(options.beta > 0.0F ? options.beta : kInfinity),
         scratch_(scratch),
         group_(static_cast<size_t>(query.group)),
         end_(std::min({query.end, graph.Keys(), view.SealedTokens()})),
@@ -112,6 +113,7 @@ class GraphSearch {
   const KvView& view_;
   const SearchQuery& query_;
   const SearchOptions& options_;
+  const float beta_;
   Scratch& scratch_;
   const size_t group_;
   const int64_t end_;  ///< of the graph's share of the range
@@ -343,12 +345,12 @@ float GraphSearch::Priority(uint32_t slot) const {
 }
 
 bool GraphSearch::WorthALook(uint32_t slot) const {
-  if (options_.beta == kInfinity) return true;
+  if (beta_ == kInfinity) return true;
   const float variance = 1.0F / precisions_[slot];
   const float deviation = kOptimism * std::sqrt(variance);
   const float* const sums = sums_.data() + slot * group_;
   for (size_t h = 0; h < group_; ++h) {
-    if (sums[h] * variance + deviation * noise_[h] >= best_[h] - options_.beta) return true;
+    if (sums[h] * variance + deviation * noise_[h] >= best_[h] - beta_) return true;
   }
   return false;
 }
@@ -384,7 +386,7 @@ void GraphSearch::Choose(ChosenKeys& chosen) const {
   for (size_t i = 0; i < keys_.size(); ++i) {
     bool near = false;
     for (size_t h = 0; h < group_ && !near; ++h) {
-      near = scores_[i * group_ + h] >= best_[h] - options_.beta;
+      near = scores_[i * group_ + h] >= best_[h] - beta_;
     }
     if (near) chosen.positions.push_back(keys_[i]);
   }

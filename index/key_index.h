@@ -96,8 +96,8 @@ struct SearchOptions {
   /// Ladder, landmark, cluster: fewer keys than `candidates` where they are expected to leave no
   /// head more than this share of its softmax mass unread; 0: spend all. 0..1.
   float mass = 0.0F;
-  /// The same three: fewer where fewer are expected within `beta` nats of any head's best score
-  /// (DIPR of AlayaDB, arXiv 2504.10326); 0: spend all.
+  /// Fewer where fewer are expected within `beta` nats of any head's best score (DIPR of AlayaDB,
+  /// arXiv 2504.10326), and a graph's walk ends where it expects no more of them; 0: spend all.
   float beta = 0.0F;
   Vote vote = Vote::kSum;  ///< landmark, cluster
   /// Ladder, landmark, cluster: put the `keep` best keys, those read among them, into the result's
@@ -106,9 +106,6 @@ struct SearchOptions {
   /// Landmark and cluster: what has been chosen by then is the answer, which is as good as its
   /// report says. The only option whose effect depends on time.
   std::chrono::steady_clock::time_point stop_at = std::chrono::steady_clock::time_point::max();
-  /// Graph: keys whose score is more than this below a head's best, in nats, are not worth a look
-  /// for it. A search ends when no head has any left, or at `candidates`.
-  float beta = std::numeric_limits<float>::infinity();
 };
 
 /// What an answer says of itself.

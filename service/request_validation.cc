@@ -337,6 +337,9 @@ absl::Status RequestValidator::CheckOptions(const proto::SearchOptions& message,
       CheckBetween("options.audit_samples", message.audit_samples(), 0, index::kMaxAuditSamples));
   status.Update(CheckBetween("options.exact_top", message.exact_top(), 0, index::kMaxK));
   if (!(message.beta() >= 0.0F)) status.Update(Invalid("options.beta", "must not be negative"));
+  if (!(message.mass() >= 0.0F && message.mass() <= 1.0F)) {
+    status.Update(Invalid("options.mass", "must be between 0 and 1"));
+  }
   if (!status.ok()) return status;
   search.index = message.index();
   search.options.candidates = static_cast<int>(candidates);
@@ -346,7 +349,8 @@ absl::Status RequestValidator::CheckOptions(const proto::SearchOptions& message,
   search.options.list_read = message.list_read();
   search.options.estimate_rest = !message.leave_rest_out();
   search.options.exact_top = static_cast<int>(message.exact_top());
-  if (message.beta() > 0.0F) search.options.beta = message.beta();
+  search.options.beta = message.beta();
+  search.options.mass = message.mass();
   if (message.search_time_us() > 0) {
     search.options.stop_at =
         std::chrono::steady_clock::now() + std::chrono::microseconds(message.search_time_us());
