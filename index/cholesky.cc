@@ -33,6 +33,9 @@ CholeskyFactor::CholeskyFactor(std::vector<double> matrix, int dim, double ridge
   }
 }
 
+CholeskyFactor::CholeskyFactor(std::vector<float> columns, int dim)
+    : dim_(dim), columns_(std::move(columns)) {}
+
 void CholeskyFactor::TransposedProduct(const float* vectors, int count, float* out) const {
   for (int i = 0; i < count; i += kMaxGroup) {
     const ptrdiff_t at = static_cast<ptrdiff_t>(i) * dim_;

@@ -16,8 +16,11 @@ class CholeskyFactor {
   /// Of `matrix` (dim, dim), whose lower half is read, with `ridge` times its mean diagonal added
   /// to the diagonal. The factor of a matrix that is zero is tiny, not zero.
   CholeskyFactor(std::vector<double> matrix, int dim, double ridge);
+  /// That of which columns() were these.
+  CholeskyFactor(std::vector<float> columns, int dim);
 
   int dim() const { return dim_; }
+  const std::vector<float>& columns() const { return columns_; }  ///< (dim, dim), one a row
   /// out (count, dim) = L^T x for each of `count` vectors x.
   void TransposedProduct(const float* vectors, int count, float* out) const;
   /// x := L^-1 x, one vector.

@@ -8,29 +8,35 @@
 
 namespace kvseek::index {
 
+std::vector<uint16_t> GraphStretches(int64_t tokens) {
+  std::vector<uint16_t> part_of(static_cast<size_t>(tokens));
+  for (size_t i = 0; i < part_of.size(); ++i) {
+    part_of[i] = static_cast<uint16_t>(i / kGraphPartTokens);
+  }
+  return part_of;
+}
+
+GraphIndex::GraphIndex(KeyGraph graph, std::vector<std::shared_ptr<const KeyParts>> parts,
+                       const GraphBuildTimes& times)
+    : graph_(std::move(graph)), parts_(std::move(parts)), times_(times) {}
+
 std::shared_ptr<const GraphIndex> GraphIndex::Build(const BuildInput& input, int degree) {
   const int64_t covered = input.view.SealedTokens();
   if (covered == 0) return nullptr;
   GraphBuildTimes times;
   std::optional<KeyGraph> graph = BuildKeyGraph(input, covered, degree, times);
   if (!graph.has_value()) return nullptr;
-  std::shared_ptr<GraphIndex> index(new GraphIndex);
-  index->graph_ = *std::move(graph);
+  std::vector<std::shared_ptr<const KeyParts>> parts;
   const double started = ThreadSeconds();
   for (int64_t begin = 0; begin < covered; begin += kMaxPartsTokens) {
     if (input.give_up()) return nullptr;
     const int64_t tokens = std::min(covered - begin, kMaxPartsTokens);
-    std::vector<uint16_t> part_of(static_cast<size_t>(tokens));
-    for (size_t i = 0; i < part_of.size(); ++i) {
-      part_of[i] = static_cast<uint16_t>(i / kGraphPartTokens);
-    }
-    index->parts_.push_back(KeyParts::Make(
-        input.view, begin, part_of, static_cast<int>(tokens / kGraphPartTokens),
-        /*bounds=*/false, index->parts_.empty() ? nullptr : index->parts_.front()->basis()));
+    parts.push_back(KeyParts::Make(input.view, begin, GraphStretches(tokens),
+                                   static_cast<int>(tokens / kGraphPartTokens), /*bounds=*/false,
+                                   parts.empty() ? nullptr : parts.front()->basis()));
   }
   times.parts = ThreadSeconds() - started;
-  index->times_ = times;
-  return index;
+  return std::make_shared<const GraphIndex>(*std::move(graph), std::move(parts), times);
 }
 
 size_t GraphIndex::Bytes() const {

@@ -7,6 +7,7 @@
 #ifndef KVSEEK_INDEX_GRAPH_INDEX_H_
 #define KVSEEK_INDEX_GRAPH_INDEX_H_
 
+#include <cstdint>
 #include <memory>
 #include <vector>
 
@@ -16,8 +17,15 @@
 
 namespace kvseek::index {
 
+/// The stretch of each of `tokens` keys, which begin with a stretch: the parts of a graph index.
+std::vector<uint16_t> GraphStretches(int64_t tokens);
+
 class GraphIndex final : public BuiltIndex {
  public:
+  /// `parts`: the graph's keys in order, kMaxPartsTokens in each but the last, one stretch of
+  /// kGraphPartTokens a part, all of one basis. At least one.
+  GraphIndex(KeyGraph graph, std::vector<std::shared_ptr<const KeyParts>> parts,
+             const GraphBuildTimes& times);
   /// Over all sealed keys of the view, with at most `degree` neighbours a key (graph_build.h). Null
   /// when there are no sealed keys or no training queries, or input.give_up() says true. It does
   /// not keep what `input` points at.
@@ -35,13 +43,12 @@ class GraphIndex final : public BuiltIndex {
                                    const SearchOptions& options, Scratch& scratch) const override;
 
   const KeyGraph& graph() const { return graph_; }
+  const std::vector<std::shared_ptr<const KeyParts>>& parts() const { return parts_; }
 
  private:
-  GraphIndex() = default;
-
   KeyGraph graph_;
+  std::vector<std::shared_ptr<const KeyParts>> parts_;
   GraphBuildTimes times_;
-  std::vector<std::shared_ptr<const KeyParts>> parts_;  ///< each of kMaxPartsTokens, but the last
 };
 
 }  // namespace kvseek::index

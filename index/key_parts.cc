@@ -152,12 +152,19 @@ void KeyParts::SetBounds(const KvView& view, absl::Span<const uint16_t> part_of)
       high[part * dim + d] = std::max(high[part * dim + d], element);
     }
   });
-  largest_.resize(dim);
   for (size_t i = 0; i < low.size(); ++i) {
     lower_.push_back(RoundOutward(low[i], false));
     upper_.push_back(RoundOutward(high[i], true));
-    const float magnitude = std::max(std::abs(kernels::Bf16ToFloat(lower_.back())),
-                                     std::abs(kernels::Bf16ToFloat(upper_.back())));
+  }
+  SetLargest();
+}
+
+void KeyParts::SetLargest() {
+  const auto dim = static_cast<size_t>(key_dim_);
+  largest_.resize(dim);
+  for (size_t i = 0; i < lower_.size(); ++i) {
+    const float magnitude = std::max(std::abs(kernels::Bf16ToFloat(lower_[i])),
+                                     std::abs(kernels::Bf16ToFloat(upper_[i])));
     largest_[i % dim] = std::max(largest_[i % dim], magnitude);
   }
 }

@@ -88,11 +88,14 @@ class KeyParts {
   size_t Bytes() const;  ///< the basis, which is shared, left out
 
  private:
+  friend struct KeyPartsFile;  // index_file.cc: saves and loads the arrays
+
   KeyParts() = default;
   void SetMembers(absl::Span<const uint16_t> part_of, int count);
   void SetMeans(const KvView& view, absl::Span<const uint16_t> part_of);
   void SetVariances(const KvView& view, absl::Span<const uint16_t> part_of);
   void SetBounds(const KvView& view, absl::Span<const uint16_t> part_of);
+  void SetLargest();  ///< from the bounds
 
   int key_dim_ = 0;
   int64_t begin_ = 0;

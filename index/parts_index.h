@@ -53,6 +53,7 @@ class PartsIndex final : public BuiltIndex {
   double build_core_seconds() const override { return build_core_seconds_; }
   std::unique_ptr<SearchPlan> Plan(const KvView& view, const SearchQuery& query,
                                    const SearchOptions& options, Scratch& scratch) const override;
+  PartRank rank() const { return rank_; }
   const std::vector<std::shared_ptr<const PartsRun>>& runs() const { return runs_; }
 
  private:
