@@ -7,9 +7,9 @@
 // scored, the mean of these observations weighted by their precision, and always scores those next
 // whose prediction plus half its standard deviation is best in any head, against the head's
 // estimated lse: best-first on what the neighbours tell, not on the neighbours. A row that is
-// loaded is scored for all heads at once. On two heads of 32K keys recall@100 is 0.95 for each
-// query head with 970 keys scored; best-first by the neighbours' scores needs 1700 in the same
-// graph.
+// loaded is scored for all heads at once. On two heads of 32K keys recall@100 is 0.95, the mean of
+// the query heads, with 970 keys scored; best-first by the neighbours' scores needs 1700 in the
+// same graph.
 //
 // It starts at the keys that most training queries rank first and at the best keys of the stretches
 // with the best means; it ends at the budget, or for each head by dynamic inner-product range
