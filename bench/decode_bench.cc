@@ -38,8 +38,8 @@
 namespace kvseek::bench {
 namespace {
 
-using client::GpuEvent;
 using client::DeviceArray;
+using client::GpuEvent;
 using Clock = std::chrono::steady_clock;
 using Json = nlohmann::ordered_json;
 
