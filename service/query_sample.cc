@@ -3,16 +3,13 @@
 #include <algorithm>
 #include <utility>
 
+#include "index/rest_audit.h"
+
 namespace kvseek::service {
 namespace {
 
-/// Mixes the bits of a position (splitmix64).
-uint64_t Hash(int64_t position) {
-  auto x = static_cast<uint64_t>(position) + 0x9e3779b97f4a7c15ULL;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
-  return x ^ (x >> 31);
-}
+/// Of a position, evenly spread in [0, 1).
+double Rank(int64_t position) { return index::UniformHash(0, static_cast<uint64_t>(position), 0); }
 
 }  // namespace
 
@@ -55,7 +52,7 @@ absl::StatusOr<std::shared_ptr<const QuerySample>> QuerySample::With(const Sampl
   if (picks.size() > kQuerySampleMax) {
     const auto last = picks.begin() + kQuerySampleMax;
     std::nth_element(picks.begin(), last, picks.end(), [](const Pick& a, const Pick& b) {
-      return Hash(a.position) < Hash(b.position);
+      return Rank(a.position) < Rank(b.position);
     });
     picks.erase(last, picks.end());
     std::sort(picks.begin(), picks.end(), before);
