@@ -96,22 +96,30 @@ void IndexBuilder::Work() {
       jobs_.pop_front();
     }
     const uint64_t begun = ThreadMicros();
-    BuildLayer(job);
+    BuildQueued(job);
     core_us_.fetch_add(ThreadMicros() - begun, std::memory_order_relaxed);
   }
 }
 
-void IndexBuilder::BuildLayer(const Job& job) {
+void IndexBuilder::BuildQueued(const Job& job) {
   SessionSettings settings;
-  size_t heads = 0;
+  int64_t tokens = 0;
   {
     const std::shared_ptr<Session> session = job.session.lock();
     if (session == nullptr) return;
-    session->GiveBuildPlaceBack(job.layer);  // what is appended from now on may queue it again
     settings = session->settings();
-    heads = settings.kv_heads;
+    tokens = session->State(job.layer)->tokens;
   }
-  for (size_t head = 0; head < heads; ++head) {
+  BuildLayer(job, settings);
+  const std::shared_ptr<Session> session = job.session.lock();
+  if (session == nullptr) return;
+  session->GiveBuildPlaceBack(job.layer);
+  // Appends meanwhile found the place taken. Without any, what was refused is not tried again.
+  if (session->State(job.layer)->tokens != tokens) Consider(session, job.layer);
+}
+
+void IndexBuilder::BuildLayer(const Job& job, const SessionSettings& settings) {
+  for (size_t head = 0; head < settings.kv_heads; ++head) {
     for (int kind = 0; kind < index::kBuiltKinds; ++kind) {
       try {
         if (!BuildHead(job, settings, head, static_cast<BuiltKind>(kind))) return;

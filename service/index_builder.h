@@ -56,7 +56,9 @@ class IndexBuilder {
              index::BuiltKind kind) const;
   bool IsDue(const SessionSettings& settings, const LayerState& state) const;
   void Work();
-  void BuildLayer(const Job& job);
+  /// A layer keeps its place until it is done with, so that no two threads build it.
+  void BuildQueued(const Job& job);
+  void BuildLayer(const Job& job, const SessionSettings& settings);
   /// False if it was given up.
   bool BuildHead(const Job& job, const SessionSettings& settings, size_t head,
                  index::BuiltKind kind);
