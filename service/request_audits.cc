@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "index/rest_audit.h"
 #include "service/query_operations.h"
 
 namespace kvseek::service {
@@ -17,13 +18,6 @@ namespace {
 constexpr int64_t kScoresMax = int64_t{1} << 25;
 // Below this the ratio of the estimated to the true missed mass says nothing.
 constexpr double kMissedMin = 1e-3;
-
-uint64_t Mix(uint64_t x) {  // splitmix64
-  x += 0x9e3779b97f4a7c15U;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9U;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebU;
-  return x ^ (x >> 31);
-}
 
 }  // namespace
 
@@ -62,7 +56,8 @@ RequestAudits::~RequestAudits() {
 }
 
 uint64_t RequestAudits::Draw(uint64_t bound) {
-  return Mix(draws_.fetch_add(1, std::memory_order_relaxed)) % bound;
+  const uint64_t draw = draws_.fetch_add(1, std::memory_order_relaxed);
+  return static_cast<uint64_t>(index::UniformHash(0, draw, 0) * static_cast<double>(bound));
 }
 
 void RequestAudits::Offer(const CheckedSearch& search) {
