@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <memory>
 
-#include "index/scratch.h"
+#include "index/slab_memory.h"
 #include "kernels/cpu/ladder_codes.h"
 #include "kernels/dtype.h"
 
@@ -37,27 +37,29 @@ class Segment {
   /// Bytes that a segment of this shape takes, all included.
   static size_t Bytes(const KvShape& shape);
 
-  const uint16_t* keys() const { return keys_.get(); }
-  const uint16_t* values() const { return values_.get(); }
+  const uint16_t* keys() const { return keys_; }
+  const uint16_t* values() const { return values_; }
 
   /// Codes of the ladder; layouts in kernels/cpu/ladder_codes.h.
-  const float* centre() const { return centre_.get(); }              ///< (key_dim), mean key
-  const uint8_t* scan_blocks() const { return scan_blocks_.get(); }  ///< 16 blocks
+  const float* centre() const { return centre_; }              ///< (key_dim), mean key
+  const uint8_t* scan_blocks() const { return scan_blocks_; }  ///< 16 blocks
   float scan_noise() const { return scan_noise_; }
-  const uint8_t* fine_records() const { return fine_records_.get(); }  ///< 1024 records
-  const kernels::FineFactors* fine_factors() const { return fine_factors_.get(); }  ///< (1024)
-  const uint16_t* block_means() const { return block_means_.get(); }  ///< (16, value_dim) bf16
+  const uint8_t* fine_records() const { return fine_records_; }               ///< 1024 records
+  const kernels::FineFactors* fine_factors() const { return fine_factors_; }  ///< (1024)
+  const uint16_t* block_means() const { return block_means_; }  ///< (16, value_dim) bf16
 
  private:
-  explicit Segment(const KvShape& shape);
+  struct Layout;
+  explicit Segment(const Layout& layout);
 
-  AlignedArray<uint16_t> keys_;
-  AlignedArray<uint16_t> values_;
-  AlignedArray<float> centre_;
-  AlignedArray<uint8_t> scan_blocks_;
-  AlignedArray<uint8_t> fine_records_;
-  AlignedArray<kernels::FineFactors> fine_factors_;
-  AlignedArray<uint16_t> block_means_;
+  Slot memory_;  ///< all of the arrays
+  uint16_t* keys_;
+  uint16_t* values_;
+  float* centre_;
+  uint8_t* scan_blocks_;
+  uint8_t* fine_records_;
+  kernels::FineFactors* fine_factors_;
+  uint16_t* block_means_;
   float scan_noise_ = 0.0F;
 };
 

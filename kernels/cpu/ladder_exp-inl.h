@@ -17,7 +17,11 @@ namespace ladder_exp {
 namespace hn = hwy::HWY_NAMESPACE;
 
 inline constexpr float kLog2E = 1.44269504F;
-/// mantissa * 2^n for a whole n from -125 to 127; where the instruction is there, below that too.
+/// Exponents below it are raised to it. Far from 2^-126: what is made of such weights must not
+/// become subnormal either, which Intel's cores take a hundred cycles for.
+inline constexpr float kCoarseMin = -100.0F;
+
+/// mantissa * 2^n for a whole n from -125 to 127.
 template <class D>
 HWY_INLINE hn::Vec<D> Scale(D d, hn::Vec<D> mantissa, hn::Vec<D> n) {
 #if HWY_TARGET <= HWY_AVX3
@@ -30,24 +34,13 @@ HWY_INLINE hn::Vec<D> Scale(D d, hn::Vec<D> mantissa, hn::Vec<D> n) {
 #endif
 }
 
-/// y, raised to what Scale takes.
-template <class D>
-HWY_INLINE hn::Vec<D> Bounded(D d, hn::Vec<D> y) {
-#if HWY_TARGET <= HWY_AVX3
-  (void)d;
-  return y;
-#else
-  return hn::Max(y, hn::Set(d, -125.0F));
-#endif
-}
-
 }  // namespace ladder_exp
 
-/// 2^y for y <= 126, relative error at most 1e-4; y below -125 gives 2^-125 or less.
+/// 2^y for y <= 126, relative error at most 1e-4; y below -100 gives 2^-100.
 template <class D>
 HWY_INLINE ladder_exp::hn::Vec<D> Exp2Coarse(D d, ladder_exp::hn::Vec<D> any_y) {
   namespace hn = ladder_exp::hn;
-  const auto y = ladder_exp::Bounded(d, any_y);
+  const auto y = hn::Max(any_y, hn::Set(d, ladder_exp::kCoarseMin));
   const auto n = hn::Round(y);
   const auto r = hn::Sub(y, n);
   auto p = hn::MulAdd(hn::Set(d, 0.0551716691F), r, hn::Set(d, 0.242611122F));
