@@ -1,6 +1,7 @@
 #include "cli/bench.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
@@ -156,10 +157,37 @@ class Bench {
     return absl::OkStatus();
   }
 
-  /// Sends at exponentially distributed distances, whatever comes back.
   void Send() {
     progress_.Begin("sending requests",
                     static_cast<int64_t>(options_.warmup_s + options_.duration_s));
+    if (options_.rate > 0.0) {
+      SendAtRate();
+    } else {
+      SendOneByOne();
+    }
+    progress_.End("");
+  }
+
+  /// As a decoder with one sequence does: layer after layer, each when the last one is answered.
+  void SendOneByOne() {
+    std::mt19937_64 random(options_.seed);
+    std::uniform_int_distribution<size_t> pick_step(0, kDistinctSteps - 1);
+    const Clock::time_point begin = Clock::now();
+    counted_from_ = begin + Seconds(options_.warmup_s);
+    last_ = counted_from_;
+    const Clock::time_point end = counted_from_ + Seconds(options_.duration_s);
+    Clock::time_point next_tick = begin + std::chrono::seconds(1);
+    const size_t layers = options_.shape.layers;
+    for (size_t i = 0; Clock::now() < end; ++i) {
+      const size_t session = i / layers % sessions_.size();
+      SendOne(session, i % layers * kDistinctSteps + pick_step(random), Clock::now());
+      while (under_way_.load(std::memory_order_acquire) > 0) Client(session).Poll();
+      for (; next_tick < Clock::now(); next_tick += std::chrono::seconds(1)) progress_.Step();
+    }
+  }
+
+  /// At exponentially distributed distances, whatever comes back.
+  void SendAtRate() {
     std::mt19937_64 random(options_.seed);
     std::exponential_distribution<double> distance(options_.rate);
     std::uniform_int_distribution<size_t> pick_session(0, sessions_.size() - 1);
@@ -176,11 +204,11 @@ class Bench {
       intended += Seconds(distance(random));
       for (; next_tick < intended; next_tick += std::chrono::seconds(1)) progress_.Step();
     }
-    progress_.End("");
   }
 
   void SendOne(size_t session, size_t query, Clock::time_point intended) {
     const bool counted = intended >= counted_from_;
+    under_way_.fetch_add(1, std::memory_order_relaxed);
     {
       const std::lock_guard lock(mutex_);
       ++waiting_;
@@ -211,6 +239,12 @@ class Bench {
   void Done(Clock::time_point intended, bool counted,
             const absl::StatusOr<SearchResponse>& response) {
     const Clock::time_point now = Clock::now();
+    Count(intended, counted, now, response);
+    under_way_.fetch_sub(1, std::memory_order_release);
+  }
+
+  void Count(Clock::time_point intended, bool counted, Clock::time_point now,
+             const absl::StatusOr<SearchResponse>& response) {
     const std::lock_guard lock(mutex_);
     if (--waiting_ == 0) all_answered_.notify_all();
     if (!counted) return;
@@ -241,6 +275,7 @@ class Bench {
   std::vector<uint64_t> sample_positions_;
   std::vector<uint16_t> sample_rows_;
   Clock::time_point counted_from_;
+  std::atomic<int> under_way_{0};
 
   std::mutex mutex_;
   std::condition_variable all_answered_;

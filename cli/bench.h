@@ -1,6 +1,6 @@
 // What `kvseek bench` does: fills a daemon's sessions with synthetic keys, then sends searches at
 // random times of a given rate and counts each latency from when its request should have left (open
-// loop: a slow daemon is not asked less).
+// loop: a slow daemon is not asked less); or one after the other, as a decoder with one sequence.
 #ifndef KVSEEK_CLI_BENCH_H_
 #define KVSEEK_CLI_BENCH_H_
 
@@ -28,8 +28,9 @@ struct BenchOptions {
   /// Indexes that the sessions are opened with, from queries sampled with the tokens. Requests are
   /// then sent twice: while the daemon builds, and when it has built all.
   std::vector<IndexKind> build;
-  double rate =
-      100.0;  ///< requests a second; one is a layer of one session, one query token, all heads
+  /// Requests a second; one is a layer of one session, one query token, all heads. 0: one after
+  /// the other, layer by layer.
+  double rate = 100.0;
   double duration_s = 5.0;
   double warmup_s = 0.5;  ///< requests of that time are sent and not counted
   int deadline_ms = 1000;

@@ -76,7 +76,11 @@ constexpr char kHelp[] =
     "sends\n"
     "one for each layer. The loop is open: a slow daemon is not asked less, and a latency counts "
     "from\n"
-    "the time at which its request was to leave. Without --via a daemon is started in this process "
+    "the time at which its request was to leave. With --rate 0 requests are sent one after the "
+    "other,\n"
+    "layer by layer, as a decoder with one sequence does. Without --via a daemon is started in "
+    "this "
+    "process "
     "on\n"
     "a unix socket.\n"
     "\n"
@@ -96,7 +100,9 @@ constexpr char kHelp[] =
     "Examples:\n"
     "  kvseek bench\n"
     "  kvseek bench --shape llama3-8b --layers 2 --sessions 8 --tokens 32768 --rate 300\n"
-    "  kvseek bench --via unix:/run/kvseek.sock --op topk --k 256 --format json";
+    "  kvseek bench --via unix:/run/kvseek.sock --op topk --k 256 --format json\n"
+    "  kvseek bench --via unix:/run/kvseek.sock --shape llama3-8b --layers 8 --tokens 131072 "
+    "--rate 0";
 
 void ResolveFlags(BenchFlags& flags) {
   BenchOptions& bench = flags.bench;
@@ -313,8 +319,8 @@ void AddLoadFlags(CLI::App& command, BenchFlags& flags) {
       ->check(CLI::Range(1U, 65536U));
   command.add_option("--head-dim", flags.head_dim, "Elements of a row, instead of the shape's")
       ->check(CLI::Range(8U, 512U));
-  command.add_option("--rate", bench.rate, "Requests a second")
-      ->check(CLI::Range(0.01, 1e6))
+  command.add_option("--rate", bench.rate, "Requests a second; 0: one after the other")
+      ->check(CLI::Range(0.0, 1e6))
       ->capture_default_str();
   command.add_option("--duration", bench.duration_s, "Seconds that are counted")
       ->check(CLI::Range(0.1, 86400.0))
