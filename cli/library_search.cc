@@ -51,9 +51,8 @@ index::SearchResult PieceRunner::Search(const index::KeyIndex& index, const inde
 }
 
 index::SearchResult PieceRunner::Run(std::unique_ptr<index::SearchPlan> plan) {
-  if (threads_.empty()) {
-    for (int i = 0; i < plan->pieces(); ++i) plan->Run(i, scratch_);
-  } else {
+  if (threads_.empty()) return index::RunAll(*plan, scratch_);
+  do {
     std::unique_lock lock(mutex_);
     plan_ = plan.get();
     next_ = 0;
@@ -61,7 +60,7 @@ index::SearchResult PieceRunner::Run(std::unique_ptr<index::SearchPlan> plan) {
     RunPieces(lock, scratch_);
     done_.wait(lock, [&] { return running_ == 0; });
     plan_ = nullptr;
-  }
+  } while (plan->NextStep(scratch_));
   return plan->Finish(scratch_);
 }
 

@@ -2,11 +2,12 @@
 //
 // Who calls it: the service's request handler, `kvseek eval` and the tests. An index owns no keys;
 // it reads them through a KvView. One search is one query token of one KV head. It is planned once,
-// cut into pieces that any threads may run in any order, and finished once:
+// done in steps, each cut into pieces that any threads may run in any order, and finished once:
 //
 //   std::unique_ptr<SearchPlan> plan = index.Plan(view, query, options, scratch);
-//   for (int i = 0; i < plan->pieces(); ++i) plan->Run(i, scratch);  // in parallel, each with
-//                                                                    // its worker's scratch
+//   do {
+//     for (int i = 0; i < plan->pieces(); ++i) plan->Run(i, scratch);  // in parallel, each with
+//   } while (plan->NextStep(scratch));                                 // its worker's scratch
 //   SearchResult result = plan->Finish(scratch);
 //
 // The cut depends on the range and the options only, and results of pieces are merged in their
@@ -138,12 +139,22 @@ struct SearchResult {
 class SearchPlan {
  public:
   virtual ~SearchPlan() = default;
+  /// Of the step that is under way; may be 0.
   virtual int pieces() const = 0;
-  /// Runs piece `piece`, each exactly once.
+  /// Runs piece `piece` of the step, each exactly once.
   virtual void Run(int piece, Scratch& scratch) = 0;
-  /// After all pieces, exactly once.
+  /// After all pieces of a step, exactly once: goes on to the next step, or returns false if it was
+  /// the last. Short, since it is done by one thread.
+  virtual bool NextStep(Scratch& scratch) {
+    (void)scratch;
+    return false;
+  }
+  /// After the last step, exactly once.
   virtual SearchResult Finish(Scratch& scratch) = 0;
 };
+
+/// Runs what is left of a plan in the calling thread.
+SearchResult RunAll(SearchPlan& plan, Scratch& scratch);
 
 /// Immutable; any number of threads may use one at once.
 class KeyIndex {

@@ -21,85 +21,73 @@ std::vector<float> HeadScores(const ScoredKeys& keys, int head, int group) {
 
 }  // namespace
 
-SearchResult LadderPlan::Finish(Scratch& scratch) {
-  OwnedState state(group_, view_.shape.value_dim);
-  ScoredKeys candidates;
-  kernels::MergeState(state.view(), exact_state_.view());
+void LadderPlan::MergePieces(Scratch& scratch) {
+  step_ = Step::kRefine;
+  kernels::MergeState(state_.view(), exact_state_.view());
   size_t keys = 0;
   for (const Piece& piece : pieces_) keys += piece.candidates.positions.size();
-  candidates.Reserve(keys, group_);
+  candidates_.Reserve(keys, group_);
   for (const Piece& piece : pieces_) {
-    kernels::MergeState(state.view(), piece.state.view());
-    candidates.Append(piece.candidates);
+    kernels::MergeState(state_.view(), piece.state.view());
+    candidates_.Append(piece.candidates);
   }
-  SearchResult result;
-  const bool scanned = recall_.last == nullptr && !pieces_.empty();
-  if (options_.keep > 0 && scanned) result.last = MakeLast(state.Lse());
-  std::vector<RestRatio> ratios;
   if (recall_.last != nullptr) {
-    ratios = CheckRecall(state.Lse(), candidates, result.report, scratch);
+    recall_ratios_ = CheckRecall(state_.Lse(), candidates_, result_.report, scratch);
+  } else if (options_.keep > 0 && !pieces_.empty()) {
+    result_.last = MakeLast(state_.Lse());
   }
+  const bool refines = options_.k < 0 && options_.exact_rows > 0 && keys > 0;
+  picks_.resize(refines ? static_cast<size_t>(group_) : 0);
+}
+
+SearchResult LadderPlan::Finish(Scratch& scratch) {
   if (options_.k >= 0) {
-    TakeTopK(candidates, state, result, scratch);
+    TakeTopK(candidates_, state_, result_, scratch);
   } else {
-    RefineBest(candidates, state, scratch);
-    ReportMissed(state.Lse(), candidates, ratios, result.report, scratch);
-    if (options_.list_read) {
-      for (int64_t p = query_.begin; p < first_block_ * kScanBlock && p < query_.end; ++p) {
-        result.positions.push_back(p);
-      }
-      result.positions.insert(result.positions.end(), candidates.positions.begin(),
-                              candidates.positions.end());
-      const int64_t ladder_end = std::max(query_.begin, last_block_ * kScanBlock);
-      for (int64_t p = ladder_end; p < query_.end; ++p) result.positions.push_back(p);
-    }
+    ReportMissed(state_.Lse(), candidates_, recall_ratios_, result_.report, scratch);
+    if (options_.list_read) ListRead();
   }
-  ReportReads(candidates, result.report);
-  result.out.resize(static_cast<size_t>(group_) * static_cast<size_t>(view_.shape.value_dim));
-  result.lse.resize(static_cast<size_t>(group_));
-  kernels::FinishState(state.view(), result.out.data(), result.lse.data());
-  return result;
+  ReportReads(candidates_, result_.report);
+  result_.out.resize(static_cast<size_t>(group_) * static_cast<size_t>(view_.shape.value_dim));
+  result_.lse.resize(static_cast<size_t>(group_));
+  kernels::FinishState(state_.view(), result_.out.data(), result_.lse.data());
+  return std::move(result_);
 }
 
-void LadderPlan::RefineBest(const ScoredKeys& candidates, OwnedState& state, Scratch& scratch) {
-  std::vector<bool> read(candidates.positions.size());
-  std::vector<std::vector<uint32_t>> picks;
-  for (int h = 0; h < group_; ++h) {
-    picks.push_back(BestIndices(HeadScores(candidates, h, group_), options_.exact_rows));
-    // Rows arrive from memory while the next head's are chosen.
-    for (const uint32_t i : picks.back()) {
-      const RowPointers row = FindRow(view_, candidates.positions[i]);
-      kernels::PrefetchRange(row.key, view_.shape.KeyRowBytes());
-      kernels::PrefetchRange(row.value, view_.shape.ValueRowBytes());
-      read[i] = true;
-    }
+void LadderPlan::ListRead() {
+  std::vector<int64_t>& positions = result_.positions;
+  for (int64_t p = query_.begin; p < first_block_ * kScanBlock && p < query_.end; ++p) {
+    positions.push_back(p);
   }
-  exact_rows_read_ = std::count(read.begin(), read.end(), true);
-  for (int h = 0; h < group_; ++h) {
-    RefineHead(candidates, picks[static_cast<size_t>(h)], h, HeadState(state.view(), h), scratch);
-  }
+  positions.insert(positions.end(), candidates_.positions.begin(), candidates_.positions.end());
+  const int64_t ladder_end = std::max(query_.begin, last_block_ * kScanBlock);
+  for (int64_t p = ladder_end; p < query_.end; ++p) positions.push_back(p);
 }
 
-void LadderPlan::RefineHead(const ScoredKeys& candidates, absl::Span<const uint32_t> picks,
-                            int head, const kernels::GroupState& state, Scratch& scratch) const {
-  if (picks.empty()) return;
+void LadderPlan::RefineBest(int head, Scratch& scratch) {
+  std::vector<uint32_t>& picks = picks_[static_cast<size_t>(head)];
+  picks = BestIndices(HeadScores(candidates_, head, group_), options_.exact_rows);
   scratch.Reset();
   const auto count = static_cast<int>(picks.size());
   auto* keys = scratch.Take<const uint16_t*>(picks.size());
   auto* values = scratch.Take<const uint16_t*>(picks.size());
   auto* scores = scratch.Take<float>(picks.size());
   for (size_t i = 0; i < picks.size(); ++i) {
-    const RowPointers row = FindRow(view_, candidates.positions[picks[i]]);
+    const RowPointers row = FindRow(view_, candidates_.positions[picks[i]]);
     keys[i] = row.key;
     values[i] = row.value;
+    kernels::PrefetchRange(row.key, view_.shape.KeyRowBytes());
+    kernels::PrefetchRange(row.value, view_.shape.ValueRowBytes());
   }
+  // While the rows arrive.
+  OwnedState fine(1, view_.shape.value_dim);
+  AddFine(candidates_, picks, head, fine.view(), scratch);
   const float* query = scaled_.get() + static_cast<ptrdiff_t>(head) * view_.shape.key_dim;
   kernels::ScoreGathered(query, 1, keys, view_.shape.dtype, count, view_.shape.key_dim, scores,
                          count);
   OwnedState exact(1, view_.shape.value_dim);
   kernels::AccumulateScoredGathered(scores, count, values, view_.shape.dtype, count, exact.view());
-  OwnedState fine(1, view_.shape.value_dim);
-  AddFine(candidates, picks, head, fine.view(), scratch);
+  const kernels::GroupState state = HeadState(state_.view(), head);
   kernels::MergeState(state, exact.view());
   SubtractState(state, fine.view());
 }
@@ -211,14 +199,19 @@ void LadderPlan::ReportMissed(absl::Span<const float> lse, const ScoredKeys& can
 void LadderPlan::ReportReads(const ScoredKeys& candidates, SearchReport& report) const {
   const KvShape& shape = view_.shape;
   const int64_t blocks = last_block_ - first_block_;
+  std::vector<bool> read(candidates.positions.size());
+  for (const auto& picks : picks_) {
+    for (const uint32_t i : picks) read[i] = true;
+  }
   const auto fine = static_cast<int64_t>(candidates.positions.size());
   const auto row_bytes = static_cast<int64_t>(shape.KeyRowBytes() + shape.ValueRowBytes());
   report.keys_fine = fine;
-  report.keys_exact = exact_tokens_ + exact_rows_read_;
+  report.keys_exact = exact_tokens_ + std::count(read.begin(), read.end(), true);
   int64_t chosen_by = 0;  // bytes
   if (recall_.last == nullptr) {
     report.keys_scanned = query_.end - query_.begin;
-    chosen_by = (blocks + sampled_blocks_) * kernels::ScanBlockBytes(symbols_, shape.scan_bits);
+    chosen_by = (blocks + static_cast<int64_t>(sample_.size())) *
+                kernels::ScanBlockBytes(symbols_, shape.scan_bits);
   } else {
     report.keys_scanned = fine + exact_tokens_ + recall_.samples;
     chosen_by = static_cast<int64_t>(recalled_weights_.size() * sizeof(float)) +

@@ -1,19 +1,20 @@
-// One search of the ladder, split over three files by step: preparation and threshold
-// (ladder_plan.cc), the pieces that scan (ladder_scan_piece.cc), putting together
-// (ladder_finish.cc); the audit stands beside them (ladder_audit.h), and so does the search that
-// takes its candidates and weights from an earlier one (ladder_recall.cc; reuse.h).
+// One search of the ladder, split over files by step: what it begins with and how its steps follow
+// each other (ladder_plan.cc), the sample (ladder_sample.cc), the scan (ladder_scan_piece.cc),
+// exact rows and putting together (ladder_finish.cc); the audit stands beside them
+// (ladder_audit.h), and so does the search that takes its candidates and weights from an earlier
+// one (ladder_recall.cc; reuse.h).
 //
 // The range is cut in two. Whole 64-key blocks of sealed segments are the ladder's; what is left at
-// either end, and the tail, is read exactly while the search is prepared. Steps, for a group of
-// heads:
+// either end, and the tail, is read exactly. For a group of heads, the queries are rotated and
+// their tables made; then in steps
 //
-//   prepare  rotate the queries and make their tables; attend to the exact part; estimate a fixed
-//            sample of blocks; from it each head's lse, and thresholds that about `candidates` keys
-//            of the group exceed (docs/adr/0004)
-//   pieces   scan all codes; keys over a threshold are candidates, read at 4 bits; all others add
-//            exp(estimate - variance / 2) of weight to their block's mean value
-//   finish   merge in order; replace the best candidates' 4-bit parts by exact ones (Attend), or
-//            take the returned keys' parts out (TopK); report
+//   sample   attend to the exact part; estimate a fixed sample of blocks; from it each head's lse,
+//            and thresholds that about `candidates` keys of the group exceed (docs/adr/0004)
+//   scan     scan all codes; keys over a threshold are candidates, read at 4 bits; all others add
+//            exp(estimate - variance / 2) of weight to their block's mean value; merge in order
+//   refine   Attend: replace each head's best candidates' 4-bit parts by exact ones
+//
+// and in the end TopK takes the returned keys' parts out, and the report is made.
 #ifndef KVSEEK_INDEX_LADDER_PLAN_H_
 #define KVSEEK_INDEX_LADDER_PLAN_H_
 
@@ -44,8 +45,9 @@ class LadderPlan final : public SearchPlan {
   LadderPlan(const KvView& view, const SearchQuery& query, const SearchOptions& options,
              Scratch& scratch, Recall recall = {});
 
-  int pieces() const override { return static_cast<int>(pieces_.size()); }
+  int pieces() const override;
   void Run(int index, Scratch& scratch) override;
+  bool NextStep(Scratch& scratch) override;
   SearchResult Finish(Scratch& scratch) override;
 
  private:
@@ -53,6 +55,18 @@ class LadderPlan final : public SearchPlan {
 
   static constexpr int kSegmentBlocks = kSegmentTokens / kernels::kScanBlock;
   static constexpr int kPieceSegments = 8;
+
+  enum class Step { kSample, kScan, kRefine };
+
+  /// Sampled blocks [first_block, last_block) of sample_, and the segments that they are in.
+  struct SamplePart {
+    int64_t first_segment;
+    int64_t last_segment;
+    size_t first_block;
+    size_t last_block;
+    std::vector<float> largest;  ///< (group), estimate
+    std::vector<float> mass;     ///< (group), summed weight relative to it
+  };
 
   /// Blocks [first_block, last_block) of the session, all of segments [first_block / 16, ...).
   struct Piece {
@@ -70,7 +84,23 @@ class LadderPlan final : public SearchPlan {
 
   // ---- preparation (ladder_plan.cc)
   void PrepareQueries();
+  /// Of segments [first, last).
+  void ScoreCentres(int64_t first, int64_t last);
   void AttendExactPart(Scratch& scratch);
+  void PlanScan();
+  bool has_exact_part() const {
+    return query_.begin < first_block_ * kernels::kScanBlock ||
+           last_block_ * kernels::kScanBlock < query_.end;
+  }
+  /// The segments of the ladder's blocks: [FirstSegment(), LastSegment()).
+  int64_t FirstSegment() const { return first_block_ / kSegmentBlocks; }
+  int64_t LastSegment() const { return (last_block_ + kSegmentBlocks - 1) / kSegmentBlocks; }
+
+  // ---- sample (ladder_sample.cc)
+  void PlanSample();
+  void RunSample(SamplePart& part, Scratch& scratch);
+  /// Each head's lse from the exact part and the sample.
+  void EstimateReference();
   void ChooseThreshold(Scratch& scratch);
   /// (group): what about `wanted` keys of the range exceed, from estimates (group, keys).
   std::vector<float> Thresholds(const float* estimates, int keys, int64_t wanted,
@@ -79,15 +109,13 @@ class LadderPlan final : public SearchPlan {
   int64_t WantedKeys(const float* estimates, int keys, int64_t wanted, Scratch& scratch) const;
   /// How many of the `count` sampled keys hold all but options_.mass of every head's mass.
   size_t KeysForMass(const float* estimates, size_t count, Scratch& scratch) const;
-  /// Scans the blocks of the sample: estimates (group, sample keys), and from them reference_.
-  void EstimateReference(const std::vector<int64_t>& sample, float* estimates, Scratch& scratch);
   /// What turns the sums of segment `segment` into scores; without thresholds no key is chosen.
   void FillScanHeads(int64_t segment, absl::Span<const float> thresholds,
                      kernels::ScanHead* heads) const;
   void FillFineHeads(int64_t segment, kernels::FineHead* heads) const;
   const uint8_t* Block(int64_t block) const;
 
-  // ---- pieces (ladder_scan_piece.cc)
+  // ---- scan (ladder_scan_piece.cc)
   /// A worker's buffers for one segment after the other.
   struct ScanBuffers {
     int16_t* sums;                  ///< (group, 1024)
@@ -104,6 +132,7 @@ class LadderPlan final : public SearchPlan {
     int count;
     uint32_t* keys;
   };
+  void RunScan(Piece& piece, Scratch& scratch);
   void ScanSegmentPart(Piece& piece, int64_t begin_block, int64_t end_block,
                        const ScanBuffers& buffers, Chosen& chosen);
   /// Of the codes just scanned: what SearchOptions::keep asks for.
@@ -134,10 +163,12 @@ class LadderPlan final : public SearchPlan {
   // ---- finish (ladder_finish.cc)
   /// (group): the unread keys' mass over exp(reference).
   std::vector<float> RestMass() const;
-  /// Replaces the 4-bit parts of each head's best candidates by exact ones.
-  void RefineBest(const ScoredKeys& candidates, OwnedState& state, Scratch& scratch);
-  void RefineHead(const ScoredKeys& candidates, absl::Span<const uint32_t> picks, int head,
-                  const kernels::GroupState& state, Scratch& scratch) const;
+  /// Puts all pieces into state_ and candidates_.
+  void MergePieces(Scratch& scratch);
+  /// SearchOptions::list_read.
+  void ListRead();
+  /// Replaces the 4-bit parts of a head's best candidates by exact ones.
+  void RefineBest(int head, Scratch& scratch);
   /// Chooses the keys to return and takes their parts out of `state`.
   void TakeTopK(const ScoredKeys& candidates, OwnedState& state, SearchResult& result,
                 Scratch& scratch);
@@ -176,13 +207,20 @@ class LadderPlan final : public SearchPlan {
   std::vector<float> sampled_mass_;     ///< (group): share of it that is not the exact part's
   std::vector<float> thresholds_;       ///< (group), on estimates
   std::vector<float> keep_thresholds_;  ///< (group), none higher
-  int64_t sampled_blocks_ = 0;
 
   const Recall recall_;
   std::vector<float> recalled_weights_;  ///< (group, blocks), over exp(reference)
 
+  Step step_ = Step::kRefine;
+  std::vector<int64_t> sample_;    ///< blocks, ascending
+  AlignedArray<float> estimates_;  ///< (group, keys of the sample)
+  std::vector<SamplePart> sample_parts_;
   std::vector<Piece> pieces_;
-  int64_t exact_rows_read_ = 0;
+  OwnedState state_;
+  ScoredKeys candidates_;
+  std::vector<std::vector<uint32_t>> picks_;  ///< (group): indices of a head's exact candidates
+  std::vector<RestRatio> recall_ratios_;      ///< CheckRecall's
+  SearchResult result_;
 };
 
 }  // namespace kvseek::index

@@ -18,8 +18,7 @@ constexpr int64_t kCandidateBoundFactor = 2;
 
 }  // namespace
 
-void LadderPlan::Run(int index, Scratch& scratch) {
-  Piece& piece = pieces_[static_cast<size_t>(index)];
+void LadderPlan::RunScan(Piece& piece, Scratch& scratch) {
   const auto group = static_cast<size_t>(group_);
   const auto piece_blocks = static_cast<size_t>(piece.last_block - piece.first_block);
   piece.rest.assign(group, 0.0F);

@@ -30,8 +30,7 @@ SearchResult SelectionReuse::Search(const KeyIndex& index, const KvView& view,
                                     Scratch& scratch) {
   int64_t wasted = 0;
   if (const std::unique_ptr<SearchPlan> plan = Plan(view, query, options, scratch)) {
-    for (int i = 0; i < plan->pieces(); ++i) plan->Run(i, scratch);
-    SearchResult result = plan->Finish(scratch);
+    SearchResult result = RunAll(*plan, scratch);
     if (result.report.trusted) return result;
     wasted = result.report.bytes_touched;
   }

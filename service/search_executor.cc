@@ -34,7 +34,8 @@ class SearchRun {
  private:
   struct Search {
     std::unique_ptr<index::SearchPlan> plan;
-    int next_piece = 0;
+    int pieces = 0;      ///< of the step
+    int next_piece = 0;  ///< to be given out
     std::atomic<int> pieces_left{0};
   };
 
@@ -48,9 +49,17 @@ class SearchRun {
   static void Work(const std::shared_ptr<SearchRun>& run, Scratch& scratch);
   /// Takes the next unit for a runner; without one, the runner is gone.
   Unit Next() ABSL_LOCKS_EXCLUDED(mutex_);
-  absl::Status Run(const Unit& unit, Scratch& scratch);
+  /// What came of a unit.
+  struct Outcome {
+    absl::Status status;
+    int opened = 0;  ///< pieces of its search that can be run now
+  };
+  Outcome Run(const Unit& unit, Scratch& scratch);
+  /// Goes on with a search of which no piece is left to be run. Returns the next step's pieces; 0:
+  /// the search is finished.
+  int GoOn(size_t task, Scratch& scratch);
   /// Books a unit. Returns how many more runners there is work for.
-  int Book(const Unit& unit, absl::Status status) ABSL_LOCKS_EXCLUDED(mutex_);
+  int Book(const Unit& unit, Outcome outcome) ABSL_LOCKS_EXCLUDED(mutex_);
   /// Calls `done` if no unit is under way and none is left to do; true: that has been done. Runners
   /// that still wait for a worker are not waited for; they will find nothing.
   bool FinishIfComplete(Scratch& scratch) ABSL_LOCKS_EXCLUDED(mutex_);
@@ -82,7 +91,7 @@ SearchRun::Unit SearchRun::Next() {
     Search& search = searches_[task];
     const int piece = search.next_piece++;
     --open_pieces_;
-    if (search.next_piece == search.plan->pieces()) open_.pop_front();
+    if (search.next_piece == search.pieces) open_.pop_front();
     ++under_way_;
     return {false, task, piece};
   }
@@ -94,40 +103,50 @@ SearchRun::Unit SearchRun::Next() {
   return {};
 }
 
-absl::Status SearchRun::Run(const Unit& unit, Scratch& scratch) {
+SearchRun::Outcome SearchRun::Run(const Unit& unit, Scratch& scratch) {
   const SearchTask& task = tasks_[unit.task];
   Search& search = searches_[unit.task];
   scratch.Reset();
   try {
-    bool complete = false;
     if (unit.piece < 0) {
       search.plan = task.index->Plan(task.view, task.query, task.options, scratch);
-      search.pieces_left.store(search.plan->pieces());
-      complete = search.plan->pieces() == 0;
-    } else {
-      search.plan->Run(unit.piece, scratch);
-      complete = search.pieces_left.fetch_sub(1) == 1;
+      if (search.plan->pieces() == 0) return {absl::OkStatus(), GoOn(unit.task, scratch)};
+      search.pieces = search.plan->pieces();
+      search.pieces_left.store(search.pieces);
+      return {absl::OkStatus(), search.pieces};
     }
-    if (complete) {
-      scratch.Reset();
-      results_[unit.task] = search.plan->Finish(scratch);
-      search.plan.reset();
-    }
+    search.plan->Run(unit.piece, scratch);
+    if (search.pieces_left.fetch_sub(1) == 1) return {absl::OkStatus(), GoOn(unit.task, scratch)};
   } catch (...) {
-    return StatusOfException();
+    return {StatusOfException(), 0};
   }
-  return absl::OkStatus();
+  return {};
 }
 
-int SearchRun::Book(const Unit& unit, absl::Status status) {
+int SearchRun::GoOn(size_t task, Scratch& scratch) {
+  Search& search = searches_[task];
+  scratch.Reset();
+  while (search.plan->NextStep(scratch)) {
+    search.pieces = search.plan->pieces();
+    if (search.pieces == 0) continue;
+    search.next_piece = 0;
+    search.pieces_left.store(search.pieces);
+    return search.pieces;
+  }
+  scratch.Reset();
+  results_[task] = search.plan->Finish(scratch);
+  search.plan.reset();
+  return 0;
+}
+
+int SearchRun::Book(const Unit& unit, Outcome outcome) {
   const std::lock_guard lock(mutex_);
   --under_way_;
-  if (failure_.ok()) failure_ = std::move(status);
+  if (failure_.ok()) failure_ = std::move(outcome.status);
   if (!failure_.ok()) return 0;
-  const Search& search = searches_[unit.task];
-  if (unit.piece < 0 && search.plan != nullptr) {
+  if (outcome.opened > 0) {
     open_.push_back(unit.task);
-    open_pieces_ += search.plan->pieces();
+    open_pieces_ += outcome.opened;
   }
   const int64_t units = open_pieces_ + static_cast<int64_t>(tasks_.size() - next_task_);
   const int64_t wanted = std::min<int64_t>(units, pool_.workers()) - runners_;
@@ -170,8 +189,7 @@ void SearchRun::Work(const std::shared_ptr<SearchRun>& run, Scratch& scratch) {
   for (;;) {
     const Unit unit = run->Next();
     if (!unit.none) {
-      absl::Status status = run->Run(unit, scratch);
-      const int more = run->Book(unit, std::move(status));
+      const int more = run->Book(unit, run->Run(unit, scratch));
       if (more > 0) run->pool_.Submit([run](Scratch& own) { Work(run, own); }, more);
     }
     if (run->FinishIfComplete(scratch) || unit.none) return;

@@ -1,7 +1,8 @@
 // Runs the searches of one request on the pool.
 //
-// Each search is planned, run piece by piece and finished (index/key_index.h); every step is one
-// unit of work for any worker. Pieces go before new plans, so only about as many plans exist at a
+// Each search is planned, run piece by piece and step by step, and finished (index/key_index.h); a
+// plan and each piece is one unit of work for any worker; whoever runs a step's last piece goes on
+// to the next step. Pieces go before new plans, so only about as many plans exist at a
 // time as there are workers, however large the batch. After each unit a worker makes room for other
 // requests that wait. No unit waits for another. Every result has its own slot:
 // the same searches give the same bits, whatever the number of workers.

@@ -54,7 +54,9 @@ class Subject {
     const KvView view = head_.view();
     const auto plan = PlanChosen(
         view, {trace_.StepQueries(0), trace_.group, sizes_.begin, sizes_.end}, options, chosen_);
-    for (int piece = plan->pieces() - 1; piece >= 0; --piece) plan->Run(piece, scratch);
+    do {
+      for (int piece = plan->pieces() - 1; piece >= 0; --piece) plan->Run(piece, scratch);
+    } while (plan->NextStep(scratch));
     return plan->Finish(scratch);
   }
 

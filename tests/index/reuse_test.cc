@@ -28,9 +28,11 @@ cli::HeadTrace RealTrace(const std::string& head) {
 }
 
 SearchResult RunPlan(SearchPlan& plan, Scratch& scratch, bool backwards = false) {
-  for (int i = 0; i < plan.pieces(); ++i) {
-    plan.Run(backwards ? plan.pieces() - 1 - i : i, scratch);
-  }
+  do {
+    for (int i = 0; i < plan.pieces(); ++i) {
+      plan.Run(backwards ? plan.pieces() - 1 - i : i, scratch);
+    }
+  } while (plan.NextStep(scratch));
   return plan.Finish(scratch);
 }
 

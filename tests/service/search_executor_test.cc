@@ -25,6 +25,11 @@ class CountingIndex final : public index::KeyIndex {
   int runs() const { return runs_.load(); }
 
   std::function<void()> on_run;
+  int steps = 1;
+  /// Of step `step`, after one of so many pieces.
+  static size_t PiecesOfStep(size_t before, int step) {
+    return (before + static_cast<size_t>(step)) % 4;
+  }
 
  private:
   class CountingPlan final : public index::SearchPlan {
@@ -41,17 +46,25 @@ class CountingIndex final : public index::KeyIndex {
     void Run(int piece, index::Scratch&) override {
       index_.runs_.fetch_add(1);
       if (index_.on_run) index_.on_run();
-      values_[static_cast<size_t>(piece)] = piece + 1;
+      values_[static_cast<size_t>(piece)] = 100 * step_ + piece + 1;
+    }
+    bool NextStep(index::Scratch&) override {
+      done_.insert(done_.end(), values_.begin(), values_.end());
+      if (++step_ == index_.steps) return false;
+      values_.assign(PiecesOfStep(values_.size(), step_), 0);
+      return true;
     }
     index::SearchResult Finish(index::Scratch&) override {
       index::SearchResult result;
-      for (const int value : values_) result.positions.push_back(value);
+      for (const int value : done_) result.positions.push_back(value);
       return result;
     }
 
    private:
     const CountingIndex& index_;
-    std::vector<int> values_;
+    int step_ = 0;
+    std::vector<int> values_;  // of the step's pieces
+    std::vector<int> done_;    // of the steps before
   };
 
   mutable std::atomic<int> plans_{0};
@@ -102,12 +115,19 @@ class SearchExecutorTest : public testing::TestWithParam<int> {
 TEST_P(SearchExecutorTest, EveryResultHasItsSlot) {
   std::vector<int64_t> pieces;
   for (int64_t i = 0; i < 300; ++i) pieces.push_back(i % 7);
+  index_.steps = 3;
   const auto results = Run(Tasks(pieces), In(std::chrono::minutes(1)));
   ASSERT_TRUE(results.ok()) << results.status();
   ASSERT_EQ(results->size(), 300U);
   for (size_t i = 0; i < 300; ++i) {
     std::vector<int64_t> expected;
-    for (int64_t p = 0; p < pieces[i]; ++p) expected.push_back(p + 1);
+    auto count = static_cast<size_t>(pieces[i]);
+    for (int step = 0; step < 3; ++step) {
+      if (step > 0) count = CountingIndex::PiecesOfStep(count, step);
+      for (size_t p = 0; p < count; ++p) {
+        expected.push_back(100 * step + static_cast<int64_t>(p) + 1);
+      }
+    }
     EXPECT_EQ((*results)[i].positions, expected);
   }
   EXPECT_LE(index_.plans_alive_max(), GetParam() + 1) << "a batch must not hold all its plans";
