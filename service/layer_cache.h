@@ -23,6 +23,7 @@
 #include "service/head_cache.h"
 #include "service/memory_budget.h"
 #include "service/query_sample.h"
+#include "service/selection_memory.h"
 
 namespace kvseek::service {
 
@@ -61,7 +62,8 @@ struct Worker {
 /// What appends write; thread-safe.
 class LayerCache {
  public:
-  explicit LayerCache(std::shared_ptr<const LayerState> state) : state_(std::move(state)) {}
+  explicit LayerCache(const std::shared_ptr<const LayerState>& state)
+      : state_(state), selections_(state->heads.size()) {}
 
   std::shared_ptr<const LayerState> State() const ABSL_LOCKS_EXCLUDED(state_mutex_);
 
@@ -83,6 +85,9 @@ class LayerCache {
   /// Appends to this layer in the order of arrival.
   Strand& strand() { return strand_; }
 
+  /// What decode steps leave for the next ones.
+  SelectionMemory& selections() { return selections_; }
+
   /// Set while the layer waits for a build.
   std::atomic<bool>& build_queued() { return build_queued_; }
 
@@ -91,6 +96,7 @@ class LayerCache {
   mutable std::mutex state_mutex_
       ABSL_ACQUIRED_AFTER(write_mutex_);  ///< held for the swap of a pointer only
   std::shared_ptr<const LayerState> state_ ABSL_GUARDED_BY(state_mutex_);
+  SelectionMemory selections_;
   std::atomic<bool> build_queued_{false};
   Strand strand_;
 };

@@ -11,6 +11,7 @@
 #include "index/key_index.h"
 #include "proto/kvseek.pb.h"
 #include "service/layer_cache.h"
+#include "service/memory_budget.h"
 #include "service/options.h"
 #include "service/request_handler.h"
 #include "service/request_validation.h"
@@ -21,6 +22,12 @@ namespace kvseek::service {
 /// Searches of all items, in the order of results: (item, token, KV head). They point into
 /// `search`, which must outlive them.
 std::vector<SearchTask> MakeTasks(const CheckedSearch& search);
+
+/// Where the request asks for it, lets the last query token of each item be answered from what an
+/// earlier step's search left, and leave what its own finds. That is a step of its KV heads: to be
+/// called once a request. The tasks are those of MakeTasks; `search` and `budget` must outlive
+/// them.
+void AddReuse(const CheckedSearch& search, MemoryBudget& budget, std::vector<SearchTask>& tasks);
 
 /// Refuses a search whose answer might not fit the limits: resource_exhausted naming "k" (fewer
 /// keys would fit) or "items".

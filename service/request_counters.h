@@ -40,6 +40,8 @@ class RequestCounters {
   Counter bytes_out_{0};
   Counter tokens_appended_{0};
   Counter searches_{0};
+  Counter searches_reused_{0};
+  Counter searches_distrusted_{0};
   Counter keys_scanned_{0};
   Counter keys_fine_{0};
   Counter keys_exact_{0};

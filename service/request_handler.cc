@@ -397,8 +397,10 @@ void RequestHandler::Impl::Search(const CallPtr& call) {
       return call->Finish(std::move(status));
     }
     const auto search = std::make_shared<const CheckedSearch>(*std::move(checked));
+    std::vector<SearchTask> tasks = MakeTasks(*search);
+    AddReuse(*search, store_.budget(), tasks);
     RunSearches(
-        pool_, MakeTasks(*search), call->give_up(),
+        pool_, std::move(tasks), call->give_up(),
         [this, call, search](auto results, Scratch& own) {
           if (!results.ok()) return call->Finish(results.status());
           counters_.CountSearches(*results);

@@ -36,6 +36,8 @@ class SearchRun {
     std::unique_ptr<index::SearchPlan> plan;
     int next_piece = 0;
     std::atomic<int> pieces_left{0};
+    bool distrusted = false;  ///< answered from an earlier search, but not to be trusted ...
+    int64_t wasted = 0;       ///< ... after so many bytes
   };
 
   struct Unit {
@@ -48,9 +50,14 @@ class SearchRun {
   static void Work(const std::shared_ptr<SearchRun>& run, Scratch& scratch);
   /// Takes the next unit for a runner; without one, the runner is gone.
   Unit Next() ABSL_LOCKS_EXCLUDED(mutex_);
-  absl::Status Run(const Unit& unit, Scratch& scratch);
-  /// Books a unit. Returns how many more runners there is work for.
-  int Book(const Unit& unit, absl::Status status) ABSL_LOCKS_EXCLUDED(mutex_);
+  /// True: the task has to be planned once more.
+  absl::StatusOr<bool> Run(const Unit& unit, Scratch& scratch);
+  std::unique_ptr<index::SearchPlan> Plan(const SearchTask& task, bool distrusted,
+                                          Scratch& scratch) const;
+  /// Takes the result of a plan that is complete; false if it is not to be trusted.
+  bool Finish(size_t task, Scratch& scratch);
+  /// Books a unit and what Run said of it. Returns how many more runners there is work for.
+  int Book(const Unit& unit, absl::StatusOr<bool> again) ABSL_LOCKS_EXCLUDED(mutex_);
   /// Calls `done` if no unit is under way and none is left to do; true: that has been done. Runners
   /// that still wait for a worker are not waited for; they will find nothing.
   bool FinishIfComplete(Scratch& scratch) ABSL_LOCKS_EXCLUDED(mutex_);
@@ -67,8 +74,9 @@ class SearchRun {
   std::deque<size_t> open_
       ABSL_GUARDED_BY(mutex_);  ///< planned searches with pieces left to give out
   int64_t open_pieces_ ABSL_GUARDED_BY(mutex_) = 0;
-  int runners_ ABSL_GUARDED_BY(mutex_) = 0;    ///< jobs queued or running
-  int under_way_ ABSL_GUARDED_BY(mutex_) = 0;  ///< units taken and not booked
+  std::deque<size_t> again_ ABSL_GUARDED_BY(mutex_);  ///< to be planned once more
+  int runners_ ABSL_GUARDED_BY(mutex_) = 0;           ///< jobs queued or running
+  int under_way_ ABSL_GUARDED_BY(mutex_) = 0;         ///< units taken and not booked
   bool done_called_ ABSL_GUARDED_BY(mutex_) = false;
   absl::Status failure_ ABSL_GUARDED_BY(mutex_);
 };
@@ -86,6 +94,12 @@ SearchRun::Unit SearchRun::Next() {
     ++under_way_;
     return {false, task, piece};
   }
+  if (failure_.ok() && !again_.empty()) {
+    const size_t task = again_.front();
+    again_.pop_front();
+    ++under_way_;
+    return {false, task, -1};
+  }
   if (failure_.ok() && next_task_ < tasks_.size()) {
     ++under_way_;
     return {false, next_task_++, -1};
@@ -94,42 +108,71 @@ SearchRun::Unit SearchRun::Next() {
   return {};
 }
 
-absl::Status SearchRun::Run(const Unit& unit, Scratch& scratch) {
-  const SearchTask& task = tasks_[unit.task];
+std::unique_ptr<index::SearchPlan> SearchRun::Plan(const SearchTask& task, bool distrusted,
+                                                   Scratch& scratch) const {
+  if (task.last != nullptr && !distrusted) {
+    index::SearchOptions options = task.options;
+    options.keep = 0;
+    auto plan = index::PlanReuse(task.last, task.reuse, task.view, task.query, options, scratch);
+    if (plan != nullptr) return plan;
+    scratch.Reset();
+  }
+  return task.index->Plan(task.view, task.query, task.options, scratch);
+}
+
+bool SearchRun::Finish(size_t task, Scratch& scratch) {
+  Search& search = searches_[task];
+  scratch.Reset();
+  index::SearchResult result = search.plan->Finish(scratch);
+  search.plan.reset();
+  if (!result.report.trusted) {
+    search.distrusted = true;
+    search.wasted = result.report.bytes_touched;
+    search.next_piece = 0;
+    return false;
+  }
+  result.report.trusted = !search.distrusted;
+  result.report.bytes_touched += search.wasted;
+  if (tasks_[task].remember && !result.report.reused) {
+    tasks_[task].remember(std::move(result.last));
+  }
+  result.last = nullptr;
+  results_[task] = std::move(result);
+  return true;
+}
+
+absl::StatusOr<bool> SearchRun::Run(const Unit& unit, Scratch& scratch) {
   Search& search = searches_[unit.task];
   scratch.Reset();
   try {
     bool complete = false;
     if (unit.piece < 0) {
-      search.plan = task.index->Plan(task.view, task.query, task.options, scratch);
+      search.plan = Plan(tasks_[unit.task], search.distrusted, scratch);
       search.pieces_left.store(search.plan->pieces());
       complete = search.plan->pieces() == 0;
     } else {
       search.plan->Run(unit.piece, scratch);
       complete = search.pieces_left.fetch_sub(1) == 1;
     }
-    if (complete) {
-      scratch.Reset();
-      results_[unit.task] = search.plan->Finish(scratch);
-      search.plan.reset();
-    }
+    return complete && !Finish(unit.task, scratch);
   } catch (...) {
     return StatusOfException();
   }
-  return absl::OkStatus();
 }
 
-int SearchRun::Book(const Unit& unit, absl::Status status) {
+int SearchRun::Book(const Unit& unit, absl::StatusOr<bool> again) {
   const std::lock_guard lock(mutex_);
   --under_way_;
-  if (failure_.ok()) failure_ = std::move(status);
+  if (failure_.ok() && !again.ok()) failure_ = std::move(again).status();
   if (!failure_.ok()) return 0;
+  if (*again) again_.push_back(unit.task);
   const Search& search = searches_[unit.task];
   if (unit.piece < 0 && search.plan != nullptr) {
     open_.push_back(unit.task);
     open_pieces_ += search.plan->pieces();
   }
-  const int64_t units = open_pieces_ + static_cast<int64_t>(tasks_.size() - next_task_);
+  const int64_t units =
+      open_pieces_ + static_cast<int64_t>(again_.size() + tasks_.size() - next_task_);
   const int64_t wanted = std::min<int64_t>(units, pool_.workers()) - runners_;
   if (wanted <= 0) return 0;
   runners_ += static_cast<int>(wanted);
@@ -140,7 +183,7 @@ bool SearchRun::FinishIfComplete(Scratch& scratch) {
   absl::Status failure;
   {
     const std::lock_guard lock(mutex_);
-    const bool nothing_left = open_.empty() && next_task_ == tasks_.size();
+    const bool nothing_left = open_.empty() && again_.empty() && next_task_ == tasks_.size();
     if (under_way_ > 0 || (failure_.ok() && !nothing_left)) return false;
     if (std::exchange(done_called_, true)) return true;
     failure = failure_;
@@ -170,8 +213,7 @@ void SearchRun::Work(const std::shared_ptr<SearchRun>& run, Scratch& scratch) {
   for (;;) {
     const Unit unit = run->Next();
     if (!unit.none) {
-      absl::Status status = run->Run(unit, scratch);
-      const int more = run->Book(unit, std::move(status));
+      const int more = run->Book(unit, run->Run(unit, scratch));
       if (more > 0) run->pool_.Submit([run](Scratch& own) { Work(run, own); }, more);
     }
     if (run->FinishIfComplete(scratch) || unit.none) return;

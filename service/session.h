@@ -64,6 +64,7 @@ class Session {
   /// One place in the queue of builds for each layer. True if it is taken already.
   bool TakeBuildPlace(uint32_t layer) { return layers_[layer]->build_queued().exchange(true); }
   void GiveBuildPlaceBack(uint32_t layer) { layers_[layer]->build_queued().store(false); }
+  SelectionMemory& Selections(uint32_t layer) { return layers_[layer]->selections(); }
   /// Where appends to a layer queue up.
   Strand& AppendStrand(uint32_t layer) { return layers_[layer]->strand(); }
 
@@ -76,7 +77,7 @@ class Session {
   absl::StatusOr<std::vector<std::shared_ptr<const LayerState>>> States(const uint64_t* tokens,
                                                                         MemoryBudget& budget) const;
 
-  /// Bytes of keys, values, codes and built indexes, shared or not.
+  /// Bytes of keys, values, codes, built indexes and selections, shared or not.
   uint64_t Bytes() const;
 
   /// Renews the lease.
