@@ -321,6 +321,18 @@ void AddReuse(const CheckedSearch& search, MemoryBudget& budget, std::vector<Sea
   }
 }
 
+std::optional<TrafficQueries::Batch> CollectQueries(const CheckedItem& item, MemoryBudget& budget) {
+  const SessionSettings& settings = item.settings();
+  const int64_t end = item.ends.back();
+  if (!settings.Learns() || item.layer->queries_sent || end == item.begin) return std::nullopt;
+  const auto key_dim = static_cast<size_t>(settings.kv.key_dim);
+  const TrafficQueries::Token token{end - 1, item.kv_heads,
+                                    item.queries + (item.tokens - 1) * item.QueryHeads() * key_dim};
+  const TrafficQueries::Shape shape{settings.kv_heads, static_cast<size_t>(settings.Group()),
+                                    key_dim, settings.kv.dtype};
+  return item.session->Traffic(item.layer_number).Add(token, shape, budget);
+}
+
 absl::Status CheckAnswerFits(const CheckedSearch& search, const DaemonOptions& options) {
   size_t metadata_bytes = 8;  // compute_us and state_dtype
   for (const CheckedItem& item : search.items) {

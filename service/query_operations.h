@@ -4,6 +4,7 @@
 #define KVSEEK_SERVICE_QUERY_OPERATIONS_H_
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -16,6 +17,7 @@
 #include "service/request_handler.h"
 #include "service/request_validation.h"
 #include "service/search_executor.h"
+#include "service/traffic_queries.h"
 
 namespace kvseek::service {
 
@@ -28,6 +30,10 @@ std::vector<SearchTask> MakeTasks(const CheckedSearch& search);
 /// called once a request. The tasks are those of MakeTasks; `search` and `budget` must outlive
 /// them.
 void AddReuse(const CheckedSearch& search, MemoryBudget& budget, std::vector<SearchTask>& tasks);
+
+/// Queries of an item's last token, for the indexes of a session that learn from queries and whose
+/// client sends none with its appends. What is to be given to Session::Learn, now and then.
+std::optional<TrafficQueries::Batch> CollectQueries(const CheckedItem& item, MemoryBudget& budget);
 
 /// Refuses a search whose answer might not fit the limits: resource_exhausted naming "k" (fewer
 /// keys would fit) or "items".

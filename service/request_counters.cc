@@ -53,6 +53,7 @@ std::map<std::string, uint64_t> RequestCounters::Values() const {
   set("bytes_in", bytes_in_);
   set("bytes_out", bytes_out_);
   set("tokens_appended", tokens_appended_);
+  set("queries_sampled", queries_sampled_);
   set("searches", searches_);
   set("searches_reused", searches_reused_);
   set("searches_distrusted", searches_distrusted_);

@@ -40,6 +40,11 @@ bool Session::Publish(uint32_t layer, size_t head, index::BuiltKind kind,
   return layers_[layer]->Publish(head, kind, std::move(built), source);
 }
 
+absl::Status Session::Learn(uint32_t layer, const SampledQueries& queries, MemoryBudget& budget) {
+  const std::shared_lock lock(shorten_mutex_);
+  return layers_[layer]->Learn(queries, settings_.query_heads, budget);
+}
+
 absl::Status Session::Truncate(uint64_t tokens, MemoryBudget& budget) {
   const std::unique_lock lock(shorten_mutex_);
   auto states = States(&tokens, budget);
