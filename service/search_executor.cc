@@ -57,7 +57,7 @@ class SearchRun {
   /// Takes the result of a plan that is complete; false if it is not to be trusted.
   bool Finish(size_t task, Scratch& scratch);
   /// Books a unit and what Run said of it. Returns how many more runners there is work for.
-  int Book(const Unit& unit, absl::StatusOr<bool> again) ABSL_LOCKS_EXCLUDED(mutex_);
+  int Book(const Unit& unit, const absl::StatusOr<bool>& again) ABSL_LOCKS_EXCLUDED(mutex_);
   /// Calls `done` if no unit is under way and none is left to do; true: that has been done. Runners
   /// that still wait for a worker are not waited for; they will find nothing.
   bool FinishIfComplete(Scratch& scratch) ABSL_LOCKS_EXCLUDED(mutex_);
@@ -160,10 +160,10 @@ absl::StatusOr<bool> SearchRun::Run(const Unit& unit, Scratch& scratch) {
   }
 }
 
-int SearchRun::Book(const Unit& unit, absl::StatusOr<bool> again) {
+int SearchRun::Book(const Unit& unit, const absl::StatusOr<bool>& again) {
   const std::lock_guard lock(mutex_);
   --under_way_;
-  if (failure_.ok() && !again.ok()) failure_ = std::move(again).status();
+  if (failure_.ok() && !again.ok()) failure_ = again.status();
   if (!failure_.ok()) return 0;
   if (*again) again_.push_back(unit.task);
   const Search& search = searches_[unit.task];

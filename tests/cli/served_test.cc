@@ -57,10 +57,9 @@ TEST_F(ServedTest, ServedEqualsComputed) {
 }
 
 TEST_F(ServedTest, ReuseServedEqualsReuseComputed) {
-  const std::string data = kData;
   for (const std::string name : {"layer15.kv1", "layer20.kv0"}) {
-    const auto trace = LoadHeadTrace(data + "code8." + name + ".safetensors",
-                                     data + "code8.queries.safetensors", name);
+    const auto trace = LoadHeadTrace(absl::StrCat(kData, "code8.", name, ".safetensors"),
+                                     absl::StrCat(kData, "code8.queries.safetensors"), name);
     ASSERT_TRUE(trace.ok()) << trace.status();
     auto client = KvClient::Connect({.address = daemon_->address(), .token = {}});
     ASSERT_TRUE(client.ok()) << client.status();
