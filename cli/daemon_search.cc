@@ -28,6 +28,7 @@ index::SearchResult ToSearchResult(ItemResult item) {
     result.report.keys_fine = static_cast<int64_t>(report.keys_fine);
     result.report.keys_exact = static_cast<int64_t>(report.keys_exact);
     result.report.bytes_touched = static_cast<int64_t>(report.bytes_touched);
+    result.report.reused = report.reused;
     result.report.missed_mass = std::move(report.missed_mass);
     result.report.missed_low = std::move(report.missed_low);
     result.report.missed_high = std::move(report.missed_high);
@@ -124,9 +125,11 @@ DaemonHead::~DaemonHead() {
   if (open_) client_.Close(session_).IgnoreError();
 }
 
-SearchFunction DaemonHead::Search(IndexKind index) {
-  return [this, index](int step,
-                       const index::SearchOptions& options) -> absl::StatusOr<index::SearchResult> {
+SearchFunction DaemonHead::Search(IndexKind index, int reuse_steps, int reuse_keep) {
+  auto last_step = std::make_shared<int>(-1);
+  return [this, index, reuse_steps, reuse_keep, last_step](
+             int step, const index::SearchOptions& options) -> absl::StatusOr<index::SearchResult> {
+    const bool follows = step == std::exchange(*last_step, step) + 1 && step > 0;
     AttendRequest request;
     request.options.index = index;
     request.options.candidates = static_cast<uint32_t>(options.candidates);
@@ -138,6 +141,10 @@ SearchFunction DaemonHead::Search(IndexKind index) {
     request.options.exact_top = static_cast<uint32_t>(options.exact_top);
     request.options.beta = options.beta;
     request.options.mass = options.mass;
+    request.options.vote = options.vote == index::Vote::kMax ? Vote::kMax : Vote::kSum;
+    request.options.reuse_steps =
+        static_cast<uint32_t>(follows ? reuse_steps : std::min(reuse_steps, 1));
+    request.options.reuse_keep = static_cast<uint32_t>(reuse_keep);
     if (options.stop_at != std::chrono::steady_clock::time_point::max()) {
       request.options.search_time = std::max(
           std::chrono::microseconds(1), std::chrono::duration_cast<std::chrono::microseconds>(

@@ -25,8 +25,9 @@ class DaemonHead {
   DaemonHead(const DaemonHead&) = delete;
   DaemonHead& operator=(const DaemonHead&) = delete;
 
-  /// A SearchFunction that asks for `index`; valid as long as this.
-  SearchFunction Search(IndexKind index);
+  /// A SearchFunction that asks for `index`; valid as long as this. With reuse_steps, steps that
+  /// follow the one before them may be answered from its selection; any other begins anew.
+  SearchFunction Search(IndexKind index, int reuse_steps = 0, int reuse_keep = 0);
 
  private:
   DaemonHead(KvClient& client, const HeadTrace& trace) : client_(client), trace_(trace) {}

@@ -150,7 +150,9 @@ void CheckFlags(const EvalFlags& flags) {
     FailUsage("--exact-top: needs --summary minmax");
   }
   if (!flags.connect.via.empty() && flags.policy.HereOnly()) {
-    FailUsage("--via: --vote and --reuse are evaluated in this process only");
+    FailUsage(
+        "--via: the daemon checks a reuse in its own way; leave --reuse-samples and "
+        "--reuse-tolerance out");
   }
   if (!flags.connect.via.empty() && flags.threads != 1) {
     FailUsage("--threads: the daemon has its own; leave it out with --via");
@@ -215,7 +217,7 @@ class HeadRun {
           DaemonHead::Open(*client_, trace_, scan_bits);
       if (!opened.ok()) return opened.status();
       remote = *std::move(opened);
-      search = remote->Search(exact ? IndexKind::kExact : IndexKind::kLadder);
+      search = flags_.policy.Search(*remote, exact ? IndexKind::kExact : IndexKind::kLadder);
     } else {
       stored.emplace(trace_, scan_bits);
       search = flags_.policy.Search(trace_, *stored,
@@ -247,7 +249,7 @@ class HeadRun {
                                                  : IndexKind::kGraph;
       auto remote = DaemonHead::Open(*client_, trace_, flags_.scan_bits[0], kind);
       if (!remote.ok()) return remote.status();
-      return EvaluateBuilt(name, build, (*remote)->Search(kind));
+      return EvaluateBuilt(name, build, flags_.policy.Search(**remote, kind));
     }
     const StoredHead stored(trace_, flags_.scan_bits[0]);
     const std::shared_ptr<const index::BuiltIndex> built =

@@ -59,6 +59,10 @@ SearchFunction PolicyFlags::Search(const HeadTrace& trace, const StoredHead& hea
   return SearchReusing(trace, head, index, options, runner);
 }
 
+SearchFunction PolicyFlags::Search(DaemonHead& head, IndexKind index) const {
+  return head.Search(index, reuse, reuse == 0 ? 0 : reuse_options.keep);
+}
+
 void PolicyFlags::Describe(nlohmann::ordered_json& settings) const {
   if (mass > 0.0F) settings["mass"] = mass;
   if (beta > 0.0F) settings["beta"] = beta;

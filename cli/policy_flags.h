@@ -6,7 +6,9 @@
 #include <nlohmann/json.hpp>
 #include <string>
 
+#include "cli/daemon_search.h"
 #include "cli/library_search.h"
+#include "client/kv_client.h"
 #include "index/key_index.h"
 #include "index/reuse.h"
 
@@ -21,10 +23,15 @@ struct PolicyFlags {
 
   void AddOptions(CLI::App& command);
   /// Whether something is set that a daemon cannot be asked for.
-  bool HereOnly() const { return vote != "sum" || reuse > 0; }
+  bool HereOnly() const {
+    const index::ReuseOptions usual;
+    return reuse_options.samples != usual.samples || reuse_options.tolerance != usual.tolerance;
+  }
   void Apply(index::SearchOptions& options) const;
   SearchFunction Search(const HeadTrace& trace, const StoredHead& head,
                         const index::KeyIndex& index, PieceRunner& runner) const;
+  /// The same, of a daemon.
+  SearchFunction Search(DaemonHead& head, IndexKind index) const;
   /// Adds what is not as it is by default.
   void Describe(nlohmann::ordered_json& settings) const;
   /// What Describe added, for a table.

@@ -117,6 +117,7 @@ absl::StatusOr<Report> MakeReport(const proto::Report& from, uint32_t group) {
   report.missed_low.assign(from.missed_low().begin(), from.missed_low().end());
   report.missed_high.assign(from.missed_high().begin(), from.missed_high().end());
   report.index = ToIndexKind(from.index());
+  report.reused = from.reused();
   return report;
 }
 

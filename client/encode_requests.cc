@@ -178,6 +178,9 @@ absl::Status FillSearch(const Request& request, Proto& message, Message& out) {
   to.set_exact_top(options.exact_top);
   to.set_mass(options.mass);
   to.set_beta(options.beta);
+  if (options.vote.has_value()) to.set_vote(static_cast<proto::Vote>(*options.vote));
+  to.set_reuse_steps(options.reuse_steps);
+  to.set_reuse_keep(options.reuse_keep);
   to.set_search_time_us(static_cast<uint32_t>(
       std::clamp<int64_t>(options.search_time.count(), 0, std::numeric_limits<uint32_t>::max())));
   return SetPayload(parts, out);

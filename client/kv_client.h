@@ -95,6 +95,12 @@ enum class IndexKind : uint8_t {
   kGraph = 5,
 };
 
+/// How the heads of a group agree on which keys to read (index/key_index.h).
+enum class Vote : uint8_t {
+  kMax = 1,  ///< the head that wants a key most
+  kSum = 2,  ///< the sum of the heads' shares of mass
+};
+
 struct OpenOptions {
   std::chrono::milliseconds lease{0};  ///< closed when unused for so long; 0: the daemon's default
   uint32_t scan_bits = 0;              ///< 1 or 2; 0: the daemon's default
@@ -117,6 +123,12 @@ struct SearchOptions {
   float mass = 0.0F;  ///< fewer candidates where no head misses more of its mass; 0: all. Not graph
   float beta = 0.0F;  ///< fewer where fewer are within beta nats of a head's best score; 0: all
   std::chrono::microseconds search_time{0};  ///< landmark, cluster: answers by then; 0: no limit
+  std::optional<Vote> vote{};                ///< landmark, cluster
+  /// Ladder, landmark, cluster: of decode steps, at most n - 1 after one that was searched are
+  /// answered from the keys that were found there; 1: a search that the next steps may reuse; 0:
+  /// none (docs/indexes.md).
+  uint32_t reuse_steps = 0;
+  uint32_t reuse_keep = 0;  ///< keys that a search keeps for that; 0: three times the candidates
 };
 
 /// One session's part of a request: `tokens` query tokens of one layer, for all KV heads or for
@@ -170,6 +182,7 @@ struct Report {
   std::vector<float> missed_low;   ///< with an audit: ends of the 95 % interval
   std::vector<float> missed_high;
   IndexKind index = IndexKind::kAuto;
+  bool reused = false;  ///< from an earlier step's keys: SearchOptions::reuse_steps
 };
 
 /// Keys chosen for one query token and KV head. Rows, with_rows only, are those of `positions` that

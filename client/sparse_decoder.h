@@ -70,7 +70,8 @@ class SparseDecoder {
   /// The next `tokens` tokens of a sequence, to be given layer by layer: every layer once, in any
   /// order. A prompt may come in several such turns.
   absl::Status BeginPrefill(SequenceId sequence, uint64_t tokens);
-  /// Sends one layer to the daemons and keeps what belongs to the steady zone. The tensors may be
+  /// Sends one layer to the daemons and keeps what belongs to the steady zone. Queries that come
+  /// along are what the daemons' indexes learn from (PrefillTensors::queries). The tensors may be
   /// written again once it returns: a GPU needs room for one layer's only. `stream` is where they
   /// were written.
   absl::Status PrefillLayer(SequenceId sequence, uint32_t layer, const PrefillTensors& tensors,

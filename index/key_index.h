@@ -123,7 +123,9 @@ struct SearchReport {
   std::vector<float> missed_low;
   std::vector<float> missed_high;
   bool reused = false;  ///< the keys are those of an earlier search (index/reuse.h) ...
-  bool trusted = true;  ///< ... and a sample of the others found no more than that search left
+  /// ... and a sample of the others found no more than that search left. False and not `reused`: a
+  /// reuse was not trusted, so this is a search, whose bytes count both.
+  bool trusted = true;
 };
 
 struct SearchResult {

@@ -192,6 +192,9 @@ std::shared_ptr<const LastSearch> LadderPlan::MakeLast(absl::Span<const float> l
   for (size_t h = 0; h < lse.size(); ++h) {
     last->missed.push_back(std::min(1.0F, rest[h] * std::exp(reference_[h] - lse[h])));
   }
+  size_t kept = 0;
+  for (const Piece& piece : pieces_) kept += piece.kept.size();
+  last->positions.reserve(kept);
   for (const Piece& piece : pieces_) {
     last->positions.insert(last->positions.end(), piece.kept.begin(), piece.kept.end());
   }

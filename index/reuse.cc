@@ -1,18 +1,34 @@
 #include "index/reuse.h"
 
+#include <utility>
+
 #include "index/ladder_plan.h"
 
 namespace kvseek::index {
 
-std::unique_ptr<SearchPlan> SelectionReuse::Plan(const KvView& view, const SearchQuery& query,
-                                                 const SearchOptions& options, Scratch& scratch) {
-  ++steps_since_;
-  if (last_ == nullptr || steps_since_ >= options_.every || last_->begin != query.begin ||
-      last_->group != query.group || query.end < last_->last_block * kernels::kScanBlock) {
+uint64_t LastSearch::Bytes() const {
+  const size_t floats =
+      block_weights.capacity() + reference.capacity() + queries.capacity() + missed.capacity();
+  return sizeof(LastSearch) + positions.capacity() * sizeof(int64_t) + floats * sizeof(float);
+}
+
+std::unique_ptr<SearchPlan> PlanReuse(std::shared_ptr<const LastSearch> last,
+                                      const ReuseOptions& reuse, const KvView& view,
+                                      const SearchQuery& query, const SearchOptions& options,
+                                      Scratch& scratch) {
+  if (last->begin != query.begin || last->group != query.group ||
+      query.end < last->last_block * kernels::kScanBlock) {
     return nullptr;
   }
   return std::make_unique<LadderPlan>(view, query, options, scratch,
-                                      Recall{last_, options_.samples, options_.tolerance});
+                                      Recall{std::move(last), reuse.samples, reuse.tolerance});
+}
+
+std::unique_ptr<SearchPlan> SelectionReuse::Plan(const KvView& view, const SearchQuery& query,
+                                                 const SearchOptions& options, Scratch& scratch) {
+  ++steps_since_;
+  if (last_ == nullptr || steps_since_ >= options_.every) return nullptr;
+  return PlanReuse(last_, options_, view, query, options, scratch);
 }
 
 SearchOptions SelectionReuse::ForSearch(SearchOptions options) const {

@@ -37,6 +37,8 @@ struct LastSearch {
   std::vector<float> reference;  ///< (group)
   std::vector<float> queries;    ///< (group, key_dim), as they came
   std::vector<float> missed;     ///< (group): estimated share of mass that the search left unread
+
+  uint64_t Bytes() const;
 };
 
 struct ReuseOptions {
@@ -47,6 +49,14 @@ struct ReuseOptions {
   /// last search.
   float tolerance = 1.5F;
 };
+
+/// A step that is answered from `last`; it may prove not to be trusted. Null where it cannot be:
+/// the range does not begin where that of the search did, or ends before keys that it chose from.
+/// The head cache may have grown since, but `last` must be of its keys.
+std::unique_ptr<SearchPlan> PlanReuse(std::shared_ptr<const LastSearch> last,
+                                      const ReuseOptions& reuse, const KvView& view,
+                                      const SearchQuery& query, const SearchOptions& options,
+                                      Scratch& scratch);
 
 /// The reuse of one head cache's selection from step to step. Not thread-safe. A step is
 ///

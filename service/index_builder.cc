@@ -19,11 +19,19 @@ using index::BuiltKind;
 // An index is built anew when it leaves so many keys uncovered, or this share of those it covers.
 constexpr int64_t kUncoveredMin = 4096;
 constexpr int64_t kUncoveredShare = 8;
+// Queries from traffic that are worth a build: what a client sends is all there will be.
+constexpr size_t kTrafficQueriesMin = 64;
 
 uint64_t ThreadMicros() {
   timespec now{};
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
   return static_cast<uint64_t>(now.tv_sec) * 1000000 + static_cast<uint64_t>(now.tv_nsec) / 1000;
+}
+
+/// There are queries to learn from.
+bool CanLearn(const LayerState& state) {
+  const size_t queries = state.queries == nullptr ? 0 : state.queries->positions().size();
+  return queries >= (state.queries_sent ? 1 : kTrafficQueriesMin);
 }
 
 /// An index and the memory that it takes.
@@ -53,12 +61,12 @@ IndexBuilder::~IndexBuilder() {
 bool IndexBuilder::IsDue(const SessionSettings& settings, const LayerState& state, size_t head,
                          BuiltKind kind) const {
   if (!settings.Builds(kind)) return false;
-  if (kind == BuiltKind::kGraph && (state.queries == nullptr || state.queries->positions().empty()))
-    return false;
+  if (kind == BuiltKind::kGraph && !CanLearn(state)) return false;
   const int64_t sealed = state.heads[head].View().SealedTokens();
   const BuiltIndex* const built = state.Built(head, kind);
   const int64_t covered = built == nullptr ? 0 : built->covered();
   if (covered == 0) return sealed >= from_tokens_ && sealed > 0;
+  if (kind == BuiltKind::kCluster && !state.Learned(head, kind) && CanLearn(state)) return true;
   return sealed - covered >= std::max(kUncoveredMin, covered / kUncoveredShare);
 }
 
@@ -103,19 +111,22 @@ void IndexBuilder::Work() {
 
 void IndexBuilder::BuildQueued(const Job& job) {
   SessionSettings settings;
+  std::shared_ptr<const QuerySample> queries;
   int64_t tokens = 0;
   {
     const std::shared_ptr<Session> session = job.session.lock();
     if (session == nullptr) return;
     settings = session->settings();
     tokens = session->State(job.layer)->tokens;
+    queries = session->State(job.layer)->queries;
   }
   BuildLayer(job, settings);
   const std::shared_ptr<Session> session = job.session.lock();
   if (session == nullptr) return;
   session->GiveBuildPlaceBack(job.layer);
-  // Appends meanwhile found the place taken. Without any, what was refused is not tried again.
-  if (session->State(job.layer)->tokens != tokens) Consider(session, job.layer);
+  // What came meanwhile found the place taken. Without any, what was refused is not tried again.
+  const std::shared_ptr<const LayerState> state = session->State(job.layer);
+  if (state->tokens != tokens || state->queries != queries) Consider(session, job.layer);
 }
 
 void IndexBuilder::BuildLayer(const Job& job, const SessionSettings& settings) {
@@ -151,7 +162,10 @@ bool IndexBuilder::BuildHead(const Job& job, const SessionSettings& settings, si
     input.query_positions = state->queries->positions();
   }
   input.queries = queries;
-  input.previous = state->built[head][static_cast<size_t>(kind)];
+  // Parts of one that has learned nothing would not learn now.
+  if (queries.empty() || state->Learned(head, kind)) {
+    input.previous = state->built[head][static_cast<size_t>(kind)];
+  }
   input.give_up = [this, &job] {
     return stopping_.load(std::memory_order_relaxed) || job.session.expired();
   };

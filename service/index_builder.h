@@ -4,7 +4,8 @@
 // answer waits for a build: it takes a core away from nobody. A build reads a layer's state as a
 // query does, and what comes out is published as the layer's next state, if the keys it was made of
 // are still there; queries never wait. An index is due again when the keys that it does not cover,
-// which are read exactly until then, are many.
+// which are read exactly until then, are many; and clusters that were built before there were
+// queries to learn from, once there are.
 #ifndef KVSEEK_SERVICE_INDEX_BUILDER_H_
 #define KVSEEK_SERVICE_INDEX_BUILDER_H_
 
@@ -35,7 +36,8 @@ class IndexBuilder {
   IndexBuilder& operator=(const IndexBuilder&) = delete;
 
   /// Queues the layer if one of its indexes is due. A layer is queued once at most, so the queue is
-  /// bounded by the layers of all sessions. Cheap: after every append.
+  /// bounded by the layers of all sessions. Cheap: after every append, and when queries were taken
+  /// from traffic.
   void Consider(const std::shared_ptr<Session>& session, uint32_t layer)
       ABSL_LOCKS_EXCLUDED(mutex_);
 

@@ -49,6 +49,7 @@ std::shared_ptr<const LayerState> LayerState::Empty(const index::KvShape& shape,
   auto state = std::make_shared<LayerState>();
   state->heads.assign(kv_heads, HeadCache(shape));
   state->built.resize(kv_heads);
+  state->learned.resize(kv_heads);
   return state;
 }
 
@@ -103,11 +104,10 @@ absl::StatusOr<int64_t> LayerCache::Append(const LayerRows& rows, MemoryBudget& 
   shares.reserve(bytes.size());
   for (const uint64_t share : bytes) shares.push_back(memory->Split(share));
 
-  auto next = std::make_shared<LayerState>();
+  auto next = std::make_shared<LayerState>(*state);
   next->tokens = state->tokens + added;
-  next->heads = state->heads;
-  next->built = state->built;
   next->queries = std::move(queries);
+  next->queries_sent = state->queries_sent || !rows.queries.positions.empty();
   std::vector<absl::Status> failures(bytes.size());
   worker.pool.ForEach(
       heads,
@@ -136,6 +136,21 @@ absl::StatusOr<int64_t> LayerCache::Append(const LayerRows& rows, MemoryBudget& 
   return held;
 }
 
+absl::Status LayerCache::Learn(const SampledQueries& queries, size_t query_heads,
+                               MemoryBudget& budget) {
+  const std::lock_guard write_lock(write_mutex_);
+  const std::shared_ptr<const LayerState> state = State();
+  const auto key_dim = static_cast<size_t>(state->heads.front().shape().key_dim);
+  const QuerySample none(query_heads * key_dim);
+  auto more = (state->queries == nullptr ? none : *state->queries).With(queries, budget);
+  if (more.ok()) more = QuerySample::Below(*more, state->tokens, budget);
+  if (!more.ok()) return more.status();
+  auto next = std::make_shared<LayerState>(*state);
+  next->queries = *std::move(more);
+  Replace(std::move(next));
+  return absl::OkStatus();
+}
+
 bool LayerCache::Publish(size_t head, index::BuiltKind kind,
                          std::shared_ptr<const index::BuiltIndex> built, const LayerState& source) {
   const std::lock_guard write_lock(write_mutex_);
@@ -150,6 +165,11 @@ bool LayerCache::Publish(size_t head, index::BuiltKind kind,
   }
   auto next = std::make_shared<LayerState>(*state);
   next->built[head][static_cast<size_t>(kind)] = std::move(built);
+  const uint32_t bit = 1U << static_cast<uint32_t>(kind);
+  next->learned[head] &= ~bit;
+  if (source.queries != nullptr && !source.queries->positions().empty()) {
+    next->learned[head] |= bit;
+  }
   Replace(std::move(next));
   return true;
 }
@@ -169,6 +189,8 @@ absl::StatusOr<std::shared_ptr<const LayerState>> TruncateState(
   auto queries = QuerySample::Below(state->queries, tokens, budget);
   if (!queries.ok()) return queries.status();
   next->queries = *std::move(queries);
+  next->queries_sent = state->queries_sent;
+  next->learned = state->learned;
   next->built = state->built;
   for (LayerState::BuiltSet& set : next->built) {
     for (auto& built : set) {

@@ -23,6 +23,8 @@
 #include "service/head_cache.h"
 #include "service/memory_budget.h"
 #include "service/query_sample.h"
+#include "service/selection_memory.h"
+#include "service/traffic_queries.h"
 
 namespace kvseek::service {
 
@@ -33,9 +35,15 @@ struct LayerState {
   std::vector<HeadCache> heads;  ///< (kv_heads)
   std::vector<BuiltSet> built;   ///< (kv_heads), by kind; null where there is none yet
   std::shared_ptr<const QuerySample> queries;  ///< null: none came
+  /// The client sends queries with its appends: none are taken from traffic.
+  bool queries_sent = false;
+  std::vector<uint32_t> learned;  ///< (kv_heads), a bit for each kind: built with queries
 
   const index::BuiltIndex* Built(size_t head, index::BuiltKind kind) const {
     return built[head][static_cast<size_t>(kind)].get();
+  }
+  bool Learned(size_t head, index::BuiltKind kind) const {
+    return (learned[head] >> static_cast<uint32_t>(kind) & 1U) != 0;
   }
 
   /// A layer without tokens.
@@ -61,7 +69,8 @@ struct Worker {
 /// What appends write; thread-safe.
 class LayerCache {
  public:
-  explicit LayerCache(std::shared_ptr<const LayerState> state) : state_(std::move(state)) {}
+  explicit LayerCache(const std::shared_ptr<const LayerState>& state)
+      : state_(state), selections_(state->heads.size()) {}
 
   std::shared_ptr<const LayerState> State() const ABSL_LOCKS_EXCLUDED(state_mutex_);
 
@@ -70,6 +79,11 @@ class LayerCache {
   /// invalid_argument naming "payload" (an element that is not finite or beyond 65504),
   /// resource_exhausted.
   absl::StatusOr<int64_t> Append(const LayerRows& rows, MemoryBudget& budget, Worker worker)
+      ABSL_LOCKS_EXCLUDED(write_mutex_, state_mutex_);
+
+  /// Adds queries that were taken from traffic; those of positions that are not held any more are
+  /// left out. resource_exhausted.
+  absl::Status Learn(const SampledQueries& queries, size_t query_heads, MemoryBudget& budget)
       ABSL_LOCKS_EXCLUDED(write_mutex_, state_mutex_);
 
   /// Adds an index that was built from `source`, an earlier state of this layer. False if the keys
@@ -83,6 +97,12 @@ class LayerCache {
   /// Appends to this layer in the order of arrival.
   Strand& strand() { return strand_; }
 
+  /// What decode steps leave for the next ones.
+  SelectionMemory& selections() { return selections_; }
+
+  /// Where queries of traffic wait for Learn.
+  TrafficQueries& traffic() { return traffic_; }
+
   /// Set while the layer waits for a build.
   std::atomic<bool>& build_queued() { return build_queued_; }
 
@@ -91,6 +111,8 @@ class LayerCache {
   mutable std::mutex state_mutex_
       ABSL_ACQUIRED_AFTER(write_mutex_);  ///< held for the swap of a pointer only
   std::shared_ptr<const LayerState> state_ ABSL_GUARDED_BY(state_mutex_);
+  SelectionMemory selections_;
+  TrafficQueries traffic_;
   std::atomic<bool> build_queued_{false};
   Strand strand_;
 };

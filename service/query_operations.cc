@@ -122,7 +122,8 @@ AnswerLayout LayOut(const CheckedSearch& search, absl::Span<Place> places) {
 
 /// Upper bound of a result's bytes in the answer's message.
 size_t MetadataBytes(const CheckedSearch& search, const CheckedItem& item) {
-  constexpr size_t kNumbers = 4 * 11 + 2 + 4 + 5;  // counts as varints, index, tag, position count
+  // Counts as varints, index, reused, tag, position count.
+  constexpr size_t kNumbers = 4 * 11 + 2 + 2 + 4 + 5;
   const size_t group_floats = 5 + sizeof(float) * static_cast<size_t>(item.settings().Group());
   return kNumbers + (search.options.audit_samples > 0 ? 3 : 1) * group_floats;
 }
@@ -221,6 +222,7 @@ std::string MakeMetadata(const CheckedSearch& search, absl::Span<const Place> pl
     report.set_keys_fine(static_cast<uint64_t>(from.keys_fine));
     report.set_keys_exact(static_cast<uint64_t>(from.keys_exact));
     report.set_bytes_touched(static_cast<uint64_t>(from.bytes_touched));
+    report.set_reused(from.reused);
     report.mutable_missed_mass()->Add(from.missed_mass.begin(), from.missed_mass.end());
     if (search.options.audit_samples > 0) {
       report.mutable_missed_low()->Add(from.missed_low.begin(), from.missed_low.end());
@@ -296,6 +298,39 @@ std::vector<SearchTask> MakeTasks(const CheckedSearch& search) {
     }
   }
   return tasks;
+}
+
+void AddReuse(const CheckedSearch& search, MemoryBudget& budget, std::vector<SearchTask>& tasks) {
+  // A reused answer proves nothing of the best keys, and has the estimate of the rest in it.
+  if (search.reuse.every == 0 || search.options.exact_top > 0 || !search.options.estimate_rest) {
+    return;
+  }
+  auto task = tasks.begin();
+  for (const CheckedItem& item : search.items) {
+    task += static_cast<ptrdiff_t>(item.Results() - item.kv_heads.size());
+    SelectionMemory& memory = item.session->Selections(item.layer_number);
+    for (const uint32_t head : item.kv_heads) {
+      task->last = memory.NextStep(head, search.reuse.every, *task->index, task->view);
+      task->reuse = search.reuse;
+      task->options.keep = search.reuse.keep;
+      task->remember = [&memory, &budget, head, index = task->index, view = task->view](auto last) {
+        memory.Remember(head, *index, view, std::move(last), budget);
+      };
+      ++task;
+    }
+  }
+}
+
+std::optional<TrafficQueries::Batch> CollectQueries(const CheckedItem& item, MemoryBudget& budget) {
+  const SessionSettings& settings = item.settings();
+  const int64_t end = item.ends.back();
+  if (!settings.Learns() || item.layer->queries_sent || end == item.begin) return std::nullopt;
+  const auto key_dim = static_cast<size_t>(settings.kv.key_dim);
+  const TrafficQueries::Token token{end - 1, item.kv_heads,
+                                    item.queries + (item.tokens - 1) * item.QueryHeads() * key_dim};
+  const TrafficQueries::Shape shape{settings.kv_heads, static_cast<size_t>(settings.Group()),
+                                    key_dim, settings.kv.dtype};
+  return item.session->Traffic(item.layer_number).Add(token, shape, budget);
 }
 
 absl::Status CheckAnswerFits(const CheckedSearch& search, const DaemonOptions& options) {

@@ -4,6 +4,7 @@
 #define KVSEEK_SERVICE_QUERY_OPERATIONS_H_
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -11,16 +12,28 @@
 #include "index/key_index.h"
 #include "proto/kvseek.pb.h"
 #include "service/layer_cache.h"
+#include "service/memory_budget.h"
 #include "service/options.h"
 #include "service/request_handler.h"
 #include "service/request_validation.h"
 #include "service/search_executor.h"
+#include "service/traffic_queries.h"
 
 namespace kvseek::service {
 
 /// Searches of all items, in the order of results: (item, token, KV head). They point into
 /// `search`, which must outlive them.
 std::vector<SearchTask> MakeTasks(const CheckedSearch& search);
+
+/// Where the request asks for it, lets the last query token of each item be answered from what an
+/// earlier step's search left, and leave what its own finds. That is a step of its KV heads: to be
+/// called once a request. The tasks are those of MakeTasks; `search` and `budget` must outlive
+/// them.
+void AddReuse(const CheckedSearch& search, MemoryBudget& budget, std::vector<SearchTask>& tasks);
+
+/// Queries of an item's last token, for the indexes of a session that learn from queries and whose
+/// client sends none with its appends. What is to be given to Session::Learn, now and then.
+std::optional<TrafficQueries::Batch> CollectQueries(const CheckedItem& item, MemoryBudget& budget);
 
 /// Refuses a search whose answer might not fit the limits: resource_exhausted naming "k" (fewer
 /// keys would fit) or "items".

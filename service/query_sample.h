@@ -1,8 +1,9 @@
 // A sample of the queries that a sequence has had, for the indexes that learn from queries.
 //
-// They come with appends. A sample is immutable: a layer's next state has the next sample, so forks
-// share it and a build reads it without a lock. It is bounded: past kQuerySampleMax tokens, those
-// whose position hashes highest go, which leaves an even sample of all that ever came.
+// They come with appends, or are taken from traffic (traffic_queries.h). A sample is immutable: a
+// layer's next state has the next sample, so forks share it and a build reads it without a lock. It
+// is bounded: past kQuerySampleMax tokens, those whose position hashes highest go, which leaves an
+// even sample of all that ever came.
 #ifndef KVSEEK_SERVICE_QUERY_SAMPLE_H_
 #define KVSEEK_SERVICE_QUERY_SAMPLE_H_
 
@@ -19,9 +20,9 @@ namespace kvseek::service {
 
 inline constexpr size_t kQuerySampleMax = 1024;  ///< tokens
 
-/// Queries of tokens that were appended: (positions.size(), query_heads, key_dim), not scaled.
+/// Queries of some tokens: (positions.size(), query_heads, key_dim), not scaled.
 struct SampledQueries {
-  absl::Span<const uint64_t> positions;  ///< ascending
+  absl::Span<const uint64_t> positions;  ///< each the last one that the token saw: its own
   const uint16_t* rows = nullptr;
 };
 

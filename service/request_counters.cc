@@ -18,13 +18,19 @@ void RequestCounters::CountError(absl::StatusCode code) {
 
 void RequestCounters::CountSearches(const std::vector<index::SearchResult>& results) {
   index::SearchReport sum;
+  uint64_t reused = 0;
+  uint64_t distrusted = 0;
   for (const index::SearchResult& result : results) {
     sum.keys_scanned += result.report.keys_scanned;
     sum.keys_fine += result.report.keys_fine;
     sum.keys_exact += result.report.keys_exact;
     sum.bytes_touched += result.report.bytes_touched;
+    reused += result.report.reused ? 1 : 0;
+    distrusted += result.report.trusted ? 0 : 1;
   }
   Add(searches_, results.size());
+  Add(searches_reused_, reused);
+  Add(searches_distrusted_, distrusted);
   Add(keys_scanned_, static_cast<uint64_t>(sum.keys_scanned));
   Add(keys_fine_, static_cast<uint64_t>(sum.keys_fine));
   Add(keys_exact_, static_cast<uint64_t>(sum.keys_exact));
@@ -47,7 +53,10 @@ std::map<std::string, uint64_t> RequestCounters::Values() const {
   set("bytes_in", bytes_in_);
   set("bytes_out", bytes_out_);
   set("tokens_appended", tokens_appended_);
+  set("queries_sampled", queries_sampled_);
   set("searches", searches_);
+  set("searches_reused", searches_reused_);
+  set("searches_distrusted", searches_distrusted_);
   set("keys_scanned", keys_scanned_);
   set("keys_fine", keys_fine_);
   set("keys_exact", keys_exact_);

@@ -23,6 +23,7 @@ class RequestCounters {
   void CountAnswer(uint64_t payload_bytes) { Add(bytes_out_, payload_bytes); }
   void CountError(absl::StatusCode code);
   void CountAppended(uint64_t tokens) { Add(tokens_appended_, tokens); }
+  void CountSampled(uint64_t tokens) { Add(queries_sampled_, tokens); }
   void CountSearches(const std::vector<index::SearchResult>& results);
 
   /// All counters that are not zero, by name.
@@ -39,7 +40,10 @@ class RequestCounters {
   Counter bytes_in_{0};
   Counter bytes_out_{0};
   Counter tokens_appended_{0};
+  Counter queries_sampled_{0};
   Counter searches_{0};
+  Counter searches_reused_{0};
+  Counter searches_distrusted_{0};
   Counter keys_scanned_{0};
   Counter keys_fine_{0};
   Counter keys_exact_{0};

@@ -116,6 +116,8 @@ class RequestHandler::Impl {
   void Fetch(const CallPtr& call);
   template <typename Message>
   void Search(const CallPtr& call);
+  /// Takes queries of an answered search where indexes learn from them.
+  void Learn(const CallPtr& call, const CheckedSearch& search);
   proto::SessionRef MakeRef(const Session& session) const;
   proto::SessionInfo Describe(const Session& session, TimePoint now) const;
   static proto::BuiltIndexInfo DescribeBuilt(const Session& session, proto::IndexKind kind,
@@ -397,13 +399,17 @@ void RequestHandler::Impl::Search(const CallPtr& call) {
       return call->Finish(std::move(status));
     }
     const auto search = std::make_shared<const CheckedSearch>(*std::move(checked));
+    std::vector<SearchTask> tasks = MakeTasks(*search);
+    AddReuse(*search, store_.budget(), tasks);
     RunSearches(
-        pool_, MakeTasks(*search), call->give_up(),
+        pool_, std::move(tasks), call->give_up(),
         [this, call, search](auto results, Scratch& own) {
           if (!results.ok()) return call->Finish(results.status());
           counters_.CountSearches(*results);
           try {
-            call->Finish(MakeAnswer(*search, *results, call->arrived(), options_, {pool_, own}));
+            auto answer = MakeAnswer(*search, *results, call->arrived(), options_, {pool_, own});
+            Learn(call, *search);  // before the step after this one can
+            call->Finish(std::move(answer));
             audits_.Offer(*search);
           } catch (...) {
             call->Finish(StatusOfException());
@@ -411,6 +417,26 @@ void RequestHandler::Impl::Search(const CallPtr& call) {
         },
         scratch);
   }));
+}
+
+void RequestHandler::Impl::Learn(const CallPtr& call, const CheckedSearch& search) {
+  for (const CheckedItem& item : search.items) {
+    auto taken = CollectQueries(item, store_.budget());
+    if (!taken.has_value()) continue;
+    const auto batch = std::make_shared<const TrafficQueries::Batch>(*std::move(taken));
+    // Appends of the layer come first that came first; the call keeps the handler until then.
+    item.session->AppendStrand(item.layer_number)
+        .Submit(pool_,
+                [this, call, batch, session = item.session, layer = item.layer_number](Scratch&) {
+                  try {
+                    const SampledQueries queries{batch->positions, batch->rows.data()};
+                    if (!session->Learn(layer, queries, store_.budget()).ok()) return;
+                    counters_.CountSampled(batch->positions.size());
+                    builder_.Consider(session, layer);
+                  } catch (...) {  // no memory: traffic goes on
+                  }
+                });
+  }
 }
 
 proto::SessionRef RequestHandler::Impl::MakeRef(const Session& session) const {

@@ -21,6 +21,7 @@ using kernels::DType;
 constexpr uint32_t kDimMax = 512;
 constexpr uint32_t kDimUnit = 8;
 constexpr float kScaleMax = 65504.0F;
+constexpr uint32_t kReuseStepsMax = 1U << 20;
 
 absl::Status Invalid(absl::string_view field, absl::string_view message) {
   return proto::FieldError(absl::StatusCode::kInvalidArgument, field, message);
@@ -340,6 +341,11 @@ absl::Status RequestValidator::CheckOptions(const proto::SearchOptions& message,
   if (!(message.mass() >= 0.0F && message.mass() <= 1.0F)) {
     status.Update(Invalid("options.mass", "must be between 0 and 1"));
   }
+  if (!proto::Vote_IsValid(message.vote())) {
+    status.Update(Invalid("options.vote", absl::StrCat("there is no vote ", message.vote())));
+  }
+  status.Update(CheckBetween("options.reuse_steps", message.reuse_steps(), 0, kReuseStepsMax));
+  status.Update(CheckBetween("options.reuse_keep", message.reuse_keep(), 0, index::kMaxKeep));
   if (!status.ok()) return status;
   search.index = message.index();
   search.options.candidates = static_cast<int>(candidates);
@@ -351,6 +357,10 @@ absl::Status RequestValidator::CheckOptions(const proto::SearchOptions& message,
   search.options.exact_top = static_cast<int>(message.exact_top());
   search.options.beta = message.beta();
   search.options.mass = message.mass();
+  if (message.vote() == proto::VOTE_MAX) search.options.vote = index::Vote::kMax;
+  search.reuse.every = static_cast<int>(message.reuse_steps());
+  const uint32_t keep = message.reuse_keep() != 0 ? message.reuse_keep() : 3 * candidates;
+  search.reuse.keep = static_cast<int>(std::min<uint32_t>(keep, index::kMaxKeep));
   if (message.search_time_us() > 0) {
     search.options.stop_at =
         std::chrono::steady_clock::now() + std::chrono::microseconds(message.search_time_us());
@@ -371,6 +381,7 @@ absl::StatusOr<CheckedItem> RequestValidator::CheckItem(const proto::QueryItem& 
   if (!status.ok()) return status;
 
   CheckedItem item;
+  item.layer_number = message.layer();
   item.layer = (*session)->State(message.layer());
   item.session = *std::move(session);
   item.tokens = message.tokens();

@@ -17,6 +17,7 @@
 #include "absl/strings/string_view.h"
 #include "absl/types/span.h"
 #include "index/key_index.h"
+#include "index/reuse.h"
 #include "index/scratch.h"
 #include "proto/kvseek.pb.h"
 #include "proto/status_code.h"
@@ -34,6 +35,7 @@ std::optional<index::BuiltKind> BuiltKindOf(proto::IndexKind kind);
 /// One session's part of a search: `tokens` query tokens of one layer.
 struct CheckedItem {
   std::shared_ptr<Session> session;
+  uint32_t layer_number = 0;
   std::shared_ptr<const LayerState> layer;  ///< what is searched; keeps it alive
   size_t tokens = 0;
   int64_t begin = 0;
@@ -53,7 +55,8 @@ struct CheckedItem {
 /// the payload.
 struct CheckedSearch {
   std::vector<CheckedItem> items;
-  index::SearchOptions options;  ///< k < 0: Attend
+  index::SearchOptions options;           ///< k < 0: Attend
+  index::ReuseOptions reuse{.every = 0};  ///< every 0: nothing is reused or kept
   proto::IndexKind index = proto::INDEX_AUTO;
   bool with_rows = false;
   bool with_state = true;

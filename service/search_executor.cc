@@ -37,6 +37,8 @@ class SearchRun {
     int pieces = 0;      ///< of the step
     int next_piece = 0;  ///< to be given out
     std::atomic<int> pieces_left{0};
+    bool distrusted = false;  ///< answered from an earlier search, but not to be trusted ...
+    int64_t wasted = 0;       ///< ... after so many bytes
   };
 
   struct Unit {
@@ -55,9 +57,17 @@ class SearchRun {
     int opened = 0;  ///< pieces of its search that can be run now
   };
   Outcome Run(const Unit& unit, Scratch& scratch);
+  std::unique_ptr<index::SearchPlan> Plan(const SearchTask& task, bool distrusted,
+                                          Scratch& scratch) const;
+  /// Plans a search. Returns the pieces of its first step; 0: it is finished.
+  int Begin(size_t task, Scratch& scratch);
+  /// Makes the pieces of the plan's step ready to be given out; returns how many there are.
+  static int OpenStep(Search& search);
   /// Goes on with a search of which no piece is left to be run. Returns the next step's pieces; 0:
   /// the search is finished.
   int GoOn(size_t task, Scratch& scratch);
+  /// Takes the result of a plan that is complete; false if it is not to be trusted.
+  bool Finish(size_t task, Scratch& scratch);
   /// Books a unit. Returns how many more runners there is work for.
   int Book(const Unit& unit, Outcome outcome) ABSL_LOCKS_EXCLUDED(mutex_);
   /// Calls `done` if no unit is under way and none is left to do; true: that has been done. Runners
@@ -103,18 +113,23 @@ SearchRun::Unit SearchRun::Next() {
   return {};
 }
 
+std::unique_ptr<index::SearchPlan> SearchRun::Plan(const SearchTask& task, bool distrusted,
+                                                   Scratch& scratch) const {
+  if (task.last != nullptr && !distrusted) {
+    index::SearchOptions options = task.options;
+    options.keep = 0;
+    auto plan = index::PlanReuse(task.last, task.reuse, task.view, task.query, options, scratch);
+    if (plan != nullptr) return plan;
+    scratch.Reset();
+  }
+  return task.index->Plan(task.view, task.query, task.options, scratch);
+}
+
 SearchRun::Outcome SearchRun::Run(const Unit& unit, Scratch& scratch) {
-  const SearchTask& task = tasks_[unit.task];
   Search& search = searches_[unit.task];
   scratch.Reset();
   try {
-    if (unit.piece < 0) {
-      search.plan = task.index->Plan(task.view, task.query, task.options, scratch);
-      if (search.plan->pieces() == 0) return {absl::OkStatus(), GoOn(unit.task, scratch)};
-      search.pieces = search.plan->pieces();
-      search.pieces_left.store(search.pieces);
-      return {absl::OkStatus(), search.pieces};
-    }
+    if (unit.piece < 0) return {absl::OkStatus(), Begin(unit.task, scratch)};
     search.plan->Run(unit.piece, scratch);
     if (search.pieces_left.fetch_sub(1) == 1) return {absl::OkStatus(), GoOn(unit.task, scratch)};
   } catch (...) {
@@ -123,20 +138,50 @@ SearchRun::Outcome SearchRun::Run(const Unit& unit, Scratch& scratch) {
   return {};
 }
 
+int SearchRun::Begin(size_t task, Scratch& scratch) {
+  Search& search = searches_[task];
+  search.plan = Plan(tasks_[task], search.distrusted, scratch);
+  const int pieces = OpenStep(search);
+  return pieces > 0 ? pieces : GoOn(task, scratch);
+}
+
+int SearchRun::OpenStep(Search& search) {
+  search.pieces = search.plan->pieces();
+  search.next_piece = 0;
+  search.pieces_left.store(search.pieces);
+  return search.pieces;
+}
+
 int SearchRun::GoOn(size_t task, Scratch& scratch) {
   Search& search = searches_[task];
   scratch.Reset();
   while (search.plan->NextStep(scratch)) {
-    search.pieces = search.plan->pieces();
-    if (search.pieces == 0) continue;
-    search.next_piece = 0;
-    search.pieces_left.store(search.pieces);
-    return search.pieces;
+    const int pieces = OpenStep(search);
+    if (pieces > 0) return pieces;
   }
   scratch.Reset();
-  results_[task] = search.plan->Finish(scratch);
+  if (Finish(task, scratch)) return 0;
+  scratch.Reset();
+  return Begin(task, scratch);
+}
+
+bool SearchRun::Finish(size_t task, Scratch& scratch) {
+  Search& search = searches_[task];
+  index::SearchResult result = search.plan->Finish(scratch);
   search.plan.reset();
-  return 0;
+  if (!result.report.trusted) {
+    search.distrusted = true;
+    search.wasted = result.report.bytes_touched;
+    return false;
+  }
+  result.report.trusted = !search.distrusted;
+  result.report.bytes_touched += search.wasted;
+  if (tasks_[task].remember && !result.report.reused) {
+    tasks_[task].remember(std::move(result.last));
+  }
+  result.last = nullptr;
+  results_[task] = std::move(result);
+  return true;
 }
 
 int SearchRun::Book(const Unit& unit, Outcome outcome) {

@@ -1,11 +1,14 @@
 // Runs the searches of one request on the pool.
 //
-// Each search is planned, run piece by piece and step by step, and finished (index/key_index.h); a
+// Each search is planned, run step by step and piece by piece, and finished (index/key_index.h). A
 // plan and each piece is one unit of work for any worker; whoever runs a step's last piece goes on
-// to the next step. Pieces go before new plans, so only about as many plans exist at a
-// time as there are workers, however large the batch. After each unit a worker makes room for other
-// requests that wait. No unit waits for another. Every result has its own slot:
-// the same searches give the same bits, whatever the number of workers.
+// to the next step. Pieces go before new plans, so only about as many plans exist at a time as
+// there are workers, however large the batch. After each unit a worker makes room for other
+// requests that wait. No unit waits for another. Every result has its own slot: the same searches
+// give the same bits, whatever the number of workers.
+//
+// A search that may be answered from an earlier one (index/reuse.h) is run like any other; if its
+// answer is not trusted, it is planned once more, as a search.
 #ifndef KVSEEK_SERVICE_SEARCH_EXECUTOR_H_
 #define KVSEEK_SERVICE_SEARCH_EXECUTOR_H_
 
@@ -18,6 +21,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "index/key_index.h"
+#include "index/reuse.h"
 #include "index/scratch.h"
 #include "service/compute_pool.h"
 
@@ -39,6 +43,11 @@ struct SearchTask {
   index::KvView view;
   index::SearchQuery query;
   index::SearchOptions options;
+  std::shared_ptr<const index::LastSearch> last{};  ///< to be answered from; null: by a search
+  index::ReuseOptions reuse{};
+  /// Gets what a search left (SearchOptions::keep), in a worker, before the searches are done; may
+  /// be null.
+  std::function<void(std::shared_ptr<const index::LastSearch>)> remember{};
 };
 
 /// Results, in the order of the tasks, or why there are none; on a worker, with its scratch.

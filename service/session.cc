@@ -20,7 +20,8 @@ Session::Session(uint64_t id, SessionSettings settings, MemoryBudget::Reservatio
 uint64_t Session::BookkeepingBytes(const SessionSettings& settings) {
   return sizeof(Session) + settings.name.size() +
          settings.layers * (sizeof(LayerCache) + sizeof(LayerState) +
-                            uint64_t{settings.kv_heads} * sizeof(HeadCache));
+                            uint64_t{settings.kv_heads} * sizeof(HeadCache) +
+                            SelectionMemory::BookkeepingBytes(settings.kv_heads));
 }
 
 uint64_t Session::KvBytes(const SessionSettings& settings, int64_t tokens) {
@@ -39,11 +40,22 @@ bool Session::Publish(uint32_t layer, size_t head, index::BuiltKind kind,
   return layers_[layer]->Publish(head, kind, std::move(built), source);
 }
 
+absl::Status Session::Learn(uint32_t layer, const SampledQueries& queries, MemoryBudget& budget) {
+  const std::shared_lock lock(shorten_mutex_);
+  return layers_[layer]->Learn(queries, settings_.query_heads, budget);
+}
+
 absl::Status Session::Truncate(uint64_t tokens, MemoryBudget& budget) {
   const std::unique_lock lock(shorten_mutex_);
   auto states = States(&tokens, budget);
   if (!states.ok()) return states.status();
-  for (size_t l = 0; l < layers_.size(); ++l) layers_[l]->Replace(std::move((*states)[l]));
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    const std::vector<HeadCache>& heads = (*states)[l]->heads;
+    for (size_t h = 0; h < heads.size(); ++h) {
+      layers_[l]->selections().ForgetGone(h, heads[h].View());
+    }
+    layers_[l]->Replace(std::move((*states)[l]));
+  }
   return absl::OkStatus();
 }
 
@@ -80,6 +92,7 @@ uint64_t Session::Bytes() const {
   for (const auto& layer : layers_) {
     const std::shared_ptr<const LayerState> state = layer->State();
     bytes += settings_.kv_heads * HeadCache::Bytes(settings_.kv, state->tokens);
+    bytes += layer->selections().Bytes();
     for (const LayerState::BuiltSet& set : state->built) {
       for (const auto& built : set) bytes += built == nullptr ? 0 : built->Bytes();
     }

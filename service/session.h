@@ -35,6 +35,10 @@ struct SessionSettings {
   bool Builds(index::BuiltKind kind) const {
     return (build >> static_cast<uint32_t>(kind) & 1U) != 0;
   }
+  /// One of the indexes to be built learns from queries.
+  bool Learns() const {
+    return Builds(index::BuiltKind::kCluster) || Builds(index::BuiltKind::kGraph);
+  }
 };
 
 /// Thread-safe. Lives as long as anybody works with it, even when it has been closed meanwhile.
@@ -61,9 +65,14 @@ class Session {
   bool Publish(uint32_t layer, size_t head, index::BuiltKind kind,
                std::shared_ptr<const index::BuiltIndex> built, const LayerState& source)
       ABSL_LOCKS_EXCLUDED(shorten_mutex_);
+  /// See LayerCache::Learn.
+  absl::Status Learn(uint32_t layer, const SampledQueries& queries, MemoryBudget& budget)
+      ABSL_LOCKS_EXCLUDED(shorten_mutex_);
+  TrafficQueries& Traffic(uint32_t layer) { return layers_[layer]->traffic(); }
   /// One place in the queue of builds for each layer. True if it is taken already.
   bool TakeBuildPlace(uint32_t layer) { return layers_[layer]->build_queued().exchange(true); }
   void GiveBuildPlaceBack(uint32_t layer) { layers_[layer]->build_queued().store(false); }
+  SelectionMemory& Selections(uint32_t layer) { return layers_[layer]->selections(); }
   /// Where appends to a layer queue up.
   Strand& AppendStrand(uint32_t layer) { return layers_[layer]->strand(); }
 
@@ -76,7 +85,7 @@ class Session {
   absl::StatusOr<std::vector<std::shared_ptr<const LayerState>>> States(const uint64_t* tokens,
                                                                         MemoryBudget& budget) const;
 
-  /// Bytes of keys, values, codes and built indexes, shared or not.
+  /// Bytes of keys, values, codes, built indexes and selections, shared or not.
   uint64_t Bytes() const;
 
   /// Renews the lease.

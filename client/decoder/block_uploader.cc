@@ -15,7 +15,7 @@ constexpr std::chrono::milliseconds kRetryPause{50};
 
 void Appends::Start(const std::vector<DaemonShare>& shares, const FarStore& store, uint32_t layer,
                     uint64_t start, const ChunkLayout& layout, const uint16_t* chunk,
-                    const CallOptions& call) {
+                    const CallOptions& call, const ChunkQueries& queries) {
   for (size_t d = 0; d < shares.size(); ++d) {
     if (store.lost[d].load() != 0) continue;
     const DaemonShare& share = shares[d];
@@ -25,14 +25,16 @@ void Appends::Start(const std::vector<DaemonShare>& shares, const FarStore& stor
     }
     const uint16_t* const keys = chunk + layout.Keys(share);
     const uint16_t* const values = chunk + layout.Values(share);
-    share.tokens->AppendAsync(store.sessions[d], layer, start, static_cast<uint32_t>(layout.tokens),
-                              {keys, layout.tokens * share.heads * layout.key_dim},
-                              {values, layout.tokens * share.heads * layout.value_dim}, call,
-                              [this, d](const absl::StatusOr<uint64_t>& held) {
-                                const std::lock_guard lock(mutex_);
-                                if (!held.ok()) statuses_[d].Update(held.status());
-                                if (--under_way_ == 0) changed_.notify_all();
-                              });
+    share.tokens->AppendAsync(
+        store.sessions[d], layer, start, static_cast<uint32_t>(layout.tokens),
+        {keys, layout.tokens * share.heads * layout.key_dim},
+        {values, layout.tokens * share.heads * layout.value_dim}, call,
+        [this, d](const absl::StatusOr<uint64_t>& held) {
+          const std::lock_guard lock(mutex_);
+          if (!held.ok()) statuses_[d].Update(held.status());
+          if (--under_way_ == 0) changed_.notify_all();
+        },
+        queries.Of(share));
   }
 }
 

@@ -39,15 +39,28 @@ struct ChunkLayout {
   }
 };
 
+/// Queries of some tokens of a chunk: for each share (positions, its query heads, key_dim).
+struct ChunkQueries {
+  std::vector<uint64_t> positions;  ///< ascending; none: no queries go along
+  const uint16_t* rows = nullptr;
+  size_t head_elements = 0;  ///< of one token's queries of one KV head
+
+  SampledQueries Of(const DaemonShare& share) const {
+    const size_t elements = positions.size() * head_elements;
+    return {positions, {rows + elements * share.first_head, elements * share.heads}};
+  }
+};
+
 /// Appends of one store that are under way together. One status a daemon.
 class Appends {
  public:
   explicit Appends(size_t daemons) : statuses_(daemons) {}
 
-  /// `chunk` stays valid until Wait returns. Sessions that are lost are left out.
+  /// `chunk` and the rows of `queries` stay valid until Wait returns. Sessions that are lost are
+  /// left out.
   void Start(const std::vector<DaemonShare>& shares, const FarStore& store, uint32_t layer,
              uint64_t start, const ChunkLayout& layout, const uint16_t* chunk,
-             const CallOptions& call);
+             const CallOptions& call, const ChunkQueries& queries = {});
   /// Until all have been answered: at their deadlines at the latest. The first error of each
   /// daemon.
   std::vector<absl::Status> Wait();

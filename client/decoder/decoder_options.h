@@ -57,6 +57,11 @@ struct PrefillTensors {
   int64_t key_head_stride = 0;
   int64_t value_token_stride = 0;
   int64_t value_head_stride = 0;
+  /// The tokens' queries after positional encoding, unscaled: token t's (query_heads, key_dim) at
+  /// queries + t * query_token_stride. Where the daemons build indexes that learn from queries
+  /// (open.build has kCluster or kGraph), a sample of them goes along. Null: none does.
+  const void* queries = nullptr;
+  int64_t query_token_stride = 0;  ///< elements; 0: contiguous
 };
 
 /// Sums since Create. Times are of the host's clock.

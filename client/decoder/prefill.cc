@@ -6,6 +6,14 @@
 namespace kvseek::client {
 namespace {
 
+// Every so many tokens' queries go along; of a long prompt no more than a daemon keeps.
+constexpr uint64_t kQueryStride = 32;
+constexpr uint64_t kQueryTokensMax = 1024;
+
+bool LearnsFromQueries(IndexKind kind) {
+  return kind == IndexKind::kCluster || kind == IndexKind::kGraph;
+}
+
 /// Rows from token `token` and KV head `head` on.
 const uint16_t* RowAt(const void* rows, int64_t token_stride, int64_t head_stride, uint64_t token,
                       uint64_t head) {
@@ -28,12 +36,21 @@ absl::Status Prefill::Allocate(size_t& device_bytes, size_t& pinned_bytes) {
   const ModelShape& shape = options_.shape;
   const size_t chunk_rows = static_cast<size_t>(options_.prefill_chunk_tokens) * shape.kv_heads;
   const size_t zone_tokens = static_cast<size_t>(zone_.PagesMax()) * zone_.page_tokens;
+  const std::vector<IndexKind>& build = options_.open.build;
+  const bool learns = std::any_of(build.begin(), build.end(), LearnsFromQueries);
+  const size_t query_tokens = learns ? options_.prefill_chunk_tokens / kQueryStride + 1 : 0;
   absl::Status status = stream_.Create();
   if (status.ok()) status = ready_.Create(cudaEventDisableTiming);
   for (Chunk& chunk : chunks_) {
     if (status.ok()) {
       status = chunk.rows.Allocate(chunk_rows * (shape.key_dim + shape.value_dim), pinned_bytes);
     }
+    if (status.ok()) {
+      status =
+          chunk.query_rows.Allocate(query_tokens * shape.query_heads * shape.key_dim, pinned_bytes);
+    }
+    chunk.queries.rows = chunk.query_rows.get();
+    chunk.queries.head_elements = static_cast<size_t>(shape.Group()) * shape.key_dim;
     chunk.appends = std::make_unique<Appends>(shares_.size());
   }
   const size_t zone_rows = zone_tokens * shape.kv_heads;
@@ -52,6 +69,9 @@ PrefillTensors Prefill::Complete(const PrefillTensors& tensors) const {
   };
   fill(complete.key_token_stride, complete.key_head_stride, shape.key_dim);
   fill(complete.value_token_stride, complete.value_head_stride, shape.value_dim);
+  if (complete.query_token_stride == 0) {
+    complete.query_token_stride = static_cast<int64_t>(shape.query_heads) * shape.key_dim;
+  }
   return complete;
 }
 
@@ -79,6 +99,31 @@ absl::Status Prefill::Pack(Chunk& chunk, const PrefillTensors& tensors, uint64_t
   }
   bytes_packed_ += tokens * shape.kv_heads * (shape.key_dim + shape.value_dim) * sizeof(uint16_t);
   return CudaStatus(cudaStreamSynchronize(stream_.get()), "packing a prompt");
+}
+
+absl::Status Prefill::PackQueries(Chunk& chunk, const PrefillTensors& tensors, uint64_t start,
+                                  uint64_t first, uint64_t tokens, uint64_t stride) {
+  std::vector<uint64_t>& positions = chunk.queries.positions;
+  positions.clear();
+  if (tensors.queries == nullptr || chunk.query_rows.count() == 0) return absl::OkStatus();
+  const uint64_t sampled = (first + stride - 1) / stride * stride;
+  for (uint64_t t = sampled; t < first + tokens; t += stride) positions.push_back(start + t);
+  if (positions.empty()) return absl::OkStatus();
+  const auto token_elements = static_cast<size_t>(tensors.query_token_stride);
+  for (const DaemonShare& share : shares_) {
+    const SampledQueries own = chunk.queries.Of(share);
+    const size_t head_elements = chunk.queries.head_elements;
+    const size_t width = share.heads * head_elements * sizeof(uint16_t);
+    const auto* const from = static_cast<const uint16_t*>(tensors.queries) +
+                             sampled * token_elements + share.first_head * head_elements;
+    auto* const to = chunk.query_rows.get() + (own.rows.data() - chunk.query_rows.get());
+    const cudaError_t error =
+        cudaMemcpy2DAsync(to, width, from, stride * token_elements * sizeof(uint16_t), width,
+                          positions.size(), cudaMemcpyDefault, stream_.get());
+    if (error != cudaSuccess) return CudaStatus(error, "copying queries");
+    bytes_packed_ += own.rows.size() * sizeof(uint16_t);
+  }
+  return absl::OkStatus();
 }
 
 absl::Status Prefill::Finish(Chunk& chunk) {
@@ -145,14 +190,20 @@ absl::Status Prefill::SendLayer(const SteadyZone& zone, FarStore& store, uint32_
   const ModelShape& shape = options_.shape;
   const CallOptions call{.deadline = options_.append_deadline};
   const uint64_t chunk_max = options_.prefill_chunk_tokens;
+  const uint64_t query_stride =
+      std::max(kQueryStride, (tokens + kQueryTokensMax - 1) / kQueryTokensMax);
   for (uint64_t first = 0, i = 0; first < tokens && status.ok(); first += chunk_max, ++i) {
     Chunk& chunk = chunks_[i % chunks_.size()];
     const uint64_t count = std::min(chunk_max, tokens - first);
     status = Finish(chunk);  // what was in it before
+    if (status.ok()) {
+      status = PackQueries(chunk, tensors, start, first, count, query_stride);
+    }
     if (status.ok()) status = Pack(chunk, tensors, first, count);
     if (!status.ok()) break;
     const ChunkLayout layout{shape.key_dim, shape.value_dim, count};
-    chunk.appends->Start(shares_, store, layer, start + first, layout, chunk.rows.get(), call);
+    chunk.appends->Start(shares_, store, layer, start + first, layout, chunk.rows.get(), call,
+                         chunk.queries);
     WriteLocal(store, layer, start + first, count, chunk.rows.get());
   }
   // In the order in which they were sent, so that the first error is the reason of those behind it.

@@ -2,8 +2,9 @@
 // steady zone's tokens into their pages.
 //
 // A chunk is packed out of the engine's tensors into pinned memory by a stream of its own; while
-// the daemons take one chunk the next is packed. The caller's thread does the waiting. Not
-// thread-safe.
+// the daemons take one chunk the next is packed. The caller's thread does the waiting. Queries of
+// about 1 token in 32 go with the chunks, where the engine gives them and the daemons build indexes
+// that learn from them. Not thread-safe.
 #ifndef KVSEEK_CLIENT_DECODER_PREFILL_H_
 #define KVSEEK_CLIENT_DECODER_PREFILL_H_
 
@@ -44,6 +45,8 @@ class Prefill {
   /// Rows on their way.
   struct Chunk {
     PinnedArray<uint16_t> rows;
+    PinnedArray<uint16_t> query_rows;  ///< none: no index learns from queries
+    ChunkQueries queries;
     std::unique_ptr<Appends> appends;
   };
   /// With the strides filled in.
@@ -51,6 +54,9 @@ class Prefill {
   /// Until the daemons hold what the chunk's rows were; the first error.
   absl::Status Finish(Chunk& chunk);
   absl::Status Pack(Chunk& chunk, const PrefillTensors& tensors, uint64_t first, uint64_t tokens);
+  /// Starts to copy the queries of every `stride`th token of the tensors that is in the chunk.
+  absl::Status PackQueries(Chunk& chunk, const PrefillTensors& tensors, uint64_t start,
+                           uint64_t first, uint64_t tokens, uint64_t stride);
   absl::Status KeepInZone(const SteadyZone& zone, uint32_t layer, uint64_t start, uint64_t begin,
                           uint64_t end, const PrefillTensors& tensors);
   void WriteLocal(FarStore& store, uint32_t layer, uint64_t start, uint64_t tokens,

@@ -5,6 +5,8 @@
 #include <nlohmann/json.hpp>
 
 #include "cli/daemon_process.h"
+#include "cli/daemon_search.h"
+#include "cli/library_search.h"
 #include "client/kv_client.h"
 #include "tests/cli/run_program.h"
 
@@ -52,6 +54,63 @@ TEST_F(ServedTest, ServedEqualsComputed) {
   ASSERT_EQ(here.exit_code, 0) << here.err;
   EXPECT_EQ(without_time(served), without_time(json::parse(here.out)));
   EXPECT_EQ(Ask("stats").at("sessions_open"), 0);  // eval closed its sessions
+}
+
+TEST_F(ServedTest, ReuseServedEqualsReuseComputed) {
+  for (const std::string name : {"layer15.kv1", "layer20.kv0"}) {
+    const auto trace = LoadHeadTrace(absl::StrCat(kData, "code8.", name, ".safetensors"),
+                                     absl::StrCat(kData, "code8.queries.safetensors"), name);
+    ASSERT_TRUE(trace.ok()) << trace.status();
+    auto client = KvClient::Connect({.address = daemon_->address(), .token = {}});
+    ASSERT_TRUE(client.ok()) << client.status();
+    auto head = DaemonHead::Open(**client, *trace, 2);
+    ASSERT_TRUE(head.ok()) << head.status();
+    const StoredHead stored(*trace, 2);
+    PieceRunner runner(1);
+    const index::ReuseOptions reuse{.keep = 1500, .every = 3};
+    const auto computed = SearchReusing(*trace, stored, index::LadderIndex(), reuse, runner);
+    const auto served = (*head)->Search(IndexKind::kLadder, reuse.every, reuse.keep);
+    int reused = 0;
+    int searched = 0;
+    for (const bool list_read : {false, true}) {
+      const index::SearchOptions options{
+          .candidates = 512, .exact_rows = 32, .list_read = list_read};
+      for (int step = 0; step < trace->steps; ++step) {
+        const auto here = computed(step, options);
+        const auto there = served(step, options);
+        ASSERT_TRUE(there.ok()) << there.status();
+        ASSERT_EQ(there->report.reused, here->report.reused) << name << " step " << step;
+        EXPECT_EQ(there->out, here->out);
+        EXPECT_EQ(there->lse, here->lse);
+        EXPECT_EQ(there->positions, here->positions);
+        EXPECT_EQ(there->report.missed_mass, here->report.missed_mass);
+        EXPECT_EQ(there->report.keys_fine, here->report.keys_fine);
+        EXPECT_EQ(there->report.bytes_touched, here->report.bytes_touched);
+        ++(here->report.reused ? reused : searched);
+      }
+    }
+    EXPECT_GT(reused, searched / 4) << name;
+    EXPECT_GE(searched, 2 * ((trace->steps + 2) / 3)) << name;
+  }
+  const json counters = Ask("stats").at("counters");
+  EXPECT_GT(counters.at("searches_reused").get<int>(), 0);
+}
+
+TEST_F(ServedTest, VoteAndReuseAreAskedOfTheDaemon) {
+  const std::string arguments = absl::StrCat(
+      "eval --kv '", kData, "code8.layer15.kv1.safetensors' --queries '", kData,
+      "code8.queries.safetensors' --index ladder --candidates 512 --exact 32 --vote max --reuse 2"
+      " --reuse-keys 2000 --audit 0 --steps 12");
+  const auto without_time = [](json answer) {
+    for (json& result : answer.at("results")) result.erase("micros");
+    return answer;
+  };
+  const Ran here = RunKvseek(arguments + " --format json");
+  ASSERT_EQ(here.exit_code, 0) << here.err;
+  EXPECT_EQ(without_time(Ask(arguments)), without_time(json::parse(here.out)));
+  const Ran refused = RunKvseek(arguments + " --reuse-samples 7 --via " + daemon_->address());
+  EXPECT_EQ(refused.exit_code, 2);
+  EXPECT_THAT(refused.err, HasSubstr("--reuse-samples"));
 }
 
 TEST_F(ServedTest, PingTimesRoundTrips) {

@@ -71,6 +71,7 @@ struct TopK {
       report.add_missed_mass(0.25F);
       report.add_missed_mass(0.5F);
       report.set_index(proto::INDEX_LADDER);
+      report.set_reused(count == 0);
     }
     PayloadMaker maker;
     maker.Add(positions);
@@ -104,6 +105,8 @@ TEST(DecodeAnswersTest, TopKIsTakenApart) {
   EXPECT_EQ(second.lse, Counting<float>(8, 600));
   EXPECT_EQ(second.reports.size(), 4U);
   EXPECT_EQ(second.reports[3].index, IndexKind::kLadder);
+  EXPECT_TRUE(second.reports[0].reused);
+  EXPECT_FALSE(second.reports[1].reused);
   EXPECT_THAT(second.reports[3].missed_mass, testing::ElementsAre(0.25F, 0.5F));
 }
 

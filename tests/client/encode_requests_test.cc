@@ -135,7 +135,13 @@ TEST(EncodeRequestsTest, FieldsTravel) {
                            .queries = AsBytes(absl::MakeConstSpan(queries)),
                            .range_begin = 5,
                            .range_end = {6, 7}});
-  request.options = {.index = IndexKind::kLadder, .candidates = 0, .audit_samples = 8, .seed = 9};
+  request.options = {.index = IndexKind::kLadder,
+                     .candidates = 0,
+                     .audit_samples = 8,
+                     .seed = 9,
+                     .vote = Vote::kMax,
+                     .reuse_steps = 4,
+                     .reuse_keep = 77};
   request.k = 10;
   const auto message = EncodeTopK(request);
   ASSERT_TRUE(message.ok()) << message.status();
@@ -153,6 +159,9 @@ TEST(EncodeRequestsTest, FieldsTravel) {
   EXPECT_FALSE(sent.options().has_exact_rows());
   EXPECT_EQ(sent.options().audit_samples(), 8U);
   EXPECT_EQ(sent.options().seed(), 9U);
+  EXPECT_EQ(sent.options().vote(), proto::VOTE_MAX);
+  EXPECT_EQ(sent.options().reuse_steps(), 4U);
+  EXPECT_EQ(sent.options().reuse_keep(), 77U);
   EXPECT_EQ(sent.k(), 10U);
   EXPECT_TRUE(sent.with_rows());
   EXPECT_TRUE(sent.with_state());

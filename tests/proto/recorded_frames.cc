@@ -251,6 +251,28 @@ void RecordAttend(Recorder& recorder) {
                         .Take());
 }
 
+// One token of one session, of which one KV head's answer is an earlier step's selection.
+void RecordReuse(Recorder& recorder) {
+  AttendRequest request;
+  QueryItem* item = request.add_items();
+  SetSession(7, item->mutable_session());
+  item->set_tokens(1);
+  SetOptions(request.mutable_options());
+  request.mutable_options()->set_vote(VOTE_MAX);
+  request.mutable_options()->set_reuse_steps(3);
+  request.mutable_options()->set_reuse_keep(6000);
+  request.set_query_dtype(DTYPE_BF16);
+  recorder.Request("reuse_attend_request", Op::kAttend, request,
+                   PayloadWriter().Bf16(size_t{kQueryHeads} * kKeyDim, 1).Take());
+  AttendResponse response;
+  AddReport(70000, response);
+  AddReport(70001, response);
+  response.mutable_reports(1)->set_reused(true);
+  recorder.Response(
+      "reuse_attend_response", Op::kAttend, response,
+      PayloadWriter().Fp32(size_t{kQueryHeads} * kValueDim, -64).Fp32(kQueryHeads, 0).Take());
+}
+
 void RecordTopK(Recorder& recorder) {
   TopKRequest request;
   AddItems(request);
@@ -420,6 +442,7 @@ std::vector<RecordedFrame> RecordedFrames() {
   RecordSessions(recorder);
   RecordAppend(recorder);
   RecordAttend(recorder);
+  RecordReuse(recorder);
   RecordTopK(recorder);
   RecordTopKOfSome(recorder);
   RecordFetchRows(recorder);

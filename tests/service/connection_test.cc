@@ -1,21 +1,20 @@
-// One connection at a time: what a peer may do wrong, and what becomes of it. Answers come from a
-// script instead of the request handler.
+// One connection at a time: what a peer may do wrong, and what becomes of it.
 #include "service/connection.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <atomic>
-#include <condition_variable>
-#include <cstring>
-#include <mutex>
+#include <chrono>
+#include <optional>
 #include <random>
 #include <set>
+#include <string>
 #include <thread>
 #include <vector>
 
 #include "proto/status_code.h"
-#include "tests/client/raw_socket.h"
+#include "tests/service/connection_fixture.h"
 
 namespace kvseek::service {
 namespace {
@@ -27,125 +26,7 @@ using test::RawFrame;
 using test::RawSocket;
 using Clock = std::chrono::steady_clock;
 
-/// Holds requests until the test answers them.
-class Script {
- public:
-  struct Held {
-    Request request;
-    std::function<void(Response)> done;
-  };
-
-  Dispatch dispatch() {
-    return [this](Request request, std::function<void(Response)> done) {
-      if (request.op == Op::kHealth) {  // echoes, at once
-        Response response;
-        response.metadata = request.metadata;
-        response.payload = std::move(request.payload);
-        done(std::move(response));
-        return;
-      }
-      std::lock_guard<std::mutex> lock(mutex_);
-      held_.push_back({std::move(request), std::move(done)});
-      changed_.notify_all();
-    };
-  }
-  /// Waits until `count` requests are held.
-  bool Await(size_t count) {
-    std::unique_lock<std::mutex> lock(mutex_);
-    return changed_.wait_for(lock, std::chrono::seconds(10), [&] { return held_.size() >= count; });
-  }
-  size_t held() {
-    std::lock_guard<std::mutex> lock(mutex_);
-    return held_.size();
-  }
-  bool IsCancelled(size_t index) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    return held_[index].request.cancelled->load();
-  }
-  bool AwaitCancelled(size_t index) {
-    for (int i = 0; i < 1000 && !IsCancelled(index); ++i) {
-      std::this_thread::sleep_for(milliseconds(10));
-    }
-    return IsCancelled(index);
-  }
-  Request& request(size_t index) { return held_[index].request; }
-  void Answer(size_t index, const std::string& metadata, size_t payload_bytes = 0) {
-    Response response;
-    response.metadata = metadata;
-    if (payload_bytes != 0) {
-      response.payload.data = index::MakeAligned<uint8_t>(payload_bytes);
-      std::memset(response.payload.data.get(), 'p', payload_bytes);
-      response.payload.bytes = payload_bytes;
-    }
-    std::function<void(Response)> done;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      done = std::move(held_[index].done);
-      held_[index].done = nullptr;
-    }
-    done(std::move(response));
-  }
-  void AnswerAll() {
-    for (size_t i = 0; i < held(); ++i) {
-      if (held_[i].done) Answer(i, "end");
-    }
-  }
-
- private:
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  std::vector<Held> held_;
-};
-
-class ConnectionTest : public testing::TestWithParam<bool> {
- protected:
-  void Start() {
-    options_.listen = {GetParam() ? "tcp://127.0.0.1:0" : "unix:" + dir_.path() + "/s"};
-    auto server = Server::Start(options_, {.boot_id = 5, .server = "test", .simd_level = "none"},
-                                script_.dispatch());
-    ASSERT_TRUE(server.ok()) << server.status();
-    server_ = *std::move(server);
-  }
-  void TearDown() override {
-    script_.AnswerAll();
-    if (server_ != nullptr) server_->Stop();
-  }
-  RawSocket Dial() { return RawSocket::Connect(server_->addresses()[0]); }
-  RawSocket Greeted() {
-    RawSocket socket = Dial();
-    EXPECT_TRUE(socket.Greet(options_.token));
-    return socket;
-  }
-  static absl::StatusCode CodeOf(const std::optional<RawFrame>& frame) {
-    return frame.has_value() ? static_cast<absl::StatusCode>(frame->Error().code())
-                             : absl::StatusCode::kUnknown;
-  }
-  /// The peer is told `code` on `request_id`, and the stream ends.
-  static void ExpectLastWords(RawSocket& socket, uint64_t request_id, absl::StatusCode code,
-                              const std::string& field) {
-    const std::optional<RawFrame> answer = socket.ReadFrame();
-    ASSERT_TRUE(answer.has_value());
-    EXPECT_EQ(answer->header.request_id, request_id);
-    EXPECT_EQ(CodeOf(answer), code) << answer->Error().message();
-    EXPECT_THAT(answer->Error().message(), testing::HasSubstr(field));
-    EXPECT_TRUE(socket.Ended());
-  }
-  /// The connection answers as it should.
-  static void ExpectAlive(RawSocket& socket, uint64_t request_id = 999) {
-    ASSERT_TRUE(socket.SendFrame(Op::kHealth, request_id, "echo", "tensor"));
-    const std::optional<RawFrame> answer = socket.ReadFrame();
-    ASSERT_TRUE(answer.has_value());
-    EXPECT_EQ(answer->header.request_id, request_id);
-    EXPECT_EQ(answer->header.flags, proto::kFlagResponse);
-    EXPECT_EQ(answer->metadata, "echo");
-    EXPECT_EQ(answer->payload, "tensor");
-  }
-
-  test::TempDir dir_;
-  DaemonOptions options_;
-  Script script_;
-  std::unique_ptr<Server> server_;
-};
+class ConnectionTest : public ScriptedServerTest {};
 
 INSTANTIATE_TEST_SUITE_P(Transports, ConnectionTest, testing::Values(false, true),
                          [](const auto& at) { return at.param ? "Tcp" : "Unix"; });
@@ -360,69 +241,6 @@ TEST_P(ConnectionTest, ManySizesComeThroughWhole) {
   }
 }
 
-TEST_P(ConnectionTest, AnswersComeInAnyOrder) {
-  Start();
-  RawSocket socket = Greeted();
-  for (uint64_t id = 1; id <= 3; ++id) ASSERT_TRUE(socket.SendFrame(Op::kAttend, id, ""));
-  ASSERT_TRUE(script_.Await(3));
-  for (const size_t index : {2, 0, 1}) {
-    script_.Answer(index, "answer " + std::to_string(index), 200000);
-    const std::optional<RawFrame> answer = socket.ReadFrame();
-    ASSERT_TRUE(answer.has_value());
-    EXPECT_EQ(answer->header.request_id, index + 1);
-    EXPECT_EQ(answer->header.op, Op::kAttend);
-    EXPECT_EQ(answer->metadata, "answer " + std::to_string(index));
-    EXPECT_EQ(answer->payload, std::string(200000, 'p'));
-  }
-}
-
-TEST_P(ConnectionTest, DeadlineIsCountedFromArrival) {
-  options_.deadline_default = milliseconds(7000);
-  Start();
-  RawSocket socket = Greeted();
-  const auto before = Clock::now();
-  ASSERT_TRUE(socket.SendFrame(Op::kAttend, 1, "", "", 2000000));
-  ASSERT_TRUE(socket.SendFrame(Op::kAttend, 2, "", "", 0));
-  ASSERT_TRUE(script_.Await(2));
-  const auto after = Clock::now();
-  EXPECT_GE(script_.request(0).deadline, before + milliseconds(2000));
-  EXPECT_LE(script_.request(0).deadline, after + milliseconds(2000));
-  EXPECT_GE(script_.request(1).deadline, before + milliseconds(7000));
-  EXPECT_LE(script_.request(1).deadline, after + milliseconds(7000));
-}
-
-TEST_P(ConnectionTest, CancelReachesTheRequestAndIsAnswered) {
-  Start();
-  RawSocket socket = Greeted();
-  ASSERT_TRUE(socket.SendFrame(Op::kAttend, 10, ""));
-  ASSERT_TRUE(socket.SendFrame(Op::kAttend, 11, ""));
-  ASSERT_TRUE(script_.Await(2));
-  proto::CancelRequest cancel;
-  cancel.set_request_id(11);
-  ASSERT_TRUE(socket.SendFrame(Op::kCancel, 12, cancel.SerializeAsString()));
-  const std::optional<RawFrame> answer = socket.ReadFrame();
-  ASSERT_TRUE(answer.has_value());
-  EXPECT_EQ(answer->header.request_id, 12U);
-  EXPECT_FALSE(answer->IsError());
-  EXPECT_TRUE(script_.IsCancelled(1));
-  EXPECT_FALSE(script_.IsCancelled(0));
-}
-
-TEST_P(ConnectionTest, DisconnectCancelsWhatIsUnderWay) {
-  Start();
-  {
-    RawSocket socket = Greeted();
-    ASSERT_TRUE(socket.SendFrame(Op::kAttend, 1, ""));
-    ASSERT_TRUE(socket.SendFrame(Op::kAppend, 2, "", std::string(1000, 'a')));
-    ASSERT_TRUE(script_.Await(2));
-  }
-  EXPECT_TRUE(script_.AwaitCancelled(0));
-  EXPECT_TRUE(script_.AwaitCancelled(1));
-  script_.Answer(0, "too late");  // goes nowhere, and does no harm
-  RawSocket next = Greeted();
-  ExpectAlive(next);
-}
-
 TEST_P(ConnectionTest, TruncatedFrameAndGone) {
   Start();
   const std::string frame = MakeFrame(Op::kHealth, 1, "metadata", std::string(1000, 'x'));
@@ -506,127 +324,6 @@ TEST_P(ConnectionTest, AnswersOfManyWorkersReachASlowReaderWhole) {
   EXPECT_EQ(seen.size(), kRequests);
   for (std::thread& worker : workers) worker.join();
   ExpectAlive(socket);
-}
-
-TEST_P(ConnectionTest, AnIdMayBeUsedAgainAsSoonAsItIsAnswered) {
-  options_.io_threads = 2;
-  Start();
-  RawSocket socket = Greeted();
-  constexpr size_t kTimes = 2000;
-  std::thread worker([&] {
-    for (size_t at = 0; at < kTimes && script_.Await(at + 1); ++at) script_.Answer(at, "", 64);
-  });
-  size_t answered = 0;
-  for (; answered < kTimes; ++answered) {
-    EXPECT_TRUE(socket.SendFrame(Op::kAttend, 8, ""));
-    const std::optional<RawFrame> answer = socket.ReadFrame();
-    if (!answer.has_value() || answer->IsError()) break;
-  }
-  EXPECT_EQ(answered, kTimes);
-  worker.join();
-}
-
-TEST_P(ConnectionTest, PeersAndServerMayGoWhileWorkersSend) {
-  options_.shutdown_grace = milliseconds(1);
-  options_.inflight_requests_max = 400;
-  Start();
-  constexpr uint64_t kRequests = 100;
-  std::vector<RawSocket> sockets;
-  for (int i = 0; i < 4; ++i) {
-    sockets.push_back(Greeted());
-    for (uint64_t id = 1; id <= kRequests; ++id) {
-      ASSERT_TRUE(sockets.back().SendFrame(Op::kAttend, id, ""));
-    }
-  }
-  ASSERT_TRUE(script_.Await(4 * kRequests));
-  std::atomic<size_t> next{0};
-  std::vector<std::thread> workers;
-  for (int i = 0; i < 3; ++i) {
-    workers.emplace_back([&] {
-      for (size_t at = next++; at < 4 * kRequests; at = next++) {
-        script_.Answer((at * 101) % (4 * kRequests), "", 20000);
-      }
-    });
-  }
-  while (next < 50) std::this_thread::yield();
-  sockets[0].Close();
-  sockets[1].Close();
-  while (next < 200) std::this_thread::yield();
-  server_->Stop();  // waits for all answers
-  EXPECT_EQ(server_->connections_open(), 0U);
-  for (std::thread& worker : workers) worker.join();
-}
-
-TEST_P(ConnectionTest, ReadingPausesWhenTooManyAreUnderWay) {
-  options_.inflight_requests_max = 4;
-  Start();
-  RawSocket socket = Greeted();
-  for (uint64_t id = 1; id <= 10; ++id) ASSERT_TRUE(socket.SendFrame(Op::kAttend, id, ""));
-  ASSERT_TRUE(script_.Await(4));
-  std::this_thread::sleep_for(milliseconds(100));
-  EXPECT_EQ(script_.held(), 4U);
-  for (size_t i = 0; i < 10; ++i) {
-    ASSERT_TRUE(script_.Await(i + 1));
-    script_.Answer(i, "");
-    const std::optional<RawFrame> answer = socket.ReadFrame();
-    ASSERT_TRUE(answer.has_value());
-    EXPECT_EQ(answer->header.request_id, i + 1);
-  }
-}
-
-TEST_P(ConnectionTest, CancelPassesAFullHouse) {
-  options_.inflight_requests_max = 1;
-  Start();
-  RawSocket socket = Greeted();
-  ASSERT_TRUE(socket.SendFrame(Op::kAttend, 1, ""));
-  proto::CancelRequest cancel;
-  cancel.set_request_id(1);
-  ASSERT_TRUE(socket.SendFrame(Op::kCancel, 2, cancel.SerializeAsString()));
-  ASSERT_TRUE(script_.Await(1));
-  EXPECT_TRUE(script_.AwaitCancelled(0));
-}
-
-TEST_P(ConnectionTest, ReadingPausesWhenTooManyBytesAreHeld) {
-  options_.inflight_bytes_max = 250000;
-  Start();
-  RawSocket first = Greeted();
-  RawSocket second = Greeted();
-  const std::string payload(100000, 'b');
-  ASSERT_TRUE(first.SendFrame(Op::kAppend, 1, "", payload));
-  ASSERT_TRUE(first.SendFrame(Op::kAppend, 2, "", payload));
-  ASSERT_TRUE(script_.Await(2));
-  ASSERT_TRUE(second.SendFrame(Op::kAppend, 3, "", payload));
-  std::this_thread::sleep_for(milliseconds(100));
-  EXPECT_EQ(script_.held(), 2U);
-  RawSocket third = Greeted();
-  ASSERT_TRUE(third.SendFrame(Op::kHealth, 1, ""));  // holds nothing, so it need not wait
-  EXPECT_TRUE(third.ReadFrame().has_value());
-  script_.Answer(0, "");
-  ASSERT_TRUE(script_.Await(3));
-  EXPECT_EQ(script_.request(2).payload.bytes, payload.size());
-}
-
-TEST_P(ConnectionTest, ARequestLargerThanTheGateGoesAlone) {
-  options_.inflight_bytes_max = 1000;
-  Start();
-  RawSocket socket = Greeted();
-  ASSERT_TRUE(socket.SendFrame(Op::kAppend, 1, "", std::string(5000, 'b')));
-  ASSERT_TRUE(script_.Await(1));
-}
-
-TEST(ByteGateTest, LetsWaitersThroughInOrder) {
-  ByteGate gate(100);
-  EXPECT_TRUE(gate.TryTake(60));
-  EXPECT_FALSE(gate.TryTake(50));
-  std::vector<int> order;
-  gate.Take(50, [&] { order.push_back(1); });
-  gate.Take(10, [&] { order.push_back(2); });  // would fit, but it is not its turn
-  EXPECT_FALSE(gate.TryTake(1));
-  EXPECT_TRUE(order.empty());
-  gate.Release(60);
-  EXPECT_THAT(order, testing::ElementsAre(1, 2));
-  EXPECT_TRUE(gate.TryTake(40));
-  EXPECT_FALSE(gate.TryTake(1));
 }
 
 }  // namespace

@@ -162,6 +162,113 @@ TEST(IndexBuilderTest, AGraphWaitsForQueries) {
   WaitUntilBuilt(service, 4);
 }
 
+// Decode steps that see more and more of both layers, asked for heads [0, 1] at once or one by one.
+void Decode(Service& service, const proto::SessionRef& session, uint64_t first_end, uint64_t steps,
+            bool head_by_head = false) {
+  const size_t row = kQueryHeads / 2 * SmallShape().key_dim();
+  for (uint64_t step = 0; step < steps; ++step) {
+    for (uint32_t part = 0; part < (head_by_head ? 2 : 1); ++part) {
+      proto::TopKRequest request;
+      for (uint32_t layer = 0; layer < 2; ++layer) {
+        proto::QueryItem& item = *request.add_items();
+        *item.mutable_session() = session;
+        item.set_layer(layer);
+        item.set_tokens(2);
+        item.add_range_end(first_end + step - 1);
+        item.add_range_end(first_end + step);
+        if (head_by_head) item.add_kv_heads(part);
+      }
+      request.set_query_dtype(proto::DTYPE_FP32);
+      request.set_k(1);
+      const std::vector<float> queries = reference::RandomFloats(
+          static_cast<uint32_t>(step), 2 * row * (head_by_head ? 1 : 2), 1.0F);
+      const auto answer = service.Call(request, Tensors().Add(queries).Add(queries));
+      ASSERT_TRUE(answer.ok()) << answer.status;
+    }
+  }
+}
+
+uint64_t SampledTokens(Service& service) {
+  const auto stats = service.Call(proto::StatsRequest());
+  for (const proto::Counter& counter : stats.message.counters()) {
+    if (counter.name() == "queries_sampled") return counter.value();
+  }
+  return 0;
+}
+
+TEST(IndexBuilderTest, AGraphLearnsFromTraffic) {
+  for (const bool head_by_head : {false, true}) {
+    Service service(BuildingOptions(1));
+    const auto session = OpenBuilding(service, {proto::INDEX_GRAPH});
+    Append(service, session, 0, kTokens, /*with_queries=*/false);
+    Decode(service, session, 1001, 63 * 8, head_by_head);
+    std::this_thread::sleep_for(milliseconds(50));
+    EXPECT_EQ(service.builder().built(), 0U) << "too few queries";
+    EXPECT_EQ(SampledTokens(service), 2U * 48) << "the others wait for a batch";
+    Decode(service, session, 1001 + 63 * 8, 8, head_by_head);
+    WaitUntilBuilt(service, 4);
+    EXPECT_EQ(SampledTokens(service), 2U * 64);
+    EXPECT_EQ(Answered(Attend(service, session, proto::INDEX_GRAPH, 256)), proto::INDEX_GRAPH);
+    const std::shared_ptr<const LayerState> state =
+        (*service.store().Find(session.boot_id(), session.session_id(), "",
+                               std::chrono::steady_clock::now()))
+            ->State(1);
+    ASSERT_EQ(state->queries->positions().size(), 64U);
+    for (int64_t i = 0; i < 64; ++i) {
+      EXPECT_EQ(state->queries->positions()[static_cast<size_t>(i)], 1000 + 8 * i);
+    }
+  }
+}
+
+TEST(IndexBuilderTest, TrafficOfOneHeadOrOfAClientThatSendsQueriesIsNotSampled) {
+  Service service(BuildingOptions(1));
+  const auto sends = OpenBuilding(service, {proto::INDEX_GRAPH});
+  Append(service, sends, 0, kTokens);
+  Decode(service, sends, 1000, 300);
+  const auto learns_nothing = OpenBuilding(service, {proto::INDEX_LANDMARK});
+  Append(service, learns_nothing, 0, kTokens, /*with_queries=*/false);
+  Decode(service, learns_nothing, 1000, 300);
+  WaitUntilBuilt(service, 8);
+  EXPECT_EQ(SampledTokens(service), 0U);
+}
+
+TEST(IndexBuilderTest, ClustersAreBuiltAnewOnceThereAreQueries) {
+  Service service(BuildingOptions(1));
+  const auto session = OpenBuilding(service, {proto::INDEX_CLUSTER});
+  Append(service, session, 0, kTokens, /*with_queries=*/false);
+  WaitUntilBuilt(service, 4);
+  Decode(service, session, 1000, 65 * 8);
+  WaitUntilBuilt(service, 8);
+  Decode(service, session, 2000, 65 * 8);
+  std::this_thread::sleep_for(milliseconds(50));
+  EXPECT_EQ(service.builder().built(), 8U) << "once is enough";
+  EXPECT_EQ(Answered(Attend(service, session, proto::INDEX_CLUSTER, 256)), proto::INDEX_CLUSTER);
+}
+
+TEST(IndexBuilderTest, QueriesOfTokensThatWereCutAreForgotten) {
+  Service service(BuildingOptions(0));
+  const auto session = OpenBuilding(service, {proto::INDEX_GRAPH});
+  Append(service, session, 0, kTokens, /*with_queries=*/false);
+  Decode(service, session, 4001, 15 * 8);  // 15 of a batch's 16 wait
+  proto::TruncateRequest cut;
+  *cut.mutable_session() = session;
+  cut.set_tokens(4050);
+  ASSERT_TRUE(service.Call(cut).ok());
+  Decode(service, session, 3001, 8);
+  const auto late = std::chrono::steady_clock::now() + std::chrono::seconds(30);
+  while (SampledTokens(service) < 32 && std::chrono::steady_clock::now() < late) {
+    std::this_thread::sleep_for(milliseconds(2));
+  }
+  const std::shared_ptr<const LayerState> state =
+      (*service.store().Find(session.boot_id(), session.session_id(), "",
+                             std::chrono::steady_clock::now()))
+          ->State(0);
+  ASSERT_NE(state->queries, nullptr);
+  EXPECT_EQ(state->queries->positions().front(), 3000);
+  EXPECT_EQ(state->queries->positions().back(), 4048);
+  EXPECT_EQ(state->queries->positions().size(), 8U);
+}
+
 TEST(IndexBuilderTest, FollowsASequenceThatGrowsForksAndIsCut) {
   Service service(BuildingOptions(1));
   const auto session = OpenBuilding(service, {proto::INDEX_LANDMARK});

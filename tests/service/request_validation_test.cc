@@ -307,6 +307,13 @@ TEST_F(RequestValidationTest, OptionsAndQueries) {
             "FAILED_PRECONDITION options.index");
   EXPECT_EQ(RefusedAttend([](auto& m) { m.mutable_options()->set_exact_top(1 << 17); }),
             invalid + "options.exact_top");
+  EXPECT_EQ(
+      RefusedAttend([](auto& m) { m.mutable_options()->set_vote(static_cast<proto::Vote>(3)); }),
+      invalid + "options.vote");
+  EXPECT_EQ(RefusedAttend([](auto& m) { m.mutable_options()->set_reuse_steps((1 << 20) + 1); }),
+            invalid + "options.reuse_steps");
+  EXPECT_EQ(RefusedAttend([](auto& m) { m.mutable_options()->set_reuse_keep((1 << 20) + 1); }),
+            invalid + "options.reuse_keep");
   EXPECT_EQ(RefusedAttend([](auto& m) { m.mutable_options()->set_beta(-1.0F); }),
             invalid + "options.beta");
   EXPECT_EQ(RefusedAttend([](auto& m) { m.mutable_options()->set_candidates(0); }),

@@ -131,6 +131,18 @@ absl::Status DecoderTest::Prefill(Sequence& sequence, uint64_t tokens) {
     PrefillTensors tensors;
     tensors.keys = device_keys.data;
     tensors.values = device_values.data;
+    const size_t query_row = size_t{shape.query_heads} * shape.key_dim;
+    std::vector<uint16_t> queries;
+    if (!options_.open.build.empty()) {
+      queries.assign(tokens * (query_row + 8), 0x7fff);
+      for (size_t t = 0; t < tokens; t += 32) {
+        const auto row = queries.begin() + static_cast<ptrdiff_t>(t * (query_row + 8));
+        std::generate_n(row, query_row, [this] { return Element(1.0F); });
+      }
+    }
+    const LayerRows device_queries(queries);
+    if (!queries.empty()) tensors.queries = device_queries.data;
+    tensors.query_token_stride = static_cast<int64_t>(query_row) + 8;
     status = decoder_->PrefillLayer(sequence.id, layer, tensors, stream_);
     auto& all_keys = sequence.keys[layer];
     auto& all_values = sequence.values[layer];

@@ -56,7 +56,9 @@ class DecoderTest : public testing::Test {
   /// With options_ and one connection to each of `addresses`.
   void Create(const std::vector<std::string>& addresses);
   Sequence Open();
-  /// The next `tokens` tokens of random rows, through PrefillLayer.
+  /// The next `tokens` tokens of random rows, through PrefillLayer. With options_.open.build
+  /// queries go along, each token's 8 elements apart from the next; all that nobody should read are
+  /// NaN.
   absl::Status Prefill(Sequence& sequence, uint64_t tokens);
   /// One step of random rows and queries of every layer; each head of each output is compared with
   /// attention over the positions that `visible` lets through, up to the query's own. Returns the

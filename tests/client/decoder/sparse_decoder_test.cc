@@ -4,6 +4,9 @@
 
 #include <gtest/gtest.h>
 
+#include <chrono>
+#include <thread>
+
 #include "tests/client/decoder/decoder_fixture.h"
 
 namespace kvseek::test {
@@ -160,6 +163,31 @@ TEST_F(SparseDecoderTest, SeveralTurns) {
     for (int step = 0; step < 20; ++step) {
       ASSERT_LE(Step({&sequence}, 1), kBf16) << "step " << step << step_status_;
     }
+  }
+}
+
+TEST_F(SparseDecoderTest, DaemonsLearnFromThePromptsQueries) {
+  options_.open.build = {IndexKind::kGraph};
+  options_.prefill_chunk_tokens = 250;  // no multiple of 32
+  StartDaemons(2);
+  Create(addresses_);
+  Sequence sequence = Open();
+  // The fixture's queries are NaN but for every 32nd token's: a daemon would refuse any other.
+  const absl::Status status = Prefill(sequence, 9300);
+  ASSERT_TRUE(status.ok()) << status;
+  for (const std::string& address : addresses_) {
+    auto client = KvClient::Connect({.address = address});
+    ASSERT_TRUE(client.ok()) << client.status();
+    uint64_t covered = 0;
+    for (int i = 0; i < 600 && covered == 0; ++i) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+      const auto stats = (*client)->Stats(/*with_sessions=*/true);
+      ASSERT_TRUE(stats.ok()) << stats.status();
+      ASSERT_EQ(stats->sessions.size(), 1U);
+      ASSERT_EQ(stats->sessions[0].built.size(), 1U);
+      covered = stats->sessions[0].built[0].tokens_covered;
+    }
+    EXPECT_GE(covered, 8192U) << "a graph is built from queries or not at all";
   }
 }
 
