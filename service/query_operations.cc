@@ -132,11 +132,11 @@ struct ChosenIndex {
   const index::KeyIndex* index;
 };
 
-/// What answers for one KV head of an item. An index that is not built yet stands back.
-ChosenIndex ChooseIndex(proto::IndexKind wanted, const CheckedItem& item, uint32_t kv_head,
-                        int64_t range) {
+/// What answers for the KV head item.kv_heads[head]. An index that is not built yet stands back.
+ChosenIndex ChooseIndex(const CheckedItem& item, size_t head, int64_t range) {
+  proto::IndexKind wanted = item.settings_of_heads[head].index;
   if (const auto kind = BuiltKindOf(wanted); kind.has_value()) {
-    const index::BuiltIndex* const built = item.layer->Built(kv_head, *kind);
+    const index::BuiltIndex* const built = item.layer->Built(item.kv_heads[head], *kind);
     if (built != nullptr) return {wanted, built};
     wanted = proto::INDEX_AUTO;
   }
@@ -226,9 +226,8 @@ std::string MakeMetadata(const CheckedSearch& search, absl::Span<const Place> pl
       report.mutable_missed_low()->Add(from.missed_low.begin(), from.missed_low.end());
       report.mutable_missed_high()->Add(from.missed_high.begin(), from.missed_high.end());
     }
-    report.set_index(ChooseIndex(search.index, item, item.kv_heads[places[r].head],
-                                 item.ends[places[r].token] - item.begin)
-                         .kind);
+    report.set_index(
+        ChooseIndex(item, places[r].head, item.ends[places[r].token] - item.begin).kind);
     if (search.topk() || search.options.list_read) {
       message.add_position_counts(static_cast<uint32_t>(results[r].positions.size()));
     }
@@ -286,11 +285,12 @@ std::vector<SearchTask> MakeTasks(const CheckedSearch& search) {
         static_cast<size_t>(group) * static_cast<size_t>(settings.kv.key_dim);
     const float* queries = item.queries;
     for (size_t t = 0; t < item.tokens; ++t) {
-      for (const uint32_t head : item.kv_heads) {
-        tasks.push_back({ChooseIndex(search.index, item, head, item.ends[t] - item.begin).index,
-                         item.layer->heads[head].View(),
-                         {queries, group, item.begin, item.ends[t]},
-                         search.options});
+      for (size_t h = 0; h < item.kv_heads.size(); ++h) {
+        SearchTask& task = tasks.emplace_back(
+            ChooseIndex(item, h, item.ends[t] - item.begin).index,
+            item.layer->heads[item.kv_heads[h]].View(),
+            index::SearchQuery{queries, group, item.begin, item.ends[t]}, search.options);
+        task.options.candidates = static_cast<int>(item.settings_of_heads[h].candidates);
         queries += group_elements;
       }
     }

@@ -117,7 +117,7 @@ class RequestHandler::Impl {
   template <typename Message>
   void Search(const CallPtr& call);
   proto::SessionRef MakeRef(const Session& session) const;
-  proto::SessionInfo Describe(const Session& session, TimePoint now) const;
+  proto::SessionInfo Describe(const Session& session, bool with_plan, TimePoint now) const;
   static proto::BuiltIndexInfo DescribeBuilt(const Session& session, proto::IndexKind kind,
                                              index::BuiltKind built);
 
@@ -326,7 +326,8 @@ absl::StatusOr<Response> RequestHandler::Impl::Stats(const proto::StatsRequest& 
   constexpr size_t kTagAndLength = 8;
   size_t bytes = response.ByteSizeLong();
   for (const auto& session : store_.List()) {
-    proto::SessionInfo info = Describe(*session, now);
+    if (message.session_id() != 0 && session->id() != message.session_id()) continue;
+    proto::SessionInfo info = Describe(*session, message.with_plans(), now);
     bytes += info.ByteSizeLong() + kTagAndLength;
     if (bytes > options_.metadata_bytes_max) break;  // as many as an answer can hold
     *response.add_sessions() = std::move(info);
@@ -420,7 +421,8 @@ proto::SessionRef RequestHandler::Impl::MakeRef(const Session& session) const {
   return ref;
 }
 
-proto::SessionInfo RequestHandler::Impl::Describe(const Session& session, TimePoint now) const {
+proto::SessionInfo RequestHandler::Impl::Describe(const Session& session, bool with_plan,
+                                                  TimePoint now) const {
   const SessionSettings& settings = session.settings();
   proto::SessionInfo info;
   *info.mutable_session() = MakeRef(session);
@@ -444,6 +446,12 @@ proto::SessionInfo RequestHandler::Impl::Describe(const Session& session, TimePo
        {proto::INDEX_LANDMARK, proto::INDEX_CLUSTER, proto::INDEX_GRAPH}) {
     const index::BuiltKind built = *BuiltKindOf(kind);
     if (settings.Builds(built)) *info.add_built() = DescribeBuilt(session, kind, built);
+  }
+  info.set_error_target(settings.error_target);
+  if (with_plan && session.plan().exists()) {
+    proto::HeadPlan& plan = *info.mutable_plan() = session.plan().Message();
+    plan.set_scan_bits(info.scan_bits());
+    if (settings.error_target > 0.0F) plan.set_error_target(double{settings.error_target});
   }
   return info;
 }
