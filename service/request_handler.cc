@@ -129,7 +129,7 @@ class RequestHandler::Impl {
   const RequestValidator validator_;
   const TimePoint started_;
   RequestCounters counters_;
-  RequestAudits audits_{options_};
+  RequestAudits audits_{options_, store_.budget()};
   const std::shared_ptr<std::atomic<bool>> stopping_ = std::make_shared<std::atomic<bool>>(false);
 
   std::mutex mutex_;

@@ -413,9 +413,9 @@ absl::Status RequestValidator::CheckOptions(const proto::SearchOptions& message,
   return absl::OkStatus();
 }
 
-HeadSetting RequestValidator::Resolve(HeadSetting asked, const CheckedItem& item, uint32_t layer,
+HeadSetting RequestValidator::Resolve(HeadSetting asked, const CheckedItem& item,
                                       uint32_t kv_head) const {
-  HeadSetting planned = item.session->plan().Get(layer, kv_head);
+  HeadSetting planned = item.session->plan().Get(item.layer_number, kv_head);
   const auto kind = BuiltKindOf(planned.index);
   const bool ready = !kind.has_value() || item.layer->Built(kv_head, *kind) != nullptr;
   // A budget is worth what it is worth with its own index.
@@ -441,6 +441,7 @@ absl::StatusOr<CheckedItem> RequestValidator::CheckItem(const proto::QueryItem& 
 
   CheckedItem item;
   item.layer = (*session)->State(message.layer());
+  item.layer_number = message.layer();
   item.session = *std::move(session);
   item.tokens = message.tokens();
   status = CheckHeads(message, field, item);
@@ -483,8 +484,7 @@ absl::Status RequestValidator::CheckItems(const Message& message, absl::Span<con
                                absl::StrCat("the session of ", field, " was not opened with it"));
     }
     for (const uint32_t head : item->kv_heads) {
-      item->settings_of_heads.push_back(
-          Resolve(search.asked, *item, message.items(i).layer(), head));
+      item->settings_of_heads.push_back(Resolve(search.asked, *item, head));
     }
     if (!search.topk() && !item->held.empty()) {
       return Invalid(field + ".held_counts", "is for top_k only");

@@ -35,6 +35,7 @@ std::optional<index::BuiltKind> BuiltKindOf(proto::IndexKind kind);
 struct CheckedItem {
   std::shared_ptr<Session> session;
   std::shared_ptr<const LayerState> layer;  ///< what is searched; keeps it alive
+  uint32_t layer_number = 0;
   size_t tokens = 0;
   int64_t begin = 0;
   std::vector<int64_t> ends;                   ///< (tokens), each in [begin, layer->tokens]
@@ -124,8 +125,7 @@ class RequestValidator {
       const proto::OpenSessionRequest& message) const;
   absl::Status CheckErrorTarget(float target) const;
   /// How a KV head is searched: as asked, else as planned, else as the daemon does.
-  HeadSetting Resolve(HeadSetting asked, const CheckedItem& item, uint32_t layer,
-                      uint32_t kv_head) const;
+  HeadSetting Resolve(HeadSetting asked, const CheckedItem& item, uint32_t kv_head) const;
   /// Fills search.items, finds their queries in the payload, checks them and converts them.
   template <typename Message>
   absl::Status CheckItems(const Message& message, absl::Span<const uint8_t> payload, TimePoint now,

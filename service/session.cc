@@ -15,10 +15,14 @@ Session::Session(uint64_t id, SessionSettings settings, MemoryBudget::Reservatio
     : id_(id),
       settings_(std::move(settings)),
       memory_(std::move(memory)),
-      plan_(start.plan != nullptr ? SessionPlan(*start.plan)
-                                  : SessionPlan(settings_.layers, settings_.kv_heads,
+      plan_(start.plan != nullptr
+                ? std::make_shared<SessionPlan>(*start.plan)
+                : std::make_shared<SessionPlan>(settings_.layers, settings_.kv_heads,
                                                 settings_.plan, settings_.error_target > 0.0F)),
       last_used_(now) {
+  if (settings_.error_target > 0.0F) {
+    planner_ = std::make_shared<LivePlanner>(plan_, settings_.error_target, settings_.build);
+  }
   layers_.reserve(start.layers.size());
   for (const auto& state : start.layers) layers_.push_back(std::make_unique<LayerCache>(state));
 }

@@ -15,6 +15,7 @@
 #include "absl/status/statusor.h"
 #include "index/segment.h"
 #include "service/layer_cache.h"
+#include "service/live_planner.h"
 #include "service/memory_budget.h"
 #include "service/session_plan.h"
 
@@ -61,8 +62,9 @@ class Session {
   uint64_t id() const { return id_; }
   const SessionSettings& settings() const { return settings_; }
 
-  SessionPlan& plan() { return plan_; }
-  const SessionPlan& plan() const { return plan_; }
+  const SessionPlan& plan() const { return *plan_; }
+  /// Null without an error_target. Holds no reference to the session.
+  const std::shared_ptr<LivePlanner>& planner() const { return planner_; }
 
   /// A consistent look at one layer. REQUIRES: layer < settings().layers, also below.
   std::shared_ptr<const LayerState> State(uint32_t layer) const { return layers_[layer]->State(); }
@@ -100,7 +102,8 @@ class Session {
   const uint64_t id_;
   const SessionSettings settings_;
   const MemoryBudget::Reservation memory_;
-  SessionPlan plan_;
+  const std::shared_ptr<SessionPlan> plan_;
+  std::shared_ptr<LivePlanner> planner_;
   std::shared_mutex shorten_mutex_;  ///< shared by appends, exclusive for Truncate
   std::vector<std::unique_ptr<LayerCache>> layers_;
   std::atomic<TimePoint> last_used_;
