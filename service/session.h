@@ -32,8 +32,8 @@ struct SessionSettings {
   std::string name;
   std::chrono::milliseconds lease{0};
   uint32_t build = 0;  ///< a bit for each BuiltKind that is to be built in the background
-  std::shared_ptr<const proto::HeadPlan> plan;  ///< checked; null: none
-  float error_target = 0.0F;                    ///< 0: audits change no plan
+  std::shared_ptr<const proto::HeadPlan> plan{};  ///< checked; null: none
+  float error_target = 0.0F;                      ///< 0: audits change no plan
 
   int Group() const { return static_cast<int>(query_heads / kv_heads); }
   bool Builds(index::BuiltKind kind) const {

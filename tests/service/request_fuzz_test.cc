@@ -52,6 +52,7 @@ DaemonOptions SmallDaemon() {
   options.queue_limit = 64;
   options.payload_bytes_max = 8U << 20;
   options.build_from_tokens = 1024;
+  options.audit_share = 0.5;
   return options;
 }
 
