@@ -413,14 +413,19 @@ absl::Status RequestValidator::CheckOptions(const proto::SearchOptions& message,
   return absl::OkStatus();
 }
 
-HeadSetting RequestValidator::Resolve(HeadSetting asked, const CheckedItem& item,
+HeadSetting RequestValidator::Resolve(const CheckedSearch& search, const CheckedItem& item,
                                       uint32_t kv_head) const {
+  const HeadSetting asked = search.asked;
   HeadSetting planned = item.session->plan().Get(item.layer_number, kv_head);
   const auto kind = BuiltKindOf(planned.index);
   const bool ready = !kind.has_value() || item.layer->Built(kv_head, *kind) != nullptr;
   // A budget is worth what it is worth with its own index.
   if (!ready || (asked.index != proto::INDEX_AUTO && asked.index != planned.index)) {
     planned = {asked.index, 0};
+  }
+  // It was planned for Attend; whoever asks for k keys gets so many.
+  if (planned.candidates > 0 && search.topk()) {
+    planned.candidates = std::max(planned.candidates, static_cast<uint32_t>(search.options.k));
   }
   if (asked.candidates > 0) planned.candidates = asked.candidates;
   if (planned.candidates == 0) planned.candidates = options_.candidates;
@@ -484,7 +489,7 @@ absl::Status RequestValidator::CheckItems(const Message& message, absl::Span<con
                                absl::StrCat("the session of ", field, " was not opened with it"));
     }
     for (const uint32_t head : item->kv_heads) {
-      item->settings_of_heads.push_back(Resolve(search.asked, *item, head));
+      item->settings_of_heads.push_back(Resolve(search, *item, head));
     }
     if (!search.topk() && !item->held.empty()) {
       return Invalid(field + ".held_counts", "is for top_k only");

@@ -125,7 +125,7 @@ class RequestValidator {
       const proto::OpenSessionRequest& message) const;
   absl::Status CheckErrorTarget(float target) const;
   /// How a KV head is searched: as asked, else as planned, else as the daemon does.
-  HeadSetting Resolve(HeadSetting asked, const CheckedItem& item, uint32_t kv_head) const;
+  HeadSetting Resolve(const CheckedSearch& search, const CheckedItem& item, uint32_t kv_head) const;
   /// Fills search.items, finds their queries in the payload, checks them and converts them.
   template <typename Message>
   absl::Status CheckItems(const Message& message, absl::Span<const uint8_t> payload, TimePoint now,

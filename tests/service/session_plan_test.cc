@@ -240,6 +240,18 @@ TEST(SessionPlanTest, IndexesThatItNamesAreBuiltAndStandBackUntilThen) {
     index = Ask(service, session, 0).message.reports(0).index();
   }
   EXPECT_EQ(index, proto::INDEX_LANDMARK);
+  proto::TopKRequest request;
+  proto::QueryItem& item = *request.add_items();
+  *item.mutable_session() = session;
+  item.set_tokens(1);
+  item.add_range_end(2048);  // what the index covers
+  request.set_query_dtype(proto::DTYPE_FP32);
+  request.set_k(300);  // more than the planned candidates
+  const auto answer =
+      service.Call(request, Tensors().Add(reference::RandomFloats(9, 6 * 16, 1.5F)));
+  ASSERT_TRUE(answer.ok()) << answer.status;
+  EXPECT_EQ(answer.message.reports(0).index(), proto::INDEX_LANDMARK);
+  EXPECT_EQ(answer.message.position_counts(0), 300U);
 }
 
 TEST(SessionPlanTest, RefusalsNameTheField) {
