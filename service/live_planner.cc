@@ -22,6 +22,7 @@ std::vector<int> Budgets(int64_t range) {
 
 std::vector<index::PlanCurve> Curves(const std::vector<proto::IndexKind>& kinds, int64_t range) {
   std::vector<index::PlanCurve> curves;
+  curves.reserve(kinds.size());
   for (const proto::IndexKind kind : kinds) {
     curves.push_back({proto::kIndexNames[static_cast<size_t>(kind)], Budgets(range)});
   }
