@@ -353,7 +353,8 @@ Json RunSparse(const Options& options, const Case& run, uint32_t layers, cudaStr
                     .key_dim = model.head_dim,
                     .value_dim = model.head_dim};
   decoding.sequences_max = run.batch;
-  decoding.head_modes.assign(layers * model.kv_heads, ModeOf(run.attention));
+  decoding.plan = PlanOfModes(
+      model.kv_heads, std::vector<HeadMode>(layers * model.kv_heads, ModeOf(run.attention)));
   decoding.rows = run.attention == "state" ? 0 : options.rows;
   decoding.cache_rows = 2 * options.rows;
   decoding.layer_deadline = std::chrono::seconds(30);

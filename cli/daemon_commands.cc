@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
@@ -15,6 +16,7 @@
 #include "cli/connect.h"
 #include "cli/percentile.h"
 #include "cli/table.h"
+#include "client/head_plan.h"
 
 namespace kvseek::cli {
 namespace {
@@ -26,6 +28,7 @@ struct DaemonFlags {
   ConnectFlags connect;
   std::string format = "text";
   int count = 1000;
+  std::string plan_of;  ///< a session's id, as listed
 
   bool AsJson() const { return format == "json"; }
 };
@@ -89,7 +92,8 @@ Json SessionJson(const SessionStats& session) {
           {"bytes", session.bytes},
           {"idle_ms", session.idle.count()},
           {"lease_ms", session.lease.count()},
-          {"scan_bits", session.scan_bits}};
+          {"scan_bits", session.scan_bits},
+          {"error_target", session.error_target}};
 }
 
 void PrintStats(const std::string& address, const DaemonStats& stats) {
@@ -138,9 +142,24 @@ std::string TokensText(const std::vector<uint64_t>& tokens) {
   return *least == *most ? absl::StrCat(*most) : absl::StrCat(*least, "..", *most);
 }
 
+/// The file of `kvseek plan`, whatever the format.
+absl::Status PrintPlan(KvClient& client, const std::string& id) {
+  Session session{.boot_id = client.info().boot_id};
+  if (!absl::SimpleHexAtoi(id, &session.session_id) || session.session_id == 0) {
+    return absl::InvalidArgumentError(absl::StrCat("--plan: \"", id, "\" is no session's id"));
+  }
+  const absl::StatusOr<HeadPlan> plan = client.PlanOf(session);
+  if (!plan.ok()) return plan.status();
+  const absl::StatusOr<std::string> text = FormatHeadPlan(*plan);
+  if (!text.ok()) return text.status();
+  std::cout << *text;
+  return absl::OkStatus();
+}
+
 absl::Status RunSessions(const DaemonFlags& flags) {
   const absl::StatusOr<std::unique_ptr<KvClient>> client = Connect(flags.connect);
   if (!client.ok()) return client.status();
+  if (!flags.plan_of.empty()) return PrintPlan(**client, flags.plan_of);
   const absl::StatusOr<DaemonStats> stats = (*client)->Stats(/*with_sessions=*/true);
   if (!stats.ok()) return stats.status();
   if (flags.AsJson()) {
@@ -195,11 +214,16 @@ void AddDaemonCommands(CLI::App& program, Action& action) {
       "Counters count since the daemon's start; docs/operations.md explains each.\n\nExample:\n"
       "  kvseek stats --via tcp://127.0.0.1:7400 --format json",
       RunStats, std::make_shared<DaemonFlags>());
+  auto sessions = std::make_shared<DaemonFlags>();
   AddCommand(program, action, "sessions", "List a daemon's open sessions",
              "Memory counts segments that a fork shares in each session that holds them. An idle "
-             "session is\nclosed when its lease has run out.\n\nExample:\n"
-             "  kvseek sessions --via unix:/run/kvseek.sock",
-             RunSessions, std::make_shared<DaemonFlags>());
+             "session is\nclosed when its lease has run out.\n\nExamples:\n"
+             "  kvseek sessions --via unix:/run/kvseek.sock\n"
+             "  kvseek sessions --via unix:/run/kvseek.sock --plan 0000000000000001 > plan.json",
+             RunSessions, sessions)
+      ->add_option(
+          "--plan", sessions->plan_of,
+          "Print this session's head plan instead, as it is now (the JSON of kvseek plan)");
 }
 
 }  // namespace kvseek::cli

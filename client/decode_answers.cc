@@ -8,10 +8,13 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/types/span.h"
+#include "client/head_plan_message.h"
 #include "client/shape_checks.h"
 #include "google/protobuf/arena.h"
 #include "kernels/cpu/convert.h"
+#include "proto/head_plan_file.h"
 #include "proto/kvseek.pb.h"
+#include "proto/status_code.h"
 
 namespace kvseek::client {
 namespace {
@@ -395,11 +398,28 @@ absl::StatusOr<DaemonStats> DecodeStats(const Answer& answer) {
     to.idle = ToMilliseconds(from.idle_ms());
     to.lease = ToMilliseconds(from.lease_ms());
     to.scan_bits = from.scan_bits();
+    to.error_target = from.error_target();
     for (const proto::BuiltIndexInfo& built : from.built()) {
       to.built.push_back({ToIndexKind(built.index()), built.tokens_covered(), built.bytes()});
     }
   }
   return stats;
+}
+
+absl::StatusOr<HeadPlan> DecodePlanOf(const Session& session, const Answer& answer) {
+  const auto message = Parse<proto::StatsResponse>(answer);
+  if (!message.ok()) return message.status();
+  for (const proto::SessionInfo& info : message->sessions()) {
+    if (info.session().boot_id() != session.boot_id ||
+        info.session().session_id() != session.session_id) {
+      continue;
+    }
+    if (!info.has_plan()) return HeadPlan();
+    if (!proto::CheckHeadPlan(info.plan()).ok()) return Malformed("plan");
+    return FromMessage(info.plan());
+  }
+  return proto::FieldError(absl::StatusCode::kNotFound, "session",
+                           "the daemon lists no such session");
 }
 
 absl::Status DecodeHealth(const Answer& answer) {

@@ -43,6 +43,7 @@ absl::StatusOr<Session> DecodeFork(const ModelShape& shape, const Answer& answer
 absl::Status DecodeTruncate(const Answer& answer);
 absl::Status DecodeClose(const Answer& answer);
 absl::StatusOr<DaemonStats> DecodeStats(const Answer& answer);
+absl::StatusOr<HeadPlan> DecodePlanOf(const Session& session, const Answer& answer);
 absl::Status DecodeHealth(const Answer& answer);
 
 }  // namespace kvseek::client

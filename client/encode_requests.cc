@@ -6,7 +6,9 @@
 #include <numeric>
 
 #include "absl/strings/str_cat.h"
+#include "client/head_plan_message.h"
 #include "client/shape_checks.h"
+#include "proto/head_plan_file.h"
 #include "proto/kvseek.pb.h"
 #include "proto/status_code.h"
 
@@ -207,6 +209,13 @@ absl::StatusOr<Message> EncodeOpen(const ModelShape& shape, const OpenOptions& o
   for (const IndexKind kind : options.build) {
     request.add_build(static_cast<proto::IndexKind>(kind));
   }
+  if (options.plan.has_value()) {
+    *request.mutable_plan() = ToMessage(*options.plan);
+    absl::Status good = proto::CheckHeadPlan(request.plan(), "plan.");
+    good.Update(proto::CheckHeadPlanFits(request.plan(), shape.layers, shape.kv_heads, "plan."));
+    if (!good.ok()) return good;
+  }
+  request.set_error_target(options.error_target);
   return Serialise(Op::kOpenSession, request);
 }
 
@@ -318,6 +327,14 @@ Message EncodeClose(const Session& session) {
 Message EncodeStats(bool with_sessions) {
   proto::StatsRequest request;
   request.set_with_sessions(with_sessions);
+  return Serialise(Op::kStats, request);
+}
+
+Message EncodePlanOf(const Session& session) {
+  proto::StatsRequest request;
+  request.set_with_sessions(true);
+  request.set_with_plans(true);
+  request.set_session_id(session.session_id);
   return Serialise(Op::kStats, request);
 }
 

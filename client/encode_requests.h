@@ -28,6 +28,7 @@ absl::StatusOr<Message> EncodeFork(const Session& session, std::optional<uint64_
 Message EncodeTruncate(const Session& session, uint64_t tokens);
 Message EncodeClose(const Session& session);
 Message EncodeStats(bool with_sessions);
+Message EncodePlanOf(const Session& session);
 Message EncodeHealth();
 
 }  // namespace kvseek::client

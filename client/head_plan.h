@@ -1,14 +1,14 @@
 // A plan says for each (layer, KV head) of a model how it is best asked: `kvseek plan` writes it
-// from recorded queries, a decoder reads it.
+// from recorded queries, a daemon from its audits (KvClient::PlanOf), and both ends read it.
 //
 //   auto plan = kvseek::ReadHeadPlan("plan.json");
-//   auto modes = kvseek::HeadModesOf(*plan, shape.layers, shape.kv_heads);
-//   options.head_modes = *modes;  // DecoderOptions
+//   options.plan = *plan;  // DecoderOptions, or OpenOptions of a session
 //
-// The file is JSON (docs/planning.md), with a version. Heads that it does not name are asked as if
-// there were no plan. Errors: invalid_argument naming the field, e.g. "heads[3].mode"; not_found
-// for a file that is not there, unavailable for one that cannot be written. All functions are
-// thread-safe.
+// A session that is opened with a plan answers each KV head with its index and candidates where a
+// request does not say; mode and k are what a SparseDecoder asks for. The file is JSON
+// (docs/planning.md), with a version. Heads that a plan does not name are asked as if there were
+// none. Errors: invalid_argument naming the field, e.g. "heads[3].mode"; not_found for a file that
+// is not there, unavailable for one that cannot be written. All functions are thread-safe.
 #ifndef KVSEEK_CLIENT_HEAD_PLAN_H_
 #define KVSEEK_CLIENT_HEAD_PLAN_H_
 
@@ -50,9 +50,14 @@ absl::StatusOr<HeadPlan> ReadHeadPlan(const std::string& path);
 absl::StatusOr<std::string> FormatHeadPlan(const HeadPlan& plan);
 absl::Status WriteHeadPlan(const HeadPlan& plan, const std::string& path);
 
-/// (layers, kv_heads): DecoderOptions::head_modes. Refuses a plan for heads that are not there.
+/// A plan that says the mode of each head, (layers, kv_heads), and nothing else.
+HeadPlan PlanOfModes(uint32_t kv_heads, const std::vector<HeadMode>& modes);
+/// (layers, kv_heads): the modes, kAuto of heads that the plan does not name; and k, or `rows`
+/// where it is 0. Both refuse a plan for heads that are not there.
 absl::StatusOr<std::vector<HeadMode>> HeadModesOf(const HeadPlan& plan, uint32_t layers,
                                                   uint32_t kv_heads);
+absl::StatusOr<std::vector<uint32_t>> HeadRowsOf(const HeadPlan& plan, uint32_t layers,
+                                                 uint32_t kv_heads, uint32_t rows);
 
 }  // namespace kvseek
 

@@ -136,6 +136,12 @@ absl::StatusOr<DaemonStats> KvClient::Stats(bool with_sessions, const CallOption
   return impl_->Run<DaemonStats>(client::EncodeStats(with_sessions), call, client::DecodeStats);
 }
 
+absl::StatusOr<HeadPlan> KvClient::PlanOf(const Session& session, const CallOptions& call) {
+  return impl_->Run<HeadPlan>(client::EncodePlanOf(session), call, [session](const Answer& answer) {
+    return client::DecodePlanOf(session, answer);
+  });
+}
+
 absl::Status KvClient::Health(const CallOptions& call) {
   return impl_->RunEmpty(client::EncodeHealth(), call, client::DecodeHealth);
 }

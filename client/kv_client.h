@@ -40,6 +40,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
+#include "client/head_plan.h"
 #include "kernels/dtype.h"
 
 namespace kvseek {
@@ -107,9 +108,18 @@ struct OpenOptions {
   uint64_t tokens_expected = 0;        ///< refuse now if there is no memory for so many
   std::string name{};                  ///< for listings
   std::vector<IndexKind> build{};      ///< kLandmark, kCluster, kGraph: built in the background
+  /// Index and candidates of each KV head where a request does not say. Indexes that it names are
+  /// built; its scan_bits, unless 0, are the session's. None: the daemon's plan, if it has one; an
+  /// empty one: no plan.
+  std::optional<HeadPlan> plan{};
+  /// The daemon's audits look for the cheapest setting of each KV head whose mean output error is
+  /// at most this, and change the session's plan as they find it; 0: the daemon's default.
+  float error_target = 0.0F;
 };
 
-/// How an answer is found; unset fields take the daemon's defaults. See index/key_index.h.
+/// How an answer is found; unset fields (kAuto counts as unset) take the session's plan for the KV
+/// head, else the daemon's defaults. To name an index that is not the plan's leaves the plan aside.
+/// See index/key_index.h.
 struct SearchOptions {
   IndexKind index = IndexKind::kAuto;
   std::optional<uint32_t> candidates{};
@@ -245,6 +255,7 @@ struct SessionStats {
   std::chrono::milliseconds lease{0};
   uint32_t scan_bits = 0;
   std::vector<BuiltIndexStats> built;
+  float error_target = 0.0F;  ///< OpenOptions::error_target; 0: audits change nothing
 };
 
 struct DaemonStats {
@@ -322,6 +333,9 @@ class KvClient {
   absl::Status Truncate(const Session& session, uint64_t tokens, const CallOptions& call = {});
   absl::Status Close(const Session& session, const CallOptions& call = {});
   absl::StatusOr<DaemonStats> Stats(bool with_sessions, const CallOptions& call = {});
+  /// The session's plan as it is now, with what audits have changed; empty if it has none. Does not
+  /// renew the lease. not_found naming "session".
+  absl::StatusOr<HeadPlan> PlanOf(const Session& session, const CallOptions& call = {});
   /// A round trip that does nothing; an error if the daemon does not serve.
   absl::Status Health(const CallOptions& call = {});
 

@@ -161,7 +161,9 @@ absl::StatusOr<SequenceId> SparseDecoder::Impl::Open() {
   const std::vector<DaemonShare>& shares = step_.shares();
   sequence->store = std::make_shared<FarStore>(shares.size());
   for (size_t d = 0; d < shares.size(); ++d) {
-    auto session = shares[d].tokens->Open(client::ShapeOfShare(shape, shares[d]), options_.open);
+    OpenOptions open = options_.open;
+    open.plan = client::PlanOfShare(options_.plan, shares[d]);
+    auto session = shares[d].tokens->Open(client::ShapeOfShare(shape, shares[d]), open);
     if (!session.ok()) {
       while (d-- > 0) shares[d].tokens->Close(sequence->store->sessions[d]).IgnoreError();
       return session.status();

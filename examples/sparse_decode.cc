@@ -25,7 +25,8 @@ double Decode(const std::string& address, IndexKind index, HeadMode mode, cudaSt
   DecoderOptions options;
   options.shape = {.layers = 2, .kv_heads = 8, .query_heads = 32};
   options.search.index = index;
-  options.head_modes.assign(size_t{options.shape.layers} * options.shape.kv_heads, mode);
+  const size_t heads = size_t{options.shape.layers} * options.shape.kv_heads;
+  options.plan = PlanOfModes(options.shape.kv_heads, std::vector<HeadMode>(heads, mode));
   options.fallback = Fallback::kError;
   options.layer_deadline = std::chrono::seconds(5);
   ClientOptions daemon;

@@ -1,8 +1,8 @@
 // Picks index and budget of one head: the cheapest that meets an error target, from audits.
 //
 // An audit is a request that was also answered exactly (search_audit.h), and again with the
-// settings that the planner asks for. `kvseek plan` feeds it a trace's prefill queries; a daemon
-// would feed it a small share of its traffic.
+// settings that the planner asks for. `kvseek plan` feeds it a trace's prefill queries, a daemon a
+// small share of its traffic (service/live_planner.h).
 //
 // Settings form curves: one index with growing budgets (`candidates`), whose cost grows and whose
 // mean error falls. The exact index needs no curve; what it costs is known from every audit.

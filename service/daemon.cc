@@ -12,6 +12,7 @@
 
 #include "absl/base/thread_annotations.h"
 #include "kernels/cpu/simd_level.h"
+#include "proto/head_plan_file.h"
 #include "proto/status_code.h"
 #include "service/compute_pool.h"
 #include "service/index_builder.h"
@@ -42,6 +43,10 @@ absl::Status CheckOptions(const DaemonOptions& options) {
   status.Update(check(options.scan_bits == 1 || options.scan_bits == 2, "scan_bits", "1 or 2"));
   status.Update(
       check(options.audit_share >= 0.0 && options.audit_share <= 1.0, "audit_share", "0 to 1"));
+  if (options.plan != nullptr) status.Update(proto::CheckHeadPlan(*options.plan, "plan."));
+  status.Update(check(
+      options.error_target == 0.0F || (options.error_target > 0.0F && options.audit_share > 0.0),
+      "error_target", "must be 0, or more where there are audits (audit_share)"));
   status.Update(check(options.lease_default.count() > 0, "lease_default", "must be positive"));
   status.Update(check(options.frame_timeout.count() > 0, "frame_timeout", "must be positive"));
   status.Update(check(options.hello_timeout.count() > 0, "hello_timeout", "must be positive"));

@@ -16,6 +16,7 @@
 #include <string>
 
 #include "kernels/cpu/simd_level.h"
+#include "proto/head_plan_file.h"
 #include "service/daemon.h"
 
 namespace {
@@ -29,6 +30,7 @@ struct Arguments {
   uint32_t io_spin_us = 0;
   uint32_t worker_spin_us = 0;
   std::string token_file;
+  std::string plan_file;
   std::string log_level = "info";
   bool print_ready = false;
 };
@@ -74,6 +76,16 @@ void Declare(CLI::App& app, Arguments& arguments) {
   app.add_option("--audit-share", options.audit_share,
                  "Share of Attend requests that are also answered exactly where a core is idle")
       ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
+  app.add_option(
+         "--plan", arguments.plan_file,
+         "File of `kvseek plan`: index and candidates of each KV head, for sessions that are "
+         "opened without a plan and that it fits")
+      ->check(CLI::ExistingFile);
+  app.add_option("--error-target", options.error_target,
+                 "Mean output error that audits plan KV heads for, in sessions that name none; 0: "
+                 "they plan nothing; needs --audit-share")
+      ->check(CLI::Range(0.0F, 10.0F))
       ->capture_default_str();
   app.add_option("--queue-limit", options.queue_limit,
                  "Requests waiting or under way; more are refused")
@@ -140,6 +152,14 @@ int main(int argc, char** argv) {
   if (!arguments.token_file.empty() && !ReadToken(arguments.token_file, arguments.options.token)) {
     spdlog::error("no token in {}", arguments.token_file);
     return kBadUsage;
+  }
+  if (!arguments.plan_file.empty()) {
+    auto plan = kvseek::proto::ReadHeadPlan(arguments.plan_file);
+    if (!plan.ok()) {
+      spdlog::error("--plan: {}", std::string(plan.status().message()));
+      return kBadUsage;
+    }
+    arguments.options.plan = std::make_shared<const kvseek::proto::HeadPlan>(*std::move(plan));
   }
   if (!kvseek::kernels::ApplySimdLevelFromEnvironment()) {
     spdlog::error("KVSEEK_SIMD names no level that this machine has");

@@ -5,8 +5,13 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
+
+namespace kvseek::proto {
+class HeadPlan;
+}
 
 namespace kvseek::service {
 
@@ -59,6 +64,10 @@ struct DaemonOptions {
   // ---- audits (service/request_audits.h)
   double audit_share = 0.0;     ///< of Attend requests also answered exactly, 0..1; 0: none
   size_t audit_queue_max = 16;  ///< waiting for one; more are dropped
+
+  // ---- plans of sessions that are opened without one (service/session_plan.h)
+  std::shared_ptr<const proto::HeadPlan> plan;  ///< of those that it fits; null: none
+  float error_target = 0.0F;  ///< audits change plans to meet it; needs audit_share; 0: they do not
 
   // ---- defaults of searches (index/key_index.h)
   uint32_t scan_bits = 2;

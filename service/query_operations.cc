@@ -21,6 +21,8 @@ using index::SearchResult;
 
 /// Bytes that are worth the hand-over to another worker.
 constexpr size_t kBytesPerPart = size_t{256} << 10;
+/// Keys to be remembered for each candidate, if a request does not say how many.
+constexpr int kKeepFactor = 3;
 
 /// A payload laid out part by part, then allocated with zeros between the parts.
 class PayloadBuilder {
@@ -128,25 +130,6 @@ size_t MetadataBytes(const CheckedSearch& search, const CheckedItem& item) {
   return kNumbers + (search.options.audit_samples > 0 ? 3 : 1) * group_floats;
 }
 
-struct ChosenIndex {
-  proto::IndexKind kind;
-  const index::KeyIndex* index;
-};
-
-/// What answers for one KV head of an item. An index that is not built yet stands back.
-ChosenIndex ChooseIndex(proto::IndexKind wanted, const CheckedItem& item, uint32_t kv_head,
-                        int64_t range) {
-  if (const auto kind = BuiltKindOf(wanted); kind.has_value()) {
-    const index::BuiltIndex* const built = item.layer->Built(kv_head, *kind);
-    if (built != nullptr) return {wanted, built};
-    wanted = proto::INDEX_AUTO;
-  }
-  const bool exact = wanted == proto::INDEX_EXACT ||
-                     (wanted == proto::INDEX_AUTO && range < index::kExactBelowTokens);
-  if (exact) return {proto::INDEX_EXACT, &index::ExactIndex()};
-  return {proto::INDEX_LADDER, &index::LadderIndex()};
-}
-
 absl::Status TooLarge(absl::string_view field, absl::string_view what, size_t bytes, size_t limit) {
   return proto::FieldError(
       absl::StatusCode::kResourceExhausted, field,
@@ -228,9 +211,7 @@ std::string MakeMetadata(const CheckedSearch& search, absl::Span<const Place> pl
       report.mutable_missed_low()->Add(from.missed_low.begin(), from.missed_low.end());
       report.mutable_missed_high()->Add(from.missed_high.begin(), from.missed_high.end());
     }
-    report.set_index(ChooseIndex(search.index, item, item.kv_heads[places[r].head],
-                                 item.ends[places[r].token] - item.begin)
-                         .kind);
+    report.set_index(ChooseIndex(item, places[r].head, item.ends[places[r].token] - item.begin));
     if (search.topk() || search.options.list_read) {
       message.add_position_counts(static_cast<uint32_t>(results[r].positions.size()));
     }
@@ -279,6 +260,20 @@ std::vector<std::vector<int64_t>> NotHeld(const CheckedSearch& search,
 
 }  // namespace
 
+proto::IndexKind ChooseIndex(const CheckedItem& item, size_t head, int64_t range) {
+  const proto::IndexKind wanted = item.settings_of_heads[head].index;
+  const bool named =
+      wanted != proto::INDEX_AUTO && FindIndex(*item.layer, item.kv_heads[head], wanted) != nullptr;
+  if (named) return wanted;
+  return range < index::kExactBelowTokens ? proto::INDEX_EXACT : proto::INDEX_LADDER;
+}
+
+const index::KeyIndex* FindIndex(const LayerState& layer, size_t kv_head, proto::IndexKind kind) {
+  if (kind == proto::INDEX_EXACT) return &index::ExactIndex();
+  if (kind == proto::INDEX_LADDER) return &index::LadderIndex();
+  return layer.Built(kv_head, *BuiltKindOf(kind));
+}
+
 std::vector<SearchTask> MakeTasks(const CheckedSearch& search) {
   std::vector<SearchTask> tasks;
   for (const CheckedItem& item : search.items) {
@@ -288,11 +283,13 @@ std::vector<SearchTask> MakeTasks(const CheckedSearch& search) {
         static_cast<size_t>(group) * static_cast<size_t>(settings.kv.key_dim);
     const float* queries = item.queries;
     for (size_t t = 0; t < item.tokens; ++t) {
-      for (const uint32_t head : item.kv_heads) {
-        tasks.push_back({ChooseIndex(search.index, item, head, item.ends[t] - item.begin).index,
-                         item.layer->heads[head].View(),
-                         {queries, group, item.begin, item.ends[t]},
-                         search.options});
+      for (size_t h = 0; h < item.kv_heads.size(); ++h) {
+        SearchTask& task = tasks.emplace_back(
+            FindIndex(*item.layer, item.kv_heads[h],
+                      ChooseIndex(item, h, item.ends[t] - item.begin)),
+            item.layer->heads[item.kv_heads[h]].View(),
+            index::SearchQuery{queries, group, item.begin, item.ends[t]}, search.options);
+        task.options.candidates = static_cast<int>(item.settings_of_heads[h].candidates);
         queries += group_elements;
       }
     }
@@ -312,7 +309,10 @@ void AddReuse(const CheckedSearch& search, MemoryBudget& budget, std::vector<Sea
     for (const uint32_t head : item.kv_heads) {
       task->last = memory.NextStep(head, search.reuse.every, *task->index, task->view);
       task->reuse = search.reuse;
-      task->options.keep = search.reuse.keep;
+      if (task->reuse.keep == 0) {
+        task->reuse.keep = std::min(kKeepFactor * task->options.candidates, index::kMaxKeep);
+      }
+      task->options.keep = task->reuse.keep;
       task->remember = [&memory, &budget, head, index = task->index, view = task->view](auto last) {
         memory.Remember(head, *index, view, std::move(last), budget);
       };

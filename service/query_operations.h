@@ -21,6 +21,12 @@
 
 namespace kvseek::service {
 
+/// Which index answers for the KV head item.kv_heads[head] over a range of so many keys; one that
+/// is not built yet stands back.
+proto::IndexKind ChooseIndex(const CheckedItem& item, size_t head, int64_t range);
+/// It. Null: not built. REQUIRES: not INDEX_AUTO.
+const index::KeyIndex* FindIndex(const LayerState& layer, size_t kv_head, proto::IndexKind kind);
+
 /// Searches of all items, in the order of results: (item, token, KV head). They point into
 /// `search`, which must outlive them.
 std::vector<SearchTask> MakeTasks(const CheckedSearch& search);

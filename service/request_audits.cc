@@ -14,8 +14,9 @@
 namespace kvseek::service {
 namespace {
 
-// An audit holds a score for each query head and key: 128 MiB.
+// An audit holds a score for each query head and key, 128 MiB, and a search about as much.
 constexpr int64_t kScoresMax = int64_t{1} << 25;
+constexpr uint64_t kBytesPerScore = 2 * sizeof(float);
 // Below this the ratio of the estimated to the true missed mass says nothing.
 constexpr double kMissedMin = 1e-3;
 
@@ -34,8 +35,9 @@ void AuditHistogram::AddTo(const std::string& name, std::map<std::string, uint64
   }
 }
 
-RequestAudits::RequestAudits(const DaemonOptions& options)
-    : share_(options.audit_share),
+RequestAudits::RequestAudits(const DaemonOptions& options, MemoryBudget& budget)
+    : budget_(budget),
+      share_(options.audit_share),
       queue_max_(options.audit_queue_max),
       draws_(std::random_device{}()),
       error_({0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0}),
@@ -61,26 +63,36 @@ uint64_t RequestAudits::Draw(uint64_t bound) {
 }
 
 void RequestAudits::Offer(const CheckedSearch& search) {
-  if (share_ <= 0.0 || search.topk()) return;
+  if (share_ <= 0.0) return;
   constexpr uint64_t kGrain = uint64_t{1} << 32;
   if (static_cast<double>(Draw(kGrain)) >= share_ * static_cast<double>(kGrain)) return;
   const std::vector<SearchTask> tasks = MakeTasks(search);
   if (tasks.empty()) return;
   const size_t chosen = Draw(tasks.size());
   const SearchTask& task = tasks[chosen];
-  if (task.index == &index::ExactIndex()) return;
-  size_t results = 0;
-  size_t item = 0;
-  while (results + search.items[item].Results() <= chosen)
-    results += search.items[item++].Results();
-  const int64_t scores = (task.query.end - task.query.begin) * task.query.group;
+  size_t place = chosen;
+  size_t i = 0;
+  while (place >= search.items[i].Results()) place -= search.items[i++].Results();
+  const CheckedItem& item = search.items[i];
+  const size_t head = place % item.kv_heads.size();
+  const bool counts = !search.topk() && task.index != &index::ExactIndex();
+  if (!counts && item.session->planner() == nullptr) return;
+
   auto taken = std::make_unique<Taken>();
-  taken->layer = search.items[item].layer;
-  taken->task = task;
+  taken->session = item.session;
+  taken->layer = item.layer_number;
+  taken->kv_head = item.kv_heads[head];
+  taken->index = ChooseIndex(item, head, task.query.end - task.query.begin);
+  taken->counts = counts;
   taken->queries.assign(
       task.query.queries,
       task.query.queries + static_cast<ptrdiff_t>(task.query.group) * task.view.shape.key_dim);
-  taken->task.query.queries = taken->queries.data();
+  taken->query = task.query;
+  taken->query.queries = taken->queries.data();
+  taken->options = task.options;
+  taken->options.k = -1;
+  taken->options.stop_at = index::SearchOptions().stop_at;  // it has passed
+  const int64_t scores = (task.query.end - task.query.begin) * task.query.group;
   {
     // The other thread may be off its core while it holds the lock: nobody waits for it.
     const std::unique_lock lock(mutex_, std::try_to_lock);
@@ -97,7 +109,6 @@ void RequestAudits::Work() {
   // Without it the audits would be paid for by the answers.
   const sched_param idle{};
   pthread_setschedparam(pthread_self(), SCHED_IDLE, &idle);
-  index::Scratch scratch;
   std::unique_lock lock(mutex_);
   while (true) {
     while (!stop_ && queue_.empty()) wake_.wait(lock);
@@ -105,21 +116,48 @@ void RequestAudits::Work() {
     const std::unique_ptr<const Taken> taken = std::move(queue_.front());
     queue_.pop_front();
     lock.unlock();
+    bool done = false;
     try {
-      Audit(*taken, scratch);
+      done = Audit(*taken);
     } catch (...) {  // no memory
-      dropped_.fetch_add(1, std::memory_order_relaxed);
     }
+    (done ? audits_ : dropped_).fetch_add(1, std::memory_order_relaxed);
     lock.lock();
   }
 }
 
-void RequestAudits::Audit(const Taken& taken, index::Scratch& scratch) {
-  const SearchTask& task = taken.task;
-  const index::SearchAudit audit(task.view, task.query, scratch);
-  index::SearchOptions options = task.options;
+bool RequestAudits::Audit(const Taken& taken) {
+  std::shared_ptr<const Session> session = taken.session.lock();
+  if (session == nullptr) return false;
+  const std::shared_ptr<const LayerState> state = session->State(taken.layer);
+  const std::shared_ptr<LivePlanner> planner = session->planner();
+  session.reset();
+  const index::KeyIndex* const index = FindIndex(*state, taken.kv_head, taken.index);
+  if (state->tokens < taken.query.end || index == nullptr) return false;
+  const auto range = static_cast<uint64_t>(taken.query.end - taken.query.begin);
+  const auto memory = budget_.Reserve(
+      range * static_cast<uint64_t>(taken.query.group) * kBytesPerScore, "audit_share");
+  if (!memory.ok()) return false;
+
+  index::Scratch scratch;
+  const index::KvView view = state->heads[taken.kv_head].View();
+  const index::SearchAudit audit(view, taken.query, scratch);
+  if (taken.counts) Count(taken, *index, view, audit, scratch);
+  if (planner == nullptr || range == 0) return true;
+  const LivePlanner::Learned learned =
+      planner->Learn({taken.layer, taken.kv_head, state.get(), taken.query, taken.options, &audit},
+                     budget_, scratch);
+  trials_.fetch_add(static_cast<uint64_t>(learned.trials), std::memory_order_relaxed);
+  plan_changes_.fetch_add(learned.changed ? 1 : 0, std::memory_order_relaxed);
+  return true;
+}
+
+void RequestAudits::Count(const Taken& taken, const index::KeyIndex& index,
+                          const index::KvView& view, const index::SearchAudit& audit,
+                          index::Scratch& scratch) {
+  index::SearchOptions options = taken.options;
   options.list_read = true;
-  const index::SearchResult result = task.index->Search(task.view, task.query, options, scratch);
+  const index::SearchResult result = index.Search(view, taken.query, options, scratch);
   const index::AuditFigures figures = audit.Compare(result);
   for (size_t h = 0; h < figures.missed.size(); ++h) {
     const double missed = double{figures.missed[h]};
@@ -131,7 +169,6 @@ void RequestAudits::Audit(const Taken& taken, index::Scratch& scratch) {
   heads_.fetch_add(figures.missed.size(), std::memory_order_relaxed);
   bytes_.fetch_add(static_cast<uint64_t>(result.report.bytes_touched), std::memory_order_relaxed);
   exact_bytes_.fetch_add(static_cast<uint64_t>(audit.exact_bytes()), std::memory_order_relaxed);
-  audits_.fetch_add(1, std::memory_order_relaxed);
 }
 
 std::map<std::string, uint64_t> RequestAudits::Values() const {
@@ -141,6 +178,8 @@ std::map<std::string, uint64_t> RequestAudits::Values() const {
   values["audits_dropped"] = dropped_.load(std::memory_order_relaxed);
   values["audit_heads"] = heads_.load(std::memory_order_relaxed);
   values["audit_bytes_touched"] = bytes_.load(std::memory_order_relaxed);
+  values["audit_trials"] = trials_.load(std::memory_order_relaxed);
+  values["audit_plan_changes"] = plan_changes_.load(std::memory_order_relaxed);
   values["audit_bytes_exact"] = exact_bytes_.load(std::memory_order_relaxed);
   error_.AddTo("audit_error", values);
   recall_.AddTo("audit_recall", values);

@@ -1,12 +1,19 @@
-// Answers a share of Attend requests exactly as well, off the answering path: how right the daemon
-// is on its own traffic.
+// Answers a share of requests exactly as well, off the answering path: how right the daemon is on
+// its own traffic, and how its KV heads are best searched.
 //
-// The request handler offers each Attend that has been answered. Of one taken, a single search (one
-// query token of one KV head) is copied into a short queue, with the layer state that keeps its
-// keys; a thread that runs only where a core is idle answers it exactly (index/search_audit.h) and
-// again as the request was, and counts how far apart the two are. What finds the queue full or in
-// use is dropped. Searches that were exact anyway are not audited. With an audit_share of 0 there
-// is no thread.
+// The request handler offers each Attend and TopK that has been answered. Of one taken, a single
+// search (one query token of one KV head) is copied into a short queue; a thread that runs only
+// where a core is idle answers it exactly (index/search_audit.h) and again as the request was, and
+// counts how far apart the two are. Searches that were exact anyway, and those of a TopK, are not
+// counted. In sessions with an error_target all kinds are taken, and the session's planner learns
+// from them (service/live_planner.h). What finds the queue full or in use is dropped. With an
+// audit_share of 0 there is no thread.
+//
+// Memory: the queue holds queries alone, at most 128 KiB each, and no session; an audit reads the
+// session's keys as they are when its turn comes, and is dropped if the range is gone by then. One
+// audit at a time holds a layer's state, so that a session that is closed meanwhile goes after it.
+// What it works with, at most 256 MiB, is reserved from the daemon's budget; without room for it
+// the audit is dropped.
 #ifndef KVSEEK_SERVICE_REQUEST_AUDITS_H_
 #define KVSEEK_SERVICE_REQUEST_AUDITS_H_
 
@@ -24,9 +31,10 @@
 
 #include "absl/base/thread_annotations.h"
 #include "index/search_audit.h"
+#include "service/memory_budget.h"
 #include "service/options.h"
 #include "service/request_validation.h"
-#include "service/search_executor.h"
+#include "service/session.h"
 
 namespace kvseek::service {
 
@@ -48,14 +56,14 @@ class AuditHistogram {
 /// Thread-safe.
 class RequestAudits {
  public:
-  /// Uses options.audit_share and audit_queue_max.
-  explicit RequestAudits(const DaemonOptions& options);
+  /// Uses options.audit_share and audit_queue_max. `budget` must outlive it.
+  RequestAudits(const DaemonOptions& options, MemoryBudget& budget);
   /// Waits for the audit under way; those queued are forgotten.
   ~RequestAudits();
   RequestAudits(const RequestAudits&) = delete;
   RequestAudits& operator=(const RequestAudits&) = delete;
 
-  /// May take an Attend that was just answered. `search` and its payload must be there until it
+  /// May take a search that was just answered. `search` and its payload must be there until it
   /// returns.
   void Offer(const CheckedSearch& search) ABSL_LOCKS_EXCLUDED(mutex_);
 
@@ -65,16 +73,26 @@ class RequestAudits {
  private:
   /// One search, with all that it needs.
   struct Taken {
-    std::shared_ptr<const LayerState> layer;
-    std::vector<float> queries;  ///< (group, key_dim)
-    SearchTask task;             ///< its queries are these, its keys and index the layer's
+    std::weak_ptr<const Session> session;
+    uint32_t layer = 0;
+    uint32_t kv_head = 0;
+    proto::IndexKind index = proto::INDEX_EXACT;  ///< that answered
+    bool counts = true;                           ///< in the statistics
+    std::vector<float> queries;                   ///< (group, key_dim)
+    index::SearchQuery query;                     ///< these
+    index::SearchOptions options;
   };
 
   /// A number below `bound`, like chance.
   uint64_t Draw(uint64_t bound);
   void Work() ABSL_LOCKS_EXCLUDED(mutex_);
-  void Audit(const Taken& taken, index::Scratch& scratch);
+  /// False: dropped.
+  bool Audit(const Taken& taken);
+  /// Compares the answer as the request was.
+  void Count(const Taken& taken, const index::KeyIndex& index, const index::KvView& view,
+             const index::SearchAudit& audit, index::Scratch& scratch);
 
+  MemoryBudget& budget_;
   const double share_;
   const size_t queue_max_;
   std::atomic<uint64_t> draws_;
@@ -83,6 +101,8 @@ class RequestAudits {
   std::atomic<uint64_t> dropped_{0};
   std::atomic<uint64_t> bytes_{0};        ///< that the searches read
   std::atomic<uint64_t> exact_bytes_{0};  ///< that exact would have
+  std::atomic<uint64_t> trials_{0};       ///< searches for planners
+  std::atomic<uint64_t> plan_changes_{0};
   AuditHistogram error_;
   AuditHistogram recall_;
   AuditHistogram missed_;

@@ -119,7 +119,7 @@ class RequestHandler::Impl {
   /// Takes queries of an answered search where indexes learn from them.
   void Learn(const CallPtr& call, const CheckedSearch& search);
   proto::SessionRef MakeRef(const Session& session) const;
-  proto::SessionInfo Describe(const Session& session, TimePoint now) const;
+  proto::SessionInfo Describe(const Session& session, bool with_plan, TimePoint now) const;
   static proto::BuiltIndexInfo DescribeBuilt(const Session& session, proto::IndexKind kind,
                                              index::BuiltKind built);
 
@@ -131,7 +131,7 @@ class RequestHandler::Impl {
   const RequestValidator validator_;
   const TimePoint started_;
   RequestCounters counters_;
-  RequestAudits audits_{options_};
+  RequestAudits audits_{options_, store_.budget()};
   const std::shared_ptr<std::atomic<bool>> stopping_ = std::make_shared<std::atomic<bool>>(false);
 
   std::mutex mutex_;
@@ -328,7 +328,8 @@ absl::StatusOr<Response> RequestHandler::Impl::Stats(const proto::StatsRequest& 
   constexpr size_t kTagAndLength = 8;
   size_t bytes = response.ByteSizeLong();
   for (const auto& session : store_.List()) {
-    proto::SessionInfo info = Describe(*session, now);
+    if (message.session_id() != 0 && session->id() != message.session_id()) continue;
+    proto::SessionInfo info = Describe(*session, message.with_plans(), now);
     bytes += info.ByteSizeLong() + kTagAndLength;
     if (bytes > options_.metadata_bytes_max) break;  // as many as an answer can hold
     *response.add_sessions() = std::move(info);
@@ -446,7 +447,8 @@ proto::SessionRef RequestHandler::Impl::MakeRef(const Session& session) const {
   return ref;
 }
 
-proto::SessionInfo RequestHandler::Impl::Describe(const Session& session, TimePoint now) const {
+proto::SessionInfo RequestHandler::Impl::Describe(const Session& session, bool with_plan,
+                                                  TimePoint now) const {
   const SessionSettings& settings = session.settings();
   proto::SessionInfo info;
   *info.mutable_session() = MakeRef(session);
@@ -470,6 +472,12 @@ proto::SessionInfo RequestHandler::Impl::Describe(const Session& session, TimePo
        {proto::INDEX_LANDMARK, proto::INDEX_CLUSTER, proto::INDEX_GRAPH}) {
     const index::BuiltKind built = *BuiltKindOf(kind);
     if (settings.Builds(built)) *info.add_built() = DescribeBuilt(session, kind, built);
+  }
+  info.set_error_target(settings.error_target);
+  if (with_plan && session.plan().exists()) {
+    proto::HeadPlan& plan = *info.mutable_plan() = session.plan().Message();
+    plan.set_scan_bits(info.scan_bits());
+    if (settings.error_target > 0.0F) plan.set_error_target(double{settings.error_target});
   }
   return info;
 }

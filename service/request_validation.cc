@@ -12,6 +12,7 @@
 #include "kernels/cpu/convert.h"
 #include "kernels/dtype.h"
 #include "proto/frame.h"
+#include "proto/head_plan_file.h"
 
 namespace kvseek::service {
 namespace {
@@ -153,6 +154,17 @@ std::string Describe(const CheckedItem& item, int64_t index) {
                       static_cast<size_t>(index) % dim);
 }
 
+/// The built indexes that a plan's heads ask for, as SessionSettings::build.
+uint32_t BuildsOf(const proto::HeadPlan& plan) {
+  uint32_t builds = 0;
+  for (const proto::PlannedHead& head : plan.heads()) {
+    if (head.mode() == proto::kHeadModeNames[1]) continue;  // local: asks for nothing
+    const auto kind = BuiltKindOf(static_cast<proto::IndexKind>(proto::IndexNumber(head)));
+    if (kind.has_value()) builds |= 1U << static_cast<uint32_t>(*kind);
+  }
+  return builds;
+}
+
 /// Positions of sampled queries: ascending, among those of the tokens that come with them.
 absl::Status CheckQueryPositions(const proto::AppendRequest& message) {
   uint64_t least = message.start();
@@ -214,6 +226,42 @@ std::chrono::milliseconds RequestValidator::Lease(uint64_t lease_ms) {
       static_cast<Count>(std::min<uint64_t>(lease_ms, std::numeric_limits<int32_t>::max())));
 }
 
+absl::StatusOr<std::shared_ptr<const proto::HeadPlan>> RequestValidator::CheckPlan(
+    const proto::OpenSessionRequest& message) const {
+  const proto::ModelShape& shape = message.shape();
+  const auto same_bits = [&](const proto::HeadPlan& plan) {
+    return plan.scan_bits() == 0 || message.scan_bits() == 0 ||
+           plan.scan_bits() == message.scan_bits();
+  };
+  if (!message.has_plan()) {
+    const bool fits =
+        options_.plan != nullptr && same_bits(*options_.plan) &&
+        proto::CheckHeadPlanFits(*options_.plan, shape.layers(), shape.kv_heads()).ok();
+    return fits ? options_.plan : nullptr;
+  }
+  absl::Status status = proto::CheckHeadPlan(message.plan(), "plan.");
+  if (status.ok()) {
+    status = proto::CheckHeadPlanFits(message.plan(), shape.layers(), shape.kv_heads(), "plan.");
+  }
+  if (!status.ok()) return status;
+  if (!same_bits(message.plan())) {
+    return Invalid("plan.scan_bits", absl::StrCat("must be the session's ", message.scan_bits(),
+                                                  ", or 0, not ", message.plan().scan_bits()));
+  }
+  return std::make_shared<const proto::HeadPlan>(message.plan());
+}
+
+absl::Status RequestValidator::CheckErrorTarget(float target) const {
+  if (!(target >= 0.0F) || std::isinf(target)) {
+    return Invalid("error_target", "must be a number, 0 or more");
+  }
+  if (target > 0.0F && options_.audit_share <= 0.0) {
+    return proto::FieldError(absl::StatusCode::kFailedPrecondition, "error_target",
+                             "the daemon audits nothing (--audit-share)");
+  }
+  return absl::OkStatus();
+}
+
 absl::StatusOr<SessionSettings> RequestValidator::Check(
     const proto::OpenSessionRequest& message) const {
   if (!message.has_shape()) return Invalid("shape", "is missing");
@@ -240,7 +288,10 @@ absl::StatusOr<SessionSettings> RequestValidator::Check(
   if (message.scan_bits() > 2) return Invalid("scan_bits", "must be 1 or 2, or 0 for the default");
   status.Update(CheckBetween("tokens_expected", message.tokens_expected(), 0, options_.tokens_max));
   status.Update(CheckName(message.name()));
+  status.Update(CheckErrorTarget(message.error_target()));
   if (!status.ok()) return status;
+  auto plan = CheckPlan(message);
+  if (!plan.ok()) return plan.status();
 
   SessionSettings settings;
   settings.layers = shape.layers();
@@ -251,8 +302,9 @@ absl::StatusOr<SessionSettings> RequestValidator::Check(
   settings.kv.dtype = shape.dtype() == proto::DTYPE_BF16 ? DType::kBf16 : DType::kFp16;
   settings.kv.softmax_scale =
       scale > 0.0F ? scale : 1.0F / std::sqrt(static_cast<float>(shape.key_dim()));
-  settings.kv.scan_bits =
-      static_cast<int>(message.scan_bits() != 0 ? message.scan_bits() : options_.scan_bits);
+  const uint32_t planned_bits = *plan == nullptr ? 0 : (*plan)->scan_bits();
+  const uint32_t scan_bits = message.scan_bits() != 0 ? message.scan_bits() : planned_bits;
+  settings.kv.scan_bits = static_cast<int>(scan_bits != 0 ? scan_bits : options_.scan_bits);
   settings.name = message.name();
   settings.lease = Lease(message.lease_ms());
   for (int i = 0; i < message.build_size(); ++i) {
@@ -262,6 +314,10 @@ absl::StatusOr<SessionSettings> RequestValidator::Check(
     }
     settings.build |= 1U << static_cast<uint32_t>(*kind);
   }
+  settings.error_target =
+      message.error_target() > 0.0F ? message.error_target() : options_.error_target;
+  settings.plan = *std::move(plan);
+  if (settings.plan != nullptr) settings.build |= BuildsOf(*settings.plan);
   return settings;
 }
 
@@ -326,7 +382,7 @@ absl::StatusOr<CheckedFetch> RequestValidator::Check(const proto::FetchRowsReque
 
 absl::Status RequestValidator::CheckOptions(const proto::SearchOptions& message,
                                             CheckedSearch& search) const {
-  const uint32_t candidates = message.has_candidates() ? message.candidates() : options_.candidates;
+  const uint32_t candidates = message.has_candidates() ? message.candidates() : 1;
   const uint32_t exact_rows = message.has_exact_rows() ? message.exact_rows() : options_.exact_rows;
   absl::Status status;
   if (message.index() < proto::INDEX_AUTO || !proto::IndexKind_IsValid(message.index())) {
@@ -347,8 +403,7 @@ absl::Status RequestValidator::CheckOptions(const proto::SearchOptions& message,
   status.Update(CheckBetween("options.reuse_steps", message.reuse_steps(), 0, kReuseStepsMax));
   status.Update(CheckBetween("options.reuse_keep", message.reuse_keep(), 0, index::kMaxKeep));
   if (!status.ok()) return status;
-  search.index = message.index();
-  search.options.candidates = static_cast<int>(candidates);
+  search.asked = {message.index(), message.candidates()};
   search.options.exact_rows = static_cast<int>(exact_rows);
   search.options.audit_samples = static_cast<int>(message.audit_samples());
   search.options.seed = message.seed();
@@ -359,13 +414,31 @@ absl::Status RequestValidator::CheckOptions(const proto::SearchOptions& message,
   search.options.mass = message.mass();
   if (message.vote() == proto::VOTE_MAX) search.options.vote = index::Vote::kMax;
   search.reuse.every = static_cast<int>(message.reuse_steps());
-  const uint32_t keep = message.reuse_keep() != 0 ? message.reuse_keep() : 3 * candidates;
-  search.reuse.keep = static_cast<int>(std::min<uint32_t>(keep, index::kMaxKeep));
+  search.reuse.keep = static_cast<int>(message.reuse_keep());
   if (message.search_time_us() > 0) {
     search.options.stop_at =
         std::chrono::steady_clock::now() + std::chrono::microseconds(message.search_time_us());
   }
   return absl::OkStatus();
+}
+
+HeadSetting RequestValidator::Resolve(const CheckedSearch& search, const CheckedItem& item,
+                                      uint32_t kv_head) const {
+  const HeadSetting asked = search.asked;
+  HeadSetting planned = item.session->plan().Get(item.layer_number, kv_head);
+  const auto kind = BuiltKindOf(planned.index);
+  const bool ready = !kind.has_value() || item.layer->Built(kv_head, *kind) != nullptr;
+  // A budget is worth what it is worth with its own index.
+  if (!ready || (asked.index != proto::INDEX_AUTO && asked.index != planned.index)) {
+    planned = {asked.index, 0};
+  }
+  // It was planned for Attend; whoever asks for k keys gets so many.
+  if (planned.candidates > 0 && search.topk()) {
+    planned.candidates = std::max(planned.candidates, static_cast<uint32_t>(search.options.k));
+  }
+  if (asked.candidates > 0) planned.candidates = asked.candidates;
+  if (planned.candidates == 0) planned.candidates = options_.candidates;
+  return planned;
 }
 
 absl::StatusOr<CheckedItem> RequestValidator::CheckItem(const proto::QueryItem& message,
@@ -383,6 +456,7 @@ absl::StatusOr<CheckedItem> RequestValidator::CheckItem(const proto::QueryItem& 
   CheckedItem item;
   item.layer_number = message.layer();
   item.layer = (*session)->State(message.layer());
+  item.layer_number = message.layer();
   item.session = *std::move(session);
   item.tokens = message.tokens();
   status = CheckHeads(message, field, item);
@@ -419,10 +493,13 @@ absl::Status RequestValidator::CheckItems(const Message& message, absl::Span<con
     const std::string field = absl::StrCat("items[", i, "]");
     auto item = CheckItem(message.items(i), field, now);
     if (!item.ok()) return item.status();
-    if (const auto kind = BuiltKindOf(search.index);
+    if (const auto kind = BuiltKindOf(search.asked.index);
         kind.has_value() && !item->settings().Builds(*kind)) {
       return proto::FieldError(absl::StatusCode::kFailedPrecondition, "options.index",
                                absl::StrCat("the session of ", field, " was not opened with it"));
+    }
+    for (const uint32_t head : item->kv_heads) {
+      item->settings_of_heads.push_back(Resolve(search, *item, head));
     }
     if (!search.topk() && !item->held.empty()) {
       return Invalid(field + ".held_counts", "is for top_k only");

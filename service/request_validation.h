@@ -39,9 +39,10 @@ struct CheckedItem {
   std::shared_ptr<const LayerState> layer;  ///< what is searched; keeps it alive
   size_t tokens = 0;
   int64_t begin = 0;
-  std::vector<int64_t> ends;       ///< (tokens), each in [begin, layer->tokens]
-  std::vector<uint32_t> kv_heads;  ///< those asked for, ascending
-  const float* queries = nullptr;  ///< (tokens, QueryHeads(), key_dim)
+  std::vector<int64_t> ends;                   ///< (tokens), each in [begin, layer->tokens]
+  std::vector<uint32_t> kv_heads;              ///< those asked for, ascending
+  std::vector<HeadSetting> settings_of_heads;  ///< (kv_heads.size()); candidates are at least 1
+  const float* queries = nullptr;              ///< (tokens, QueryHeads(), key_dim)
   /// TopK: (Results()) the positions whose rows the client holds, ascending; empty: none.
   std::vector<absl::Span<const uint32_t>> held;
 
@@ -55,9 +56,10 @@ struct CheckedItem {
 /// the payload.
 struct CheckedSearch {
   std::vector<CheckedItem> items;
-  index::SearchOptions options;           ///< k < 0: Attend
-  index::ReuseOptions reuse{.every = 0};  ///< every 0: nothing is reused or kept
-  proto::IndexKind index = proto::INDEX_AUTO;
+  index::SearchOptions options;  ///< k < 0: Attend; candidates are those of each head
+  index::ReuseOptions reuse{.every =
+                                0};  ///< every 0: nothing is reused or kept; keep 0: see AddReuse
+  HeadSetting asked;                 ///< what the request says
   bool with_rows = false;
   bool with_state = true;
   kernels::DType state_dtype = kernels::DType::kFp32;  ///< or kFp16
@@ -121,6 +123,12 @@ class RequestValidator {
   static absl::Status CheckStateDType(proto::DType dtype, CheckedSearch& search);
   absl::StatusOr<CheckedItem> CheckItem(const proto::QueryItem& message, const std::string& field,
                                         TimePoint now) const;
+  /// The plan of a session to be opened; null: none.
+  absl::StatusOr<std::shared_ptr<const proto::HeadPlan>> CheckPlan(
+      const proto::OpenSessionRequest& message) const;
+  absl::Status CheckErrorTarget(float target) const;
+  /// How a KV head is searched: as asked, else as planned, else as the daemon does.
+  HeadSetting Resolve(const CheckedSearch& search, const CheckedItem& item, uint32_t kv_head) const;
   /// Fills search.items, finds their queries in the payload, checks them and converts them.
   template <typename Message>
   absl::Status CheckItems(const Message& message, absl::Span<const uint8_t> payload, TimePoint now,

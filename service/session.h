@@ -15,7 +15,9 @@
 #include "absl/status/statusor.h"
 #include "index/segment.h"
 #include "service/layer_cache.h"
+#include "service/live_planner.h"
 #include "service/memory_budget.h"
+#include "service/session_plan.h"
 
 namespace kvseek::service {
 
@@ -30,6 +32,8 @@ struct SessionSettings {
   std::string name;
   std::chrono::milliseconds lease{0};
   uint32_t build = 0;  ///< a bit for each BuiltKind that is to be built in the background
+  std::shared_ptr<const proto::HeadPlan> plan{};  ///< checked; null: none
+  float error_target = 0.0F;                      ///< 0: audits change no plan
 
   int Group() const { return static_cast<int>(query_heads / kv_heads); }
   bool Builds(index::BuiltKind kind) const {
@@ -44,9 +48,15 @@ struct SessionSettings {
 /// Thread-safe. Lives as long as anybody works with it, even when it has been closed meanwhile.
 class Session {
  public:
-  /// `memory`: BookkeepingBytes. `layers`: (settings.layers) what the session starts with.
+  /// What a session starts with: (layers), and the plan of a fork's parent (null: settings.plan).
+  struct Start {
+    std::vector<std::shared_ptr<const LayerState>> layers;
+    const SessionPlan* plan = nullptr;
+  };
+
+  /// `memory`: BookkeepingBytes.
   Session(uint64_t id, SessionSettings settings, MemoryBudget::Reservation memory,
-          const std::vector<std::shared_ptr<const LayerState>>& layers, TimePoint now);
+          const Start& start, TimePoint now);
 
   /// Bytes that a session takes without keys and values.
   static uint64_t BookkeepingBytes(const SessionSettings& settings);
@@ -55,6 +65,10 @@ class Session {
 
   uint64_t id() const { return id_; }
   const SessionSettings& settings() const { return settings_; }
+
+  const SessionPlan& plan() const { return *plan_; }
+  /// Null without an error_target. Holds no reference to the session.
+  const std::shared_ptr<LivePlanner>& planner() const { return planner_; }
 
   /// A consistent look at one layer. REQUIRES: layer < settings().layers, also below.
   std::shared_ptr<const LayerState> State(uint32_t layer) const { return layers_[layer]->State(); }
@@ -97,6 +111,8 @@ class Session {
   const uint64_t id_;
   const SessionSettings settings_;
   const MemoryBudget::Reservation memory_;
+  const std::shared_ptr<SessionPlan> plan_;
+  std::shared_ptr<LivePlanner> planner_;
   std::shared_mutex shorten_mutex_;  ///< shared by appends, exclusive for Truncate
   std::vector<std::unique_ptr<LayerCache>> layers_;
   std::atomic<TimePoint> last_used_;

@@ -35,9 +35,9 @@ absl::StatusOr<std::shared_ptr<Session>> SessionStore::Open(SessionSettings sett
   if (absl::Status status = budget_.Check(expected, "tokens_expected"); !status.ok()) {
     return status;
   }
-  const std::vector<std::shared_ptr<const LayerState>> layers(
-      settings.layers, LayerState::Empty(settings.kv, settings.kv_heads));
-  return Add(std::move(settings), layers, now);
+  Session::Start start;
+  start.layers.assign(settings.layers, LayerState::Empty(settings.kv, settings.kv_heads));
+  return Add(std::move(settings), start, now);
 }
 
 absl::StatusOr<std::shared_ptr<Session>> SessionStore::Fork(const Session& parent,
@@ -49,12 +49,12 @@ absl::StatusOr<std::shared_ptr<Session>> SessionStore::Fork(const Session& paren
   SessionSettings settings = parent.settings();
   settings.lease = lease;
   settings.name = std::move(name);
-  return Add(std::move(settings), *layers, now);
+  return Add(std::move(settings), {*std::move(layers), &parent.plan()}, now);
 }
 
-absl::StatusOr<std::shared_ptr<Session>> SessionStore::Add(
-    SessionSettings settings, const std::vector<std::shared_ptr<const LayerState>>& layers,
-    TimePoint now) {
+absl::StatusOr<std::shared_ptr<Session>> SessionStore::Add(SessionSettings settings,
+                                                           const Session::Start& start,
+                                                           TimePoint now) {
   settings.lease =
       settings.lease.count() == 0 ? lease_default_ : std::min(settings.lease, lease_max_);
   absl::StatusOr<MemoryBudget::Reservation> memory =
@@ -66,8 +66,7 @@ absl::StatusOr<std::shared_ptr<Session>> SessionStore::Add(
                             static_cast<uint64_t>(retry_after_.count()));
   }
   const uint64_t id = next_id_++;
-  auto session =
-      std::make_shared<Session>(id, std::move(settings), *std::move(memory), layers, now);
+  auto session = std::make_shared<Session>(id, std::move(settings), *std::move(memory), start, now);
   sessions_.emplace(id, session);
   return session;
 }

@@ -43,7 +43,7 @@ class SessionStore {
                                                 TimePoint now) ABSL_LOCKS_EXCLUDED(mutex_);
 
   /// A new session that shares what `parent` holds: the first `tokens` tokens of each layer, or
-  /// everything. Errors as Open and Session::Truncate.
+  /// everything; and has its plan, as it is now. Errors as Open and Session::Truncate.
   absl::StatusOr<std::shared_ptr<Session>> Fork(const Session& parent,
                                                 std::optional<uint64_t> tokens,
                                                 std::chrono::milliseconds lease, std::string name,
@@ -75,10 +75,10 @@ class SessionStore {
  private:
   using Sessions = absl::flat_hash_map<uint64_t, std::shared_ptr<Session>>;
 
-  /// Makes a session with these layers and registers it.
-  absl::StatusOr<std::shared_ptr<Session>> Add(
-      SessionSettings settings, const std::vector<std::shared_ptr<const LayerState>>& layers,
-      TimePoint now) ABSL_LOCKS_EXCLUDED(mutex_);
+  /// Makes a session and registers it.
+  absl::StatusOr<std::shared_ptr<Session>> Add(SessionSettings settings,
+                                               const Session::Start& start, TimePoint now)
+      ABSL_LOCKS_EXCLUDED(mutex_);
   absl::StatusOr<Sessions::iterator> Locate(uint64_t boot_id, uint64_t session_id,
                                             absl::string_view field, TimePoint now)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);

@@ -36,7 +36,12 @@ DecodeStep::DecodeStep(const DecoderOptions& options, const ZoneShape& zone,
       zone_(zone),
       local_(local),
       far_(options.shape, std::move(shares), spin),
-      modes_(options.shape.layers, options.shape.kv_heads, options.head_modes, options.rows > 0) {}
+      modes_(options.shape.layers, options.shape.kv_heads,
+             *HeadModesOf(options.plan, options.shape.layers, options.shape.kv_heads),
+             options.rows > 0),
+      rows_max_(RowsMax(options)),
+      head_rows_(
+          *HeadRowsOf(options.plan, options.shape.layers, options.shape.kv_heads, options.rows)) {}
 
 absl::Status DecodeStep::Allocate(size_t& device_bytes, size_t& pinned_bytes) {
   const ModelShape& shape = options_.shape;
@@ -44,7 +49,7 @@ absl::Status DecodeStep::Allocate(size_t& device_bytes, size_t& pinned_bytes) {
   const size_t tokens = batch * options_.query_tokens_max;
   const size_t heads = tokens * shape.query_heads;
   const size_t kv_heads = tokens * shape.kv_heads;
-  const size_t rows = kv_heads * options_.rows;
+  const size_t rows = kv_heads * rows_max_;
   const bool has_rows = options_.rows > 0;
   absl::Status status;
   const auto take = [&](auto& array, size_t count, size_t& total) {
@@ -258,7 +263,8 @@ absl::Status DecodeStep::AskDaemons(uint32_t layer, const void* queries,
   question.batch = far_sequences_;
   question.queries = queries_.get();
   question.modes = modes;
-  question.rows = options_.rows;
+  question.rows =
+      absl::MakeConstSpan(head_rows_).subspan(size_t{layer} * shape.kv_heads, shape.kv_heads);
   question.options = options_.search;
   question.deadline = options_.layer_deadline;
   far_.Prepare(question);
@@ -404,7 +410,7 @@ void DecodeStep::PlaceHeadRows(uint32_t layer, const FarReply& reply, size_t ite
     const size_t list = (b * tokens_ + t) * shape.kv_heads + kv_head;
     counts[list] = static_cast<int32_t>(positions[t].size());
     for (size_t i = 0; i < positions[t].size(); ++i) {
-      lists[list * options_.rows + i] = first_row + *slot++;
+      lists[list * rows_max_ + i] = first_row + *slot++;
     }
   }
   size_t t = 0;
@@ -460,7 +466,7 @@ void DecodeStep::ListLocal(size_t b) {
 
 absl::Status DecodeStep::AttendRows(uint32_t layer, const void* queries, cudaStream_t stream) {
   const size_t lists = batch_.size() * tokens_ * options_.shape.kv_heads;
-  const size_t bytes = lists * (1 + options_.rows) * sizeof(int32_t);
+  const size_t bytes = lists * (1 + rows_max_) * sizeof(int32_t);
   absl::Status status = CudaStatus(cudaMemcpyAsync(device_row_lists_.get(), row_lists_.get(), bytes,
                                                    cudaMemcpyHostToDevice, stream),
                                    "lists of rows");
@@ -473,7 +479,7 @@ absl::Status DecodeStep::AttendRows(uint32_t layer, const void* queries, cudaStr
   const KvPages rows{.pool = cache_pools_[layer],
                      .pages = device_row_lists_.get() + lists,
                      .counts = device_row_lists_.get(),
-                     .pages_max = Int(options_.rows),
+                     .pages_max = Int(rows_max_),
                      .sequences = Int(lists)};
   return CudaStatus(kernels::cuda::AttendPages(rows, Queries(queries, 1, false),
                                                {workspace_.get(), workspace_.bytes()},

@@ -90,6 +90,8 @@ class DecodeStep {
   LocalCopy& local_;
   FarAttention far_;
   ModeChooser modes_;
+  const size_t rows_max_;                  ///< of a KV head
+  const std::vector<uint32_t> head_rows_;  ///< (layers, kv_heads)
   DecoderStats stats_;
 
   std::vector<StepSequence> batch_;
@@ -124,7 +126,7 @@ class DecodeStep {
   uint32_t rest_number_ = 0;           ///< of the last that waits for it
   PinnedArray<uint16_t> arrived_keys_, arrived_values_;
   PinnedArray<int32_t> arrived_slots_;
-  PinnedArray<int32_t> row_lists_;  ///< counts (batch, tokens, kv_heads), then lists of `rows`
+  PinnedArray<int32_t> row_lists_;  ///< counts (batch, tokens, kv_heads), then lists of rows_max_
   DeviceArray<int32_t> device_row_lists_;
   PinnedArray<int32_t> local_pages_;   ///< of the sequences that fell back in this step
   PinnedArray<int32_t> local_counts_;  ///< (batch): rows there that this layer attends to

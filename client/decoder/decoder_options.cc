@@ -3,7 +3,9 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
+#include "client/head_plan_message.h"
 #include "kernels/cuda/attention.h"
+#include "proto/head_plan_file.h"
 #include "proto/status_code.h"
 
 namespace kvseek::client {
@@ -37,20 +39,26 @@ absl::Status CheckShape(const ModelShape& shape, size_t daemons) {
 }
 
 absl::Status CheckRows(const DecoderOptions& options) {
-  const uint64_t rows = uint64_t{options.rows} * options.query_tokens_max;
-  if (options.rows > 0 && options.cache_rows < rows) {
+  const uint64_t rows = uint64_t{RowsMax(options)} * options.query_tokens_max;
+  if (options.cache_rows < rows) {
     return Invalid("cache_rows", absl::StrCat("less than rows * query_tokens_max, ", rows));
   }
-  const size_t heads = size_t{options.shape.layers} * options.shape.kv_heads;
-  if (!options.head_modes.empty() && options.head_modes.size() != heads) {
-    return Invalid("head_modes", absl::StrCat("has ", options.head_modes.size(), ", not ", heads));
-  }
-  const auto asks_rows = [](HeadMode mode) { return mode == HeadMode::kRows; };
+  const auto asks_rows = [](const PlannedHead& head) { return head.mode == HeadMode::kRows; };
   if (options.rows == 0 &&
-      std::any_of(options.head_modes.begin(), options.head_modes.end(), asks_rows)) {
+      std::any_of(options.plan.heads.begin(), options.plan.heads.end(), asks_rows)) {
     return Invalid("rows", "is 0, and a head's mode is kRows");
   }
   return absl::OkStatus();
+}
+
+absl::Status CheckPlan(const DecoderOptions& options) {
+  if (options.open.plan.has_value()) return Invalid("open.plan", "goes into DecoderOptions::plan");
+  const proto::HeadPlan plan = ToMessage(options.plan);
+  absl::Status status = proto::CheckHeadPlan(plan, "plan.");
+  if (status.ok()) {
+    status = proto::CheckHeadPlanFits(plan, options.shape.layers, options.shape.kv_heads, "plan.");
+  }
+  return status;
 }
 
 }  // namespace
@@ -76,7 +84,15 @@ absl::Status CheckOptions(const DecoderOptions& options, size_t daemons) {
   if ((options.fallback == Fallback::kLocalCopy) != (options.local_tokens_max > 0)) {
     return Invalid("local_tokens_max", "goes with Fallback::kLocalCopy");
   }
+  absl::Status plan = CheckPlan(options);
+  if (!plan.ok()) return plan;
   return CheckRows(options);
+}
+
+uint32_t RowsMax(const DecoderOptions& options) {
+  uint32_t rows = options.rows;
+  for (const PlannedHead& head : options.plan.heads) rows = std::max(rows, head.k);
+  return options.rows == 0 ? 0 : rows;
 }
 
 }  // namespace kvseek::client

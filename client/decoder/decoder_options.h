@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
-#include "client/decoder/head_modes.h"
+#include "client/head_plan.h"
 #include "client/kv_client.h"
 
 namespace kvseek {
@@ -30,12 +30,14 @@ struct DecoderOptions {
   uint32_t recent_tokens = 512;  ///< at least block_tokens + query_tokens_max
   uint32_t block_tokens = 64;    ///< tokens go to the daemons in blocks of so many
 
-  /// (layers, kv_heads), or empty: kAuto for all. MeasureFarMass (kernels/cuda/query_statistics.h)
-  /// finds streaming heads.
-  std::vector<HeadMode> head_modes{};
-  uint32_t rows = 256;        ///< kRows: keys of each KV head that a daemon returns; 0: never kRows
+  /// Mode and k of each KV head; index and candidates go to the daemons when a sequence is opened.
+  /// Heads that it does not name are in kAuto. MeasureFarMass (kernels/cuda/query_statistics.h)
+  /// finds streaming heads, PlanOfModes makes a plan of them.
+  HeadPlan plan{};
+  uint32_t rows = 256;        ///< kRows: keys of each KV head that a daemon returns, where the plan
+                              ///< has no k; 0: never kRows
   uint32_t cache_rows = 512;  ///< kRows: rows that stay in HBM for each (sequence, layer, KV head);
-                              ///< at least rows * query_tokens_max
+                              ///< at least query_tokens_max times rows and times each k
   SearchOptions search{};     ///< of every request
 
   std::chrono::microseconds layer_deadline{50000};   ///< of one layer's answers
@@ -43,7 +45,7 @@ struct DecoderOptions {
   Fallback fallback = Fallback::kSteadyZone;
   uint64_t local_tokens_max = 0;  ///< kLocalCopy: tokens of all sequences that pinned memory holds
   uint32_t prefill_chunk_tokens = 2048;  ///< of one Append while a prompt is sent
-  OpenOptions open{};                    ///< of the sessions on the daemons
+  OpenOptions open{};                    ///< of the sessions on the daemons; without a plan
 };
 
 inline constexpr uint32_t kPageTokens = 16;  ///< of a page of the steady zone
@@ -89,6 +91,9 @@ namespace client {
 
 /// invalid_argument that names the field; `daemons` is how many there are.
 absl::Status CheckOptions(const DecoderOptions& options, size_t daemons);
+
+/// The most keys that a daemon returns for a KV head; 0: no head is ever in kRows.
+uint32_t RowsMax(const DecoderOptions& options);
 
 }  // namespace client
 }  // namespace kvseek

@@ -54,6 +54,19 @@ ModelShape ShapeOfShare(const ModelShape& shape, const DaemonShare& share) {
   return part;
 }
 
+std::optional<HeadPlan> PlanOfShare(const HeadPlan& plan, const DaemonShare& share) {
+  HeadPlan part{.scan_bits = plan.scan_bits, .error_target = plan.error_target};
+  bool says = plan.scan_bits != 0;
+  for (PlannedHead head : plan.heads) {
+    if (head.kv_head < share.first_head || head.kv_head >= share.first_head + share.heads) continue;
+    head.kv_head -= share.first_head;
+    says = says || head.index != "auto" || head.candidates != 0;
+    part.heads.push_back(std::move(head));
+  }
+  if (!says) return std::nullopt;
+  return part;
+}
+
 FarAttention::FarAttention(const ModelShape& shape, std::vector<DaemonShare> shares,
                            std::chrono::microseconds spin)
     : shape_(shape), shares_(std::move(shares)), spin_(spin), missed_(shares_.size()) {}
@@ -69,8 +82,15 @@ void FarAttention::Prepare(const FarQuestion& question) {
   countdown_ = std::make_shared<Countdown>();
   deadline_ = question.deadline;
   for (uint32_t daemon = 0; daemon < shares_.size(); ++daemon) {
-    PrepareDaemon(question, daemon, HeadMode::kState);
-    PrepareDaemon(question, daemon, HeadMode::kRows);
+    PrepareDaemon(question, daemon, HeadMode::kState, 0);
+    const DaemonShare& share = shares_[daemon];
+    ks_.clear();
+    for (uint32_t head = share.first_head; head < share.first_head + share.heads; ++head) {
+      if (question.modes[head] == HeadMode::kRows) ks_.push_back(question.rows[head]);
+    }
+    std::sort(ks_.begin(), ks_.end());
+    ks_.erase(std::unique(ks_.begin(), ks_.end()), ks_.end());
+    for (const uint32_t k : ks_) PrepareDaemon(question, daemon, HeadMode::kRows, k);
   }
 }
 
@@ -144,13 +164,16 @@ QueryItem FarAttention::MakeItem(const FarQuestion& question, uint32_t b, const 
   return item;
 }
 
-void FarAttention::PrepareDaemon(const FarQuestion& question, uint32_t daemon, HeadMode mode) {
+void FarAttention::PrepareDaemon(const FarQuestion& question, uint32_t daemon, HeadMode mode,
+                                 uint32_t k) {
   const DaemonShare& share = shares_[daemon];
   FarReply reply;
   reply.daemon = daemon;
   reply.rows = mode == HeadMode::kRows;
+  reply.k = k;
   for (uint32_t head = share.first_head; head < share.first_head + share.heads; ++head) {
-    if (question.modes[head] == mode) reply.heads.push_back(head);
+    if (question.modes[head] != mode || (reply.rows && question.rows[head] != k)) continue;
+    reply.heads.push_back(head);
   }
   if (reply.heads.empty()) return;
   std::vector<uint32_t> lost;
@@ -191,7 +214,7 @@ PreparedSearch FarAttention::PrepareSearch(const FarQuestion& question, const Fa
     return PreparedSearch(attend_);
   }
   fill(top_k_);
-  top_k_.k = question.rows;
+  top_k_.k = reply.k;
   return PreparedSearch(top_k_);
 }
 

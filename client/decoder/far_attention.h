@@ -1,7 +1,8 @@
 // One layer's questions to the daemons: attention to the tokens that are not in the steady zone.
 //
 // KV heads are spread over the daemons in equal runs; of each daemon's heads those in state mode
-// go into one Attend, those in rows mode into one TopK, with the whole batch of sequences in each.
+// go into one Attend, those in rows mode into one TopK for each number of rows that is asked for,
+// with the whole batch of sequences in each.
 // Prepare makes them, Send sends them when the queries are there, Wait returns when each has been
 // answered or has missed. Not thread-safe.
 #ifndef KVSEEK_CLIENT_DECODER_FAR_ATTENTION_H_
@@ -12,6 +13,7 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -35,6 +37,10 @@ struct DaemonShare {
 /// The shape of a share's sessions.
 ModelShape ShapeOfShare(const ModelShape& shape, const DaemonShare& share);
 
+/// What a share's sessions are opened with: its heads of the model's plan, under their numbers
+/// there. None where the plan says nothing to a daemon, so that the daemon's own counts.
+std::optional<HeadPlan> PlanOfShare(const HeadPlan& plan, const DaemonShare& share);
+
 /// Whether an error says that a session is gone for good.
 bool IsLost(const absl::Status& status);
 
@@ -54,7 +60,7 @@ struct FarQuestion {
   const uint16_t* queries = nullptr;  ///< (batch, tokens, query_heads, key_dim), shape.dtype;
                                       ///< read by Send, valid until Wait returns
   absl::Span<const HeadMode> modes;   ///< (kv_heads), without kAuto
-  uint32_t rows = 0;                  ///< keys of each KV head in rows mode
+  absl::Span<const uint32_t> rows;    ///< (kv_heads) keys of each in rows mode
   SearchOptions options;
   std::chrono::microseconds deadline{};
 };
@@ -62,7 +68,8 @@ struct FarQuestion {
 /// One request and what became of it.
 struct FarReply {
   uint32_t daemon = 0;
-  bool rows = false;            ///< a TopK
+  bool rows = false;            ///< a TopK ...
+  uint32_t k = 0;               ///< ... of so many keys
   std::vector<uint32_t> heads;  ///< KV heads of the model, ascending
   std::vector<uint32_t> batch;  ///< which of the batch the items are of; empty: nothing was sent
   std::vector<uint32_t> lost;   ///< which of the batch the daemon no longer has a session of
@@ -104,7 +111,8 @@ class FarAttention {
     std::vector<uint16_t> packed;        ///< (tokens, heads, group, key_dim)
   };
 
-  void PrepareDaemon(const FarQuestion& question, uint32_t daemon, HeadMode mode);
+  /// The heads in `mode`, of kRows those that ask for k rows.
+  void PrepareDaemon(const FarQuestion& question, uint32_t daemon, HeadMode mode, uint32_t k);
   PreparedSearch PrepareSearch(const FarQuestion& question, const FarReply& reply);
   QueryItem MakeItem(const FarQuestion& question, uint32_t b, const FarReply& reply);
   absl::Span<const uint8_t> PlaceOfQueries(const FarQuestion& question, uint32_t b,
@@ -115,6 +123,7 @@ class FarAttention {
   const std::vector<DaemonShare> shares_;
   const std::chrono::microseconds spin_;
   std::vector<uint8_t> missed_;  ///< (daemons), in this step
+  std::vector<uint32_t> ks_;     ///< different numbers of rows of a daemon's heads, ascending
   std::deque<FarReply> replies_;
   AttendRequest attend_;  ///< to be filled and encoded
   TopKRequest top_k_;

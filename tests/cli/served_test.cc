@@ -141,6 +141,26 @@ TEST_F(ServedTest, ListsStatsAndSessions) {
   EXPECT_THAT(RunKvseek("stats --via " + daemon_->address()).out, HasSubstr("memory limit"));
 }
 
+TEST_F(ServedTest, PrintsASessionsPlan) {
+  auto client = KvClient::Connect({.address = daemon_->address(), .token = {}});
+  ASSERT_TRUE(client.ok()) << client.status();
+  ModelShape shape;
+  shape.layers = 3;
+  HeadPlan plan{.scan_bits = 1, .error_target = 0.25};
+  plan.heads.push_back({.layer = 2, .mode = HeadMode::kRows, .index = "ladder", .k = 9});
+  const auto session = (*client)->Open(shape, {.plan = plan});
+  ASSERT_TRUE(session.ok()) << session.status();
+  const json list = Ask("sessions").at("sessions");
+  const Ran ran = RunKvseek(absl::StrCat("sessions --via ", daemon_->address(), " --plan ",
+                                         list[0].at("session_id").get<std::string>()));
+  ASSERT_EQ(ran.exit_code, 0) << ran.err;
+  const auto printed = ParseHeadPlan(ran.out);
+  ASSERT_TRUE(printed.ok()) << printed.status();
+  EXPECT_EQ(*printed, plan);
+  EXPECT_EQ(RunKvseek("sessions --plan 99 --via " + daemon_->address()).exit_code, 1);
+  EXPECT_EQ(RunKvseek("sessions --plan x --via " + daemon_->address()).exit_code, 1);
+}
+
 TEST_F(ServedTest, BenchMeasuresADaemonElsewhere) {
   const json answer =
       Ask("bench --layers 1 --sessions 2 --tokens 3000 --rate 80 --duration 0.5 --warmup 0.1"

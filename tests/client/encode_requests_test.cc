@@ -167,5 +167,28 @@ TEST(EncodeRequestsTest, FieldsTravel) {
   EXPECT_TRUE(sent.with_state());
 }
 
+TEST(EncodeRequestsTest, PlansTravelAndMustFit) {
+  OpenOptions options;
+  options.error_target = 0.25F;
+  proto::OpenSessionRequest sent;
+  ASSERT_TRUE(sent.ParseFromString(EncodeOpen(kShape, options)->metadata));
+  EXPECT_FALSE(sent.has_plan());
+  EXPECT_EQ(sent.error_target(), 0.25F);
+  options.plan = HeadPlan();
+  ASSERT_TRUE(sent.ParseFromString(EncodeOpen(kShape, options)->metadata));
+  EXPECT_TRUE(sent.has_plan());
+  options.plan->heads.push_back({.kv_head = 1, .index = "graph", .candidates = 300});
+  ASSERT_TRUE(sent.ParseFromString(EncodeOpen(kShape, options)->metadata));
+  ASSERT_EQ(sent.plan().heads_size(), 1);
+  EXPECT_EQ(sent.plan().heads(0).mode(), "auto");
+  EXPECT_EQ(sent.plan().heads(0).index(), "graph");
+  EXPECT_EQ(sent.plan().heads(0).candidates(), 300U);
+  const auto refused = [&] { return ErrorField(EncodeOpen(kShape, options).status()); };
+  options.plan->heads[0].layer = 1;
+  EXPECT_EQ(refused(), "plan.heads[0].layer");
+  options.plan->heads[0].index = "magic";
+  EXPECT_EQ(refused(), "plan.heads[0].index");
+}
+
 }  // namespace
 }  // namespace kvseek::client

@@ -122,6 +122,10 @@ TEST(HeadPlanTest, FillsADecodersModes) {
                                         : HeadMode::kAuto;
     EXPECT_EQ((*modes)[i], expected) << i;
   }
+  const auto rows = HeadRowsOf(*plan, 16, 2, 128);
+  ASSERT_TRUE(rows.ok()) << rows.status();
+  for (size_t i = 0; i < rows->size(); ++i) EXPECT_EQ((*rows)[i], i == 31 ? 256U : 128U) << i;
+  EXPECT_EQ(*HeadModesOf(PlanOfModes(2, *modes), 16, 2), *modes);
   EXPECT_THAT(std::string(HeadModesOf(*plan, 15, 2).status().message()),
               HasSubstr("heads[1].layer: 15"));
   EXPECT_THAT(std::string(HeadModesOf(*plan, 16, 1).status().message()),

@@ -59,6 +59,8 @@ void MessageMutator::ChangeScalar(Message& message, const FieldDescriptor& field
     case FieldDescriptor::CPPTYPE_FLOAT:
       return put(&Reflection::SetFloat, &Reflection::AddFloat,
                  std::bit_cast<float>(static_cast<uint32_t>(random_())));
+    case FieldDescriptor::CPPTYPE_DOUBLE:
+      return put(&Reflection::SetDouble, &Reflection::AddDouble, std::bit_cast<double>(random_()));
     case FieldDescriptor::CPPTYPE_BOOL:
       return put(&Reflection::SetBool, &Reflection::AddBool, (number & 1U) != 0);
     case FieldDescriptor::CPPTYPE_ENUM:

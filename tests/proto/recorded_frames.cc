@@ -102,6 +102,19 @@ void SetShape(ModelShape* shape) {
   shape->set_softmax_scale(0.25F);
 }
 
+void SetPlan(HeadPlan* plan) {
+  plan->set_version(1);
+  plan->set_scan_bits(2);
+  plan->set_error_target(0.125);
+  PlannedHead& head = *plan->add_heads();
+  head.set_layer(2);
+  head.set_kv_head(1);
+  head.set_mode("rows");
+  head.set_index("cluster");
+  head.set_candidates(512);
+  head.set_k(256);
+}
+
 void SetOptions(SearchOptions* options) {
   options->set_index(INDEX_LADDER);
   options->set_candidates(2048);
@@ -179,6 +192,9 @@ void RecordSessions(Recorder& recorder) {
   open.set_tokens_expected(131072);
   open.set_name("caf\xc3\xa9");
   recorder.Request("open_session_request", Op::kOpenSession, open);
+  SetPlan(open.mutable_plan());
+  open.set_error_target(0.0625F);
+  recorder.Request("open_session_with_plan_request", Op::kOpenSession, open);
   OpenSessionResponse opened;
   SetSession(7, opened.mutable_session());
   opened.set_lease_ms(60000);
@@ -362,6 +378,9 @@ void RecordObservation(Recorder& recorder) {
   StatsRequest stats;
   stats.set_with_sessions(true);
   recorder.Request("stats_request", Op::kStats, stats);
+  stats.set_with_plans(true);
+  stats.set_session_id(7);
+  recorder.Request("stats_with_plans_request", Op::kStats, stats);
   StatsResponse found;
   found.set_uptime_ms(123456789);
   found.set_memory_used_bytes(uint64_t{5} << 30);
@@ -387,6 +406,9 @@ void RecordObservation(Recorder& recorder) {
   session->set_scan_bits(2);
   found.set_simd_level("avx3_dl");
   recorder.Response("stats_response", Op::kStats, found);
+  SetPlan(found.mutable_sessions(0)->mutable_plan());
+  found.mutable_sessions(0)->set_error_target(0.0625F);
+  recorder.Response("stats_with_plans_response", Op::kStats, found);
 
   recorder.Request("health_request", Op::kHealth, HealthRequest());
   HealthResponse health;

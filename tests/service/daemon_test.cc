@@ -227,6 +227,43 @@ TEST_F(DaemonTest, ProgramTellsBadUsageFromFailure) {
   EXPECT_EQ(Program({"--listen", "unix:" + dir_.path() + "/no/such/folder"}).Wait(), 1);
 }
 
+TEST_F(DaemonTest, ProgramReadsItsPlan) {
+  HeadPlan plan{.scan_bits = 1, .error_target = 0.1};
+  plan.heads.push_back({.mode = HeadMode::kState, .index = "ladder", .candidates = 77});
+  const std::string path = dir_.path() + "/plan";
+  ASSERT_TRUE(WriteHeadPlan(plan, path).ok());
+  Program program({"--listen", address(), "--plan", path, "--print-ready"});
+  ASSERT_EQ(program.ReadLine(), "ready " + address());
+  const auto client = Connect();
+  const auto session = client->Open(kShape, {});
+  ASSERT_TRUE(session.ok()) << session.status();
+  EXPECT_EQ(*client->PlanOf(*session), plan);
+  const auto fork = client->Fork(*session, std::nullopt, {});
+  ASSERT_TRUE(fork.ok()) << fork.status();
+  EXPECT_EQ(*client->PlanOf(*fork), plan);
+  HeadPlan own = plan;
+  own.heads[0].candidates = 5;
+  const auto planned = client->Open(kShape, {.plan = own});
+  ASSERT_TRUE(planned.ok()) << planned.status();
+  EXPECT_EQ(*client->PlanOf(*planned), own);
+  const auto two_bits = client->Open(kShape, {.scan_bits = 2});
+  ASSERT_TRUE(two_bits.ok()) << two_bits.status();
+  EXPECT_EQ(*client->PlanOf(*two_bits), HeadPlan());
+  const auto gone = client->PlanOf({.boot_id = client->info().boot_id, .session_id = 99});
+  EXPECT_EQ(gone.status().code(), absl::StatusCode::kNotFound);
+  EXPECT_EQ(client->PlanOf({.boot_id = 1, .session_id = session->session_id}).status().code(),
+            absl::StatusCode::kNotFound);
+}
+
+TEST_F(DaemonTest, ProgramRefusesPlansThatItCannotRead) {
+  const std::string path = dir_.path() + "/plan";
+  EXPECT_EQ(Program({"--listen", address(), "--plan", path}).Wait(), 2);
+  std::ofstream(path) << "{\"version\": 7}";
+  EXPECT_EQ(Program({"--listen", address(), "--plan", path}).Wait(), 2);
+  EXPECT_EQ(Program({"--listen", address(), "--error-target", "0.1"}).Wait(), 2);
+  EXPECT_EQ(Program({"--listen", address(), "--error-target", "-1"}).Wait(), 2);
+}
+
 TEST_F(DaemonTest, ProgramReadsItsConfigAndToken) {
   std::ofstream(dir_.path() + "/token") << "open sesame\n";
   std::ofstream(dir_.path() + "/config") << "listen = \"" << address() << "\"\nworkers = 2\n"

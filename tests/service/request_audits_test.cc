@@ -178,9 +178,9 @@ TEST(RequestAuditsTest, AnswersAreTheSameAndSessionsMayGo) {
     *close.mutable_session() = session;
     EXPECT_TRUE(service.Call(close).ok());
   }
+  // Those whose keys went first are dropped.
   Counters counters = StatsAfter(service, 5);
   EXPECT_EQ(counters["audits"] + counters["audits_dropped"], 5U);
-  EXPECT_GT(counters["audits"], 0U);
 }
 
 TEST(RequestAuditsTest, ADaemonMayStopWithAuditsQueued) {

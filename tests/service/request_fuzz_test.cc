@@ -52,6 +52,7 @@ DaemonOptions SmallDaemon() {
   options.queue_limit = 64;
   options.payload_bytes_max = 8U << 20;
   options.build_from_tokens = 1024;
+  options.audit_share = 0.5;
   return options;
 }
 
@@ -338,6 +339,12 @@ std::vector<Call> RequestFuzzTest::RightCalls(const proto::SessionRef& victim) {
   open.mutable_shape()->set_value_dim(8);
   open.mutable_shape()->set_dtype(proto::DTYPE_FP16);
   open.set_tokens_expected(100);
+  open.set_error_target(0.1F);
+  open.mutable_plan()->set_version(1);
+  proto::PlannedHead& head = *open.mutable_plan()->add_heads();
+  head.set_mode("auto");
+  head.set_index("cluster");
+  head.set_candidates(200);
   add(Op::kOpenSession, open);
   proto::ForkRequest fork;
   *fork.mutable_session() = victim;

@@ -50,7 +50,8 @@ class FarAttentionTest : public testing::Test {
   }
 
   Session Fill(const DaemonShare& share) {
-    auto session = share.tokens->Open(ShapeOfShare(kShape, share), {});
+    auto session =
+        share.tokens->Open(ShapeOfShare(kShape, share), {.plan = PlanOfShare(plan_, share)});
     EXPECT_TRUE(session.ok()) << session.status();
     const auto part = [&](const std::vector<uint16_t>& rows, uint32_t dim) {
       std::vector<uint16_t> out;
@@ -81,7 +82,7 @@ class FarAttentionTest : public testing::Test {
     question.batch = batch_;
     question.queries = queries_.data();
     question.modes = modes;
-    question.rows = 20;
+    question.rows = rows_;
     question.options.index = IndexKind::kExact;
     question.deadline = kDeadline;
     return question;
@@ -137,6 +138,8 @@ class FarAttentionTest : public testing::Test {
   std::vector<uint8_t> lost_[2] = {std::vector<uint8_t>(4), std::vector<uint8_t>(4)};
   std::vector<RowCache> caches_[2] = {{4, RowCache(64)}, {4, RowCache(64)}};
   std::vector<FarSequence> batch_;
+  HeadPlan plan_;
+  std::vector<uint32_t> rows_ = std::vector<uint32_t>(kShape.kv_heads, 20);
   Session whole_;
   std::vector<uint16_t> keys_, values_, queries_;
 };
@@ -210,6 +213,69 @@ TEST_F(FarAttentionTest, HeadsGoTheirOwnWays) {
     EXPECT_EQ(state, (std::vector<uint32_t>{0}));
     EXPECT_EQ(rows, (std::vector<uint32_t>{1, 3}));
   }
+}
+
+TEST_F(FarAttentionTest, HeadsHaveTheirOwnNumbersOfRows) {
+  Start(2);
+  rows_ = {20, 33, 7, 7};
+  FarAttention far(kShape, shares_, std::chrono::microseconds(50));
+  const std::vector<HeadMode> modes(kShape.kv_heads, HeadMode::kRows);
+  Ask(far, Question(2, modes));
+  std::vector<std::vector<uint32_t>> heads;
+  for (const FarReply& reply : far.Wait()) {
+    ASSERT_TRUE(reply.answer.ok()) << reply.answer.status();
+    heads.push_back(reply.heads);
+    for (const ItemResult& item : reply.answer->items) {
+      ASSERT_EQ(item.selections.size(), 2 * reply.heads.size());
+      for (const Selection& selection : item.selections) {
+        EXPECT_EQ(selection.positions.size(), rows_[reply.heads[0]]);
+      }
+    }
+  }
+  EXPECT_EQ(heads, (std::vector<std::vector<uint32_t>>{{0}, {1}, {2, 3}}));
+}
+
+TEST_F(FarAttentionTest, HeadsAreAnsweredAsTheirSessionsPlan) {
+  HeadPlan plan;
+  for (uint32_t head = 0; head < kShape.kv_heads; ++head) {
+    plan.heads.push_back({.kv_head = head, .index = head % 2 == 0 ? "exact" : "ladder"});
+    plan.heads.back().candidates = 64 + head;
+  }
+  plan_ = plan;
+  Start(2);
+  FarAttention far(kShape, shares_, std::chrono::microseconds(50));
+  const std::vector<HeadMode> modes{HeadMode::kState, HeadMode::kRows, HeadMode::kRows,
+                                    HeadMode::kState};
+  FarQuestion question = Question(1, modes);
+  question.options.index = IndexKind::kAuto;
+  Ask(far, question);
+  size_t seen = 0;
+  for (const FarReply& reply : far.Wait()) {
+    ASSERT_TRUE(reply.answer.ok()) << reply.answer.status();
+    for (const ItemResult& item : reply.answer->items) {
+      for (size_t h = 0; h < reply.heads.size(); ++h) {
+        const IndexKind expected = reply.heads[h] % 2 == 0 ? IndexKind::kExact : IndexKind::kLadder;
+        EXPECT_EQ(item.reports[h].index, expected) << reply.heads[h];
+        ++seen;
+      }
+    }
+  }
+  EXPECT_EQ(seen, 2 * kShape.kv_heads);
+}
+
+TEST(PlanOfShareTest, HasTheSharesHeadsUnderTheirNumbersThere) {
+  HeadPlan plan = PlanOfModes(4, std::vector<HeadMode>(8, HeadMode::kRows));
+  const DaemonShare share{.first_head = 2, .heads = 2};
+  EXPECT_FALSE(PlanOfShare(plan, share).has_value());  // modes are no daemon's matter
+  plan.heads[1].candidates = 5;
+  EXPECT_FALSE(PlanOfShare(plan, share).has_value());  // of another share's head
+  plan.heads[7].index = "cluster";
+  const std::optional<HeadPlan> part = PlanOfShare(plan, share);
+  ASSERT_TRUE(part.has_value());
+  ASSERT_EQ(part->heads.size(), 4U);
+  EXPECT_EQ(part->heads[0], (PlannedHead{0, 0, HeadMode::kRows}));
+  EXPECT_EQ(part->heads[3], (PlannedHead{1, 1, HeadMode::kRows, "cluster"}));
+  EXPECT_TRUE(PlanOfShare({.scan_bits = 1}, share).has_value());
 }
 
 TEST_F(FarAttentionTest, QueriesMayComeAfterAllElse) {

@@ -55,7 +55,9 @@ TEST_P(EqualsFullAttentionTest, OverManySteps) {
   options_.shape.dtype = setting.dtype;
   options_.query_tokens_max = setting.query_tokens;
   options_.cache_rows = options_.rows * setting.query_tokens + 32;
-  options_.head_modes.assign(options_.shape.layers * options_.shape.kv_heads, setting.mode);
+  const uint32_t kv_heads = options_.shape.kv_heads;
+  options_.plan =
+      PlanOfModes(kv_heads, std::vector<HeadMode>(options_.shape.layers * kv_heads, setting.mode));
   StartDaemons(setting.daemons);
   Create(addresses_);
   // A prompt, a long one, and a sequence that starts with nothing.
@@ -94,7 +96,14 @@ INSTANTIATE_TEST_SUITE_P(
 
 TEST_F(SparseDecoderTest, HeadsInDifferentModes) {
   // Head 0 of layer 0 is local: it sees its steady zone alone.
-  options_.head_modes = {HeadMode::kState, HeadMode::kRows, HeadMode::kRows, HeadMode::kAuto};
+  options_.plan =
+      PlanOfModes(2, {HeadMode::kState, HeadMode::kRows, HeadMode::kRows, HeadMode::kAuto});
+  options_.plan.heads[1].k = options_.rows / 2 + 1;  // the same layer's head 0 has another number
+  options_.plan.heads[2].k = options_.rows + 5;
+  options_.plan.heads[2].index = "exact";
+  options_.plan.heads[3].index = "ladder";
+  options_.plan.heads[3].candidates = 1000;
+  options_.cache_rows = options_.rows + 40;
   StartDaemons(1);
   Create(addresses_);
   Sequence sequence = Open();
@@ -105,7 +114,7 @@ TEST_F(SparseDecoderTest, HeadsInDifferentModes) {
 }
 
 TEST_F(SparseDecoderTest, LocalHeadsSeeTheSteadyZone) {
-  options_.head_modes.assign(4, HeadMode::kLocal);
+  options_.plan = PlanOfModes(2, std::vector<HeadMode>(4, HeadMode::kLocal));
   StartDaemons(1);
   Create(addresses_);
   Sequence sequence = Open();
@@ -249,7 +258,9 @@ TEST_F(SparseDecoderTest, SaysWhatIsWrong) {
   EXPECT_EQ(code([](DecoderOptions& o) { o.recent_tokens = 100; }), invalid);
   EXPECT_EQ(code([](DecoderOptions& o) { o.sink_tokens = 8; }), invalid);
   EXPECT_EQ(code([](DecoderOptions& o) { o.cache_rows = 10; }), invalid);
-  EXPECT_EQ(code([](DecoderOptions& o) { o.head_modes.resize(3); }), invalid);
+  EXPECT_EQ(code([](DecoderOptions& o) { o.plan.heads = {{.layer = 2}}; }), invalid);
+  EXPECT_EQ(code([](DecoderOptions& o) { o.plan.heads = {{.k = o.cache_rows + 1}}; }), invalid);
+  EXPECT_EQ(code([](DecoderOptions& o) { o.open.plan = HeadPlan(); }), invalid);
   EXPECT_EQ(code([](DecoderOptions& o) { o.fallback = Fallback::kLocalCopy; }), invalid);
   Create(addresses_);
   Sequence sequence = Open();
