@@ -22,8 +22,8 @@ constexpr uint32_t kRowsMax = 1U << 16;        // as index::kMaxK
 
 /// By HeadMode.
 constexpr std::array<const char*, 4> kModes = {"auto", "local", "rows", "state"};
-constexpr std::array<const char*, 6> kIndexes = {"auto",     "exact",   "ladder",
-                                                 "landmark", "cluster", "graph"};
+constexpr std::array<const char*, 7> kIndexes = {"auto",    "exact", "ladder", "landmark",
+                                                 "cluster", "graph", "product"};
 
 absl::Status Refuse(absl::string_view field, absl::string_view why) {
   return absl::InvalidArgumentError(absl::StrCat(field, ": ", why));

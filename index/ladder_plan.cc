@@ -4,6 +4,8 @@
 #include <cmath>
 #include <limits>
 
+#include "index/product_scan.h"
+#include "index/sign_scan.h"
 #include "kernels/cpu/attention.h"
 #include "kernels/cpu/prefetch.h"
 #include "kernels/cpu/reduce.h"
@@ -40,24 +42,24 @@ std::vector<int64_t> SampleBlocks(int64_t first, int64_t last) {
 }  // namespace
 
 LadderPlan::LadderPlan(const KvView& view, const SearchQuery& query, const SearchOptions& options,
-                       Scratch& scratch, Recall recall)
+                       Scratch& scratch, Recall recall, const ProductIndex* product)
     : view_(view),
       query_(query),
       options_(options),
       group_(query.group),
       padded_dim_(kernels::PaddedDim(view.shape.key_dim)),
-      symbols_(kernels::Symbols(padded_dim_)),
       scaled_(ScaleQueries(query, view.shape)),
       exact_state_(query.group, view.shape.value_dim),
       recall_(std::move(recall)) {
   first_block_ = (query.begin + kScanBlock - 1) / kScanBlock;
-  last_block_ = std::min(query.end, view.SealedTokens()) / kScanBlock;
+  const int64_t coded = product == nullptr ? view.SealedTokens() : product->covered();
+  last_block_ = std::min(query.end, coded) / kScanBlock;
   last_block_ = std::max(last_block_, first_block_);
   if (recall_.last != nullptr) last_block_ = recall_.last->last_block;
   AttendExactPart(scratch);
   reference_ = exact_state_.Lse();
   if (first_block_ == last_block_) return;
-  PrepareQueries();
+  PrepareQueries(product);
   if (recall_.last != nullptr) {
     PrepareRecall();
   } else {
@@ -71,23 +73,14 @@ LadderPlan::LadderPlan(const KvView& view, const SearchQuery& query, const Searc
   }
 }
 
-void LadderPlan::PrepareQueries() {
+void LadderPlan::PrepareQueries(const ProductIndex* product) {
   const auto group = static_cast<size_t>(group_);
   rotated_ = MakeAligned<float>(group * padded_dim_);
   kernels::Rotate(query_.queries, group_, view_.shape.key_dim, rotated_.get());
-  tables_ = MakeAligned<int8_t>(group * symbols_ * kernels::kTableSize);
-  table_units_.resize(group);
-  kernels::BuildTables(rotated_.get(), group_, padded_dim_, tables_.get(), table_units_.data());
   quantised_ = MakeAligned<int16_t>(group * padded_dim_);
   query_units_.resize(group);
   kernels::QuantiseQueries(rotated_.get(), group_, padded_dim_, quantised_.get(),
                            query_units_.data());
-  for (int h = 0; h < group_; ++h) {
-    const float* row = rotated_.get() + static_cast<ptrdiff_t>(h) * padded_dim_;
-    float squares = 0.0F;
-    for (int d = 0; d < padded_dim_; ++d) squares += row[d] * row[d];
-    query_norms_.push_back(std::sqrt(squares));
-  }
   const int64_t first = first_block_ / kSegmentBlocks;
   const int64_t last = (last_block_ - 1) / kSegmentBlocks;
   centre_scores_.resize(static_cast<size_t>(last - first + 1) * group);
@@ -99,6 +92,12 @@ void LadderPlan::PrepareQueries() {
     kernels::ScoreFloatRows(scaled_.get(), group_, view_.segments[static_cast<size_t>(s)]->centre(),
                             1, view_.shape.key_dim, centre_scores_.data() + (s - first) * group_,
                             1);
+  }
+  const ScanQueries queries = {group_, scaled_.get(), rotated_.get(), centre_scores_.data(), first};
+  if (product != nullptr) {
+    codes_ = std::make_unique<const ProductScan>(*product, view_, queries, last);
+  } else {
+    codes_ = std::make_unique<const SignScan>(view_, queries);
   }
 }
 
@@ -229,33 +228,27 @@ void LadderPlan::EstimateReference(const std::vector<int64_t>& sample, float* es
   const auto group = static_cast<size_t>(group_);
   const auto keys = static_cast<int>(sample.size() * kScanBlock);
   auto* sums = scratch.Take<int16_t>(group * kScanBlock);
-  auto* heads = scratch.Take<kernels::ScanHead>(group);
   auto* weights = scratch.Take<float>(group);
-  auto* unused = scratch.Take<uint32_t>(kScanBlock);
-  const int planes = view_.shape.scan_bits;
+  const ScanResults results = {scratch.Take<uint32_t>(kScanBlock), weights,
+                               scratch.Take<uint16_t>(group * kScanBlock)};
   std::vector<float> largest(group, -kInfinity);  // estimate so far, of each head
   std::vector<float> mass(group, 0.0F);           // sum of weights relative to it
   for (size_t i = 0; i < sample.size(); ++i) {
-    const uint8_t* block = Block(sample[i]);
     if (i + kBlocksAhead < sample.size()) {
-      kernels::PrefetchRange(Block(sample[i + kBlocksAhead]),
-                             static_cast<size_t>(kernels::ScanBlockBytes(symbols_, planes)));
+      kernels::PrefetchRange(codes_->Block(sample[i + kBlocksAhead]),
+                             static_cast<size_t>(codes_->BlockBytes()));
     }
     float* block_estimates = estimates + i * kScanBlock;
-    FillScanHeads(sample[i] / kSegmentBlocks, {}, heads);
-    kernels::ScanCodes(block, 1, symbols_, planes, tables_.get(), group_, sums, kScanBlock);
-    kernels::EstimateScores(sums, kScanBlock, block, 1, symbols_, planes, heads, group_,
-                            block_estimates, keys, nullptr);
+    codes_->Scan(sample[i], 1, nullptr, sums);
+    codes_->Estimate(sample[i], 1, sums, block_estimates, keys);
     for (size_t h = 0; h < group; ++h) {
       const float best = kernels::MaxElement(block_estimates + h * keys, kScanBlock);
       if (best > largest[h]) {
         mass[h] *= std::exp(largest[h] - best);
         largest[h] = best;
       }
-      heads[h].reference = largest[h];
     }
-    kernels::SelectAndWeigh(sums, kScanBlock, block, 1, symbols_, planes, heads, group_, 0, unused,
-                            weights, 1);
+    codes_->Select(sample[i], 1, sums, {{}, largest.data()}, nullptr, results);
     for (size_t h = 0; h < group; ++h) mass[h] += weights[h];
   }
   // The sample's share, scaled up, beside the exact part's.
@@ -270,32 +263,12 @@ void LadderPlan::EstimateReference(const std::vector<int64_t>& sample, float* es
   }
 }
 
-void LadderPlan::FillScanHeads(int64_t segment, absl::Span<const float> thresholds,
-                               kernels::ScanHead* heads) const {
-  const Segment& codes = *view_.segments[static_cast<size_t>(segment)];
-  const float* centres = centre_scores_.data() + (segment - first_block_ / kSegmentBlocks) * group_;
-  const float scale = view_.shape.softmax_scale;
-  const float sum_unit = view_.shape.scan_bits == 1 ? 1.0F : kernels::kTwoBitStep / 2.0F;
-  for (int h = 0; h < group_; ++h) {
-    const auto i = static_cast<size_t>(h);
-    heads[h] = {centres[h], scale * sum_unit * table_units_[i],
-                scale * query_norms_[i] * codes.scan_noise(),
-                thresholds.empty() ? kInfinity : thresholds[i], reference_[i]};
-  }
-}
-
 void LadderPlan::FillFineHeads(int64_t segment, kernels::FineHead* heads) const {
   const float* centres = centre_scores_.data() + (segment - first_block_ / kSegmentBlocks) * group_;
   const float scale = view_.shape.softmax_scale * kernels::kFourBitStep / 2.0F;
   for (int h = 0; h < group_; ++h) {
     heads[h] = {centres[h], scale * query_units_[static_cast<size_t>(h)]};
   }
-}
-
-const uint8_t* LadderPlan::Block(int64_t block) const {
-  const Segment& segment = *view_.segments[static_cast<size_t>(block / kSegmentBlocks)];
-  return segment.scan_blocks() +
-         (block % kSegmentBlocks) * kernels::ScanBlockBytes(symbols_, view_.shape.scan_bits);
 }
 
 }  // namespace kvseek::index

@@ -10,6 +10,8 @@
 #include <exception>
 #include <utility>
 
+#include "index/product_index.h"
+
 namespace kvseek::service {
 namespace {
 
@@ -19,6 +21,12 @@ using index::BuiltKind;
 // An index is built anew when it leaves so many keys uncovered, or this share of those it covers.
 constexpr int64_t kUncoveredMin = 4096;
 constexpr int64_t kUncoveredShare = 8;
+
+/// Tokens whose queries the kind is not built without.
+size_t QueriesNeeded(BuiltKind kind) {
+  if (kind == BuiltKind::kProduct) return index::kProductQueriesMin;
+  return kind == BuiltKind::kGraph ? 1 : 0;
+}
 
 uint64_t ThreadMicros() {
   timespec now{};
@@ -53,12 +61,13 @@ IndexBuilder::~IndexBuilder() {
 bool IndexBuilder::IsDue(const SessionSettings& settings, const LayerState& state, size_t head,
                          BuiltKind kind) const {
   if (!settings.Builds(kind)) return false;
-  if (kind == BuiltKind::kGraph && (state.queries == nullptr || state.queries->positions().empty()))
-    return false;
+  const size_t queries = state.queries == nullptr ? 0 : state.queries->positions().size();
+  if (queries < QueriesNeeded(kind)) return false;
   const int64_t sealed = state.heads[head].View().SealedTokens();
   const BuiltIndex* const built = state.Built(head, kind);
   const int64_t covered = built == nullptr ? 0 : built->covered();
   if (covered == 0) return sealed >= from_tokens_ && sealed > 0;
+  if (kind == BuiltKind::kProduct) return sealed > covered;  // it encodes what is new, no more
   return sealed - covered >= std::max(kUncoveredMin, covered / kUncoveredShare);
 }
 

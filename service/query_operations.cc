@@ -143,6 +143,8 @@ ChosenIndex ChooseIndex(proto::IndexKind wanted, const CheckedItem& item, uint32
   const bool exact = wanted == proto::INDEX_EXACT ||
                      (wanted == proto::INDEX_AUTO && range < index::kExactBelowTokens);
   if (exact) return {proto::INDEX_EXACT, &index::ExactIndex()};
+  const index::BuiltIndex* const product = item.layer->Built(kv_head, index::BuiltKind::kProduct);
+  if (wanted == proto::INDEX_AUTO && product != nullptr) return {proto::INDEX_PRODUCT, product};
   return {proto::INDEX_LADDER, &index::LadderIndex()};
 }
 
