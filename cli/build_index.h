@@ -17,7 +17,7 @@ struct BuildSettings {
   std::string summary = "minmax";    ///< landmark: minmax or mean
   int keys_per_cluster = 16;         ///< cluster
   int degree = index::kGraphDegree;  ///< graph: neighbours of a key, at most
-  kernels::ProductLayout product;    ///< product
+  kernels::ProductLayout product{};  ///< product
 
   bool operator==(const BuildSettings&) const = default;
 };

@@ -150,7 +150,7 @@ void SetMaps(const Eigen& eigen, const CholeskyFactor& queries, ProductCodebook&
       }
       ++row;
     }
-    book.starts.push_back(static_cast<int>(row));
+    book.starts.push_back(static_cast<uint32_t>(row));
   }
 }
 
@@ -161,8 +161,8 @@ void SetCentroids(const FloatRows& points, ProductCodebook& book) {
   std::vector<float> squares(points.count(), 0.0F);
   std::vector<uint8_t> symbols(points.count());
   for (int g = 0; g < book.layout.subspaces; ++g) {
-    const auto first = static_cast<size_t>(book.starts[static_cast<size_t>(g)]);
-    const size_t size = static_cast<size_t>(book.starts[static_cast<size_t>(g) + 1]) - first;
+    const size_t first = book.starts[static_cast<size_t>(g)];
+    const size_t size = book.starts[static_cast<size_t>(g) + 1] - first;
     if (size == 0) continue;
     std::vector<float> part(points.count() * size);
     for (size_t i = 0; i < points.count(); ++i) {
@@ -192,11 +192,10 @@ void SetSketch(const FloatRows& values, ProductCodebook& book) {
   for (size_t c = 0; c < kSketchDim; ++c) {
     book.steps.push_back(kSketchLevel * static_cast<float>(std::sqrt(eigen.values[c])));
     for (size_t i = 0; i < dim; ++i) {
-      const auto x = static_cast<float>(eigen.vectors[c * dim + i]);
-      book.components.push_back(x);
-      book.sketch_rows.push_back(kernels::FloatToBf16(book.steps[c] * x));
+      book.components.push_back(static_cast<float>(eigen.vectors[c * dim + i]));
     }
   }
+  book.SetSketchRows();
 }
 
 /// Nibbles (1024, 8) of a segment's values.
@@ -257,11 +256,11 @@ void ProductCodebook::Encode(const KvShape& shape, const Segment& segment, uint8
   std::vector<uint8_t> symbols(size_t{kSegmentTokens} * static_cast<size_t>(symbols_each));
   std::vector<float> squares(kSegmentTokens, 0.0F);
   for (int g = 0; g < layout.subspaces; ++g) {
-    const int first = starts[static_cast<size_t>(g)];
+    const uint32_t first = starts[static_cast<size_t>(g)];
     kernels::NearestCentroids(points.data() + first, shape.key_dim, kSegmentTokens,
-                              centroids.data() + static_cast<ptrdiff_t>(first) * kCentroids,
-                              starts[static_cast<size_t>(g) + 1] - first, symbols.data() + g,
-                              symbols_each, squares.data());
+                              centroids.data() + size_t{first} * kCentroids,
+                              static_cast<int>(starts[static_cast<size_t>(g) + 1] - first),
+                              symbols.data() + g, symbols_each, squares.data());
   }
   const float low = errors.front();
   const float levels = (kCentroids - 1) / std::max(std::log(errors.back() / low), 1e-6F);
@@ -279,8 +278,15 @@ void ProductCodebook::Encode(const KvShape& shape, const Segment& segment, uint8
   kernels::PackProductBlocks(symbols.data(), nibbles.data(), kBlocks, layout, codes);
 }
 
+void ProductCodebook::SetSketchRows() {
+  const size_t dim = components.size() / kSketchDim;
+  for (size_t i = 0; i < components.size(); ++i) {
+    sketch_rows.push_back(kernels::FloatToBf16(steps[i / dim] * components[i]));
+  }
+}
+
 size_t ProductCodebook::Bytes() const {
-  return sizeof(ProductCodebook) + starts.size() * sizeof(int) +
+  return sizeof(ProductCodebook) + starts.size() * sizeof(uint32_t) +
          sizeof(float) * (key_map.size() + query_map.size() + centroids.size() + errors.size() +
                           components.size() + steps.size()) +
          sketch_rows.size() * sizeof(uint16_t);

@@ -28,7 +28,7 @@ namespace kvseek::index {
 struct ProductCodebook {
   kernels::ProductLayout layout;
   int trained_segments = 0;
-  std::vector<int> starts;            ///< (subspaces + 1): sub-space g: [starts[g], starts[g + 1])
+  std::vector<uint32_t> starts;       ///< (subspaces + 1): sub-space g: [starts[g], starts[g + 1])
   std::vector<float> key_map;         ///< (key_dim, key_dim), a row for each coordinate: E^T L^T
   std::vector<float> query_map;       ///< the same for queries: E^T L^-1
   std::vector<float> centroids;       ///< (key_dim, 64): the centroids' coordinates side by side
@@ -46,6 +46,8 @@ struct ProductCodebook {
   /// (value_dim) if there is a sketch.
   void Encode(const KvShape& shape, const Segment& segment, uint8_t* codes,
               uint16_t* value_mean) const;
+  /// Sets sketch_rows from components and steps.
+  void SetSketchRows();
   size_t Bytes() const;
 };
 

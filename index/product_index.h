@@ -52,6 +52,7 @@ class ProductIndex final : public BuiltIndex {
                                    const SearchOptions& options, Scratch& scratch) const override;
 
   const kernels::ProductLayout& layout() const { return stretches_.front()->codebook->layout; }
+  int value_dim() const { return value_dim_; }
   const std::vector<std::shared_ptr<const ProductStretch>>& stretches() const { return stretches_; }
 
  private:

@@ -137,7 +137,7 @@ uint8_t ProductSymbol(const uint8_t* block, const ProductLayout& layout, int ind
   const uint8_t* const quad = block + index / 4 * 3 * kScanBlock + key;
   int symbol = 0;
   if (index >= 4 * quads) {
-    symbol = block[(3 * quads + index - 4 * quads) * kScanBlock + key];
+    symbol = block[(3 * quads + index - 4 * quads) * kScanBlock + key] & 63;
   } else if (index % 4 < 3) {
     symbol = quad[index % 4 * kScanBlock] & 63;
   } else {

@@ -31,29 +31,46 @@ inline constexpr float kLogBias = 127.0F * 128.0F - 7.3F;
 /// The correction of a weight's exponent, upwards.
 inline float Correction(float sigma) { return std::min(sigma * sigma, kVarianceMax) / 4.0F; }
 
-/// Integers for SelectProducts: a key is chosen if its sum exceeds `bound`; its weight's bits are
-/// slope * sum + offset - (128 * excess * excess_step >> 16).
+inline constexpr int kSumShift = 4;  // a sum, times 16, fits 16 bits
+inline constexpr float kBitsMax = kLogBias + kLogStep * kExponentMax;
+
+/// Integers for SelectProducts. A key is chosen if its sum exceeds `bound`; its weight's bits are,
+/// shifted left by `shift`,
+///   (16 * sum * slope + 2^14 >> 15) + offset - (128 * excess * step >> 16)
+/// between 0 and `most`.
 struct SelectHead {
   SelectHead() = default;
-  explicit SelectHead(const ProductHead& head) {
+  explicit SelectHead(const ProductHead& head) : excess(head.tables->excess) {
     const ProductTables& tables = *head.tables;
     const float base = head.centre + tables.base;
     if (tables.unit > 0.0F) {
-      const float sums = std::floor((head.threshold - base) / tables.unit);
-      bound = static_cast<int16_t>(std::clamp(sums, -32768.0F, 32767.0F));
+      bound = Rounded(std::floor((head.threshold - base) / tables.unit));
     } else {
       bound = base > head.threshold ? int16_t{-32768} : int16_t{32767};
     }
-    slope = kLogStep * tables.unit;
-    offset = kLogStep * (base - tables.low - head.reference) + kLogBias;
-    excess_step = static_cast<int16_t>(std::min(512.0F * kLogStep * tables.step, 32767.0F));
-    excess = tables.excess;
+    float bits = kLogStep * tables.unit;  // of one unit of sum
+    float scale = 1.0F;
+    while (shift < 7 && bits * scale >= 16.0F) {
+      ++shift;
+      scale *= 0.5F;
+    }
+    constexpr float kFixed = 32768.0F / (1 << kSumShift);
+    slope = Rounded(kFixed * scale * bits);
+    offset = Rounded(scale * (kLogStep * (base - tables.low - head.reference) + kLogBias));
+    step = Rounded(scale * 512.0F * kLogStep * tables.step);
+    most = Rounded(scale * kBitsMax);
   }
-  int16_t bound;
-  int16_t excess_step;
-  float slope;
-  float offset;
+  static int16_t Rounded(float x) {
+    return static_cast<int16_t>(std::lrint(std::clamp(x, -32768.0F, 32767.0F)));
+  }
+
   const uint8_t* excess;
+  int shift = 0;
+  int16_t bound;
+  int16_t slope;
+  int16_t offset;
+  int16_t step;
+  int16_t most;
 };
 
 }  // namespace
@@ -96,8 +113,8 @@ HWY_INLINE void QuantiseTable(const float* scores, float middle, float inverse, 
 }
 
 void BuildProductTablesImpl(const float* queries, int heads, int dim, const float* centroids,
-                            const int* starts, const float* errors, const ProductLayout& layout,
-                            int8_t* entries, ProductTables* tables) {
+                            const uint32_t* starts, const float* errors,
+                            const ProductLayout& layout, int8_t* entries, ProductTables* tables) {
   HWY_ALIGN float scores[(kSubspacesMax + 1) * kCentroids];
   float middles[kSubspacesMax + 1];
   const int symbols = layout.Symbols();
@@ -105,7 +122,7 @@ void BuildProductTablesImpl(const float* queries, int heads, int dim, const floa
     ProductTables& table = tables[h];
     for (int g = 0; g < layout.subspaces; ++g) {
       ScoreCentroids(queries + starts[g], centroids + starts[g] * kCentroids,
-                     starts[g + 1] - starts[g], scores + g * kCentroids);
+                     static_cast<int>(starts[g + 1] - starts[g]), scores + g * kCentroids);
     }
     float square = 0.0F;
     for (int i = 0; i < dim; ++i) square += queries[i] * queries[i];
@@ -231,6 +248,19 @@ struct Levels {
 
 #endif
 
+/// Sums of neighbouring bf16 numbers.
+template <class V16>
+HWY_INLINE hn::Vec<DF> SumPairs(DF d, V16 numbers) {
+  const hn::RebindToUnsigned<DF> du;
+#if HWY_TARGET == HWY_SCALAR
+  return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(du, numbers)));
+#else
+  const auto pairs = hn::BitCast(du, numbers);
+  return hn::Add(hn::BitCast(d, hn::ShiftLeft<16>(pairs)),
+                 hn::BitCast(d, hn::And(pairs, hn::Set(du, 0xffff0000U))));
+#endif
+}
+
 /// kept[key] := all bits set if no head's sum exceeds its bound, else 0; returns the chosen ones.
 HWY_INLINE uint64_t ChooseInBlock(const int16_t* sums, int sums_stride, const SelectHead* heads,
                                   int count, int16_t* kept) {
@@ -255,28 +285,25 @@ HWY_INLINE uint64_t ChooseInBlock(const int16_t* sums, int sums_stride, const Se
 HWY_INLINE hn::Vec<DF> WeighBlock(const int16_t* sums, const SelectHead& head,
                                   const uint8_t* excess, const int16_t* kept, uint16_t* weights) {
   const DF d;
-  const hn::RebindToSigned<DF> di;
-  const hn::RebindToUnsigned<DF> du;
-  const hn::Rebind<int16_t, DF> d16;
-  const hn::Rebind<uint16_t, DF> du16;
-  const hn::Rebind<uint8_t, DF> d8;
-  const auto slope = hn::Set(d, head.slope);
-  const auto offset = hn::Set(d, head.offset);
-  const auto most = hn::Set(d16, static_cast<int16_t>(kLogBias + kLogStep * kExponentMax));
-  const auto step = hn::Set(d16, head.excess_step);
-  const auto low = hn::Set(d, -32768.0F);
-  const auto high = hn::Set(d, 32767.0F);
+  const hn::CappedTag<int16_t, 32> d16;
+  const hn::RebindToUnsigned<decltype(d16)> du16;
+  const hn::Rebind<uint8_t, decltype(d16)> d8;
+  constexpr int kLanes16 = static_cast<int>(hn::MaxLanes(decltype(d16)()));
+  const auto slope = hn::Set(d16, head.slope);
+  const auto offset = hn::Set(d16, head.offset);
+  const auto step = hn::Set(d16, head.step);
+  const auto most = hn::Set(d16, head.most);
   auto total = hn::Zero(d);
-  for (int i = 0; i < kScanBlock; i += kLanes) {
-    const auto sum = hn::ConvertTo(d, hn::PromoteTo(di, hn::LoadU(d16, sums + i)));
-    const auto upper = hn::Min(hn::Max(hn::MulAdd(slope, sum, offset), low), high);
+  for (int i = 0; i < kScanBlock; i += kLanes16) {
+    const auto sum = hn::ShiftLeft<kSumShift>(hn::LoadU(d16, sums + i));
+    const auto upper = hn::SaturatedAdd(hn::MulFixedPoint15(sum, slope), offset);
     const auto down =
         hn::MulHigh(hn::ShiftLeft<7>(hn::PromoteTo(d16, hn::LoadU(d8, excess + i))), step);
-    const auto bits = hn::SaturatedSub(hn::DemoteTo(d16, hn::NearestInt(upper)), down);
-    const auto bounded = hn::Max(hn::Min(bits, most), hn::Zero(d16));
-    const auto weight = hn::BitCast(du16, hn::And(bounded, hn::LoadU(d16, kept + i)));
+    const auto bits = hn::Max(hn::Min(hn::SaturatedSub(upper, down), most), hn::Zero(d16));
+    const auto weight =
+        hn::BitCast(du16, hn::And(hn::ShiftLeftSame(bits, head.shift), hn::LoadU(d16, kept + i)));
     hn::StoreU(weight, du16, weights + i);
-    total = hn::Add(total, hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(du, weight))));
+    total = hn::Add(total, SumPairs(d, weight));
   }
   return total;
 }
@@ -400,7 +427,7 @@ HWY_EXPORT(SelectProductsImpl);
 HWY_EXPORT(AddSketchesImpl);
 
 void BuildProductTables(const float* queries, int heads, int dim, const float* centroids,
-                        const int* starts, const float* errors, const ProductLayout& layout,
+                        const uint32_t* starts, const float* errors, const ProductLayout& layout,
                         int8_t* entries, ProductTables* tables) noexcept {
   assert(layout.subspaces >= 1 && layout.subspaces <= kSubspacesMax);
   HWY_DYNAMIC_DISPATCH(BuildProductTablesImpl)

@@ -37,7 +37,7 @@ struct ProductTables {
 /// [starts[g], starts[g + 1]); errors is (64), the distance that each level stands for. entries is
 /// (heads, layout.Symbols(), 64), |entry| <= kTableMax.
 void BuildProductTables(const float* queries, int heads, int dim, const float* centroids,
-                        const int* starts, const float* errors, const ProductLayout& layout,
+                        const uint32_t* starts, const float* errors, const ProductLayout& layout,
                         int8_t* entries, ProductTables* tables) noexcept;
 
 /// Adds up table entries for every key of `blocks` consecutive blocks: sums[h * sums_stride + key].
