@@ -44,7 +44,8 @@ const std::map<std::string, IndexKind>& Indexes() {
   static const std::map<std::string, IndexKind> indexes = {
       {"auto", IndexKind::kAuto},       {"exact", IndexKind::kExact},
       {"ladder", IndexKind::kLadder},   {"landmark", IndexKind::kLandmark},
-      {"cluster", IndexKind::kCluster}, {"graph", IndexKind::kGraph}};
+      {"cluster", IndexKind::kCluster}, {"graph", IndexKind::kGraph},
+      {"product", IndexKind::kProduct}};
   return indexes;
 }
 
@@ -340,14 +341,15 @@ void AddSearchFlags(CLI::App& command, BenchFlags& flags) {
       ->check(CLI::IsMember({"attend", "topk"}))
       ->capture_default_str();
   command.add_option("--index", flags.index, "Which index answers")
-      ->check(CLI::IsMember({"auto", "exact", "ladder", "landmark", "cluster", "graph"}))
+      ->check(CLI::IsMember({"auto", "exact", "ladder", "landmark", "cluster", "graph", "product"}))
       ->capture_default_str();
   command
-      .add_option("--build", flags.build,
-                  "Comma list of landmark, cluster, graph: sessions are opened with them, and "
-                  "requests sent while the daemon builds them and again when it has")
+      .add_option(
+          "--build", flags.build,
+          "Comma list of landmark, cluster, graph, product: sessions are opened with them, and "
+          "requests sent while the daemon builds them and again when it has")
       ->delimiter(',')
-      ->check(CLI::IsMember({"landmark", "cluster", "graph"}));
+      ->check(CLI::IsMember({"landmark", "cluster", "graph", "product"}));
   command
       .add_option("--scan-bits", flags.bench.scan_bits, "ladder: bits a dimension of the scan code")
       ->check(CLI::Range(1U, 2U))

@@ -3,6 +3,7 @@
 #include "index/cluster_index.h"
 #include "index/graph_index.h"
 #include "index/landmark_index.h"
+#include "index/product_index.h"
 
 namespace kvseek::cli {
 
@@ -14,6 +15,7 @@ std::shared_ptr<const index::BuiltIndex> BuildIndex(const std::string& name, con
   input.group = trace.group;
   input.queries = trace.prefill_queries;
   input.query_positions = trace.prefill_positions;
+  if (name == "product") return index::ProductIndex::Build(input, settings.product);
   if (name == "graph") return index::GraphIndex::Build(input, settings.degree);
   if (name == "cluster") {
     return index::BuildCluster(input, {.keys_per_cluster = settings.keys_per_cluster});

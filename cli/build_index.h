@@ -8,6 +8,7 @@
 #include "cli/trace.h"
 #include "index/built_index.h"
 #include "index/graph_build.h"
+#include "kernels/cpu/product_codes.h"
 
 namespace kvseek::cli {
 
@@ -16,12 +17,14 @@ struct BuildSettings {
   std::string summary = "minmax";    ///< landmark: minmax or mean
   int keys_per_cluster = 16;         ///< cluster
   int degree = index::kGraphDegree;  ///< graph: neighbours of a key, at most
+  kernels::ProductLayout product{};  ///< product
 
   bool operator==(const BuildSettings&) const = default;
 };
 
-/// `name`: landmark, cluster or graph. Trained on the trace's prefill queries only. Null if the
-/// trace has no full segment, or for graph no prefill queries. `view` is of the trace's rows.
+/// `name`: landmark, cluster, graph or product. Trained on the trace's prefill queries only. Null
+/// if the trace has no full segment, or for graph and product too few prefill queries. `view` is of
+/// the trace's rows.
 std::shared_ptr<const index::BuiltIndex> BuildIndex(const std::string& name, const HeadTrace& trace,
                                                     const index::KvView& view,
                                                     const BuildSettings& settings);

@@ -26,6 +26,7 @@
 #include "cli/library_search.h"
 #include "cli/policy_flags.h"
 #include "cli/trace_flags.h"
+#include "index/product_index.h"
 #include "kernels/cpu/simd_level.h"
 
 namespace kvseek::cli {
@@ -38,7 +39,8 @@ struct EvalFlags {
   std::string queries;
   std::vector<std::string> heads;
   std::vector<std::string> indexes = {"exact", "ladder"};
-  std::vector<int> scan_bits = {2};
+  std::vector<std::string> scans = {"sign2"};
+  std::vector<int> sketches = {kernels::kSketchDim};
   std::vector<int> candidates = {4096};
   std::vector<int64_t> exact = {64};
   std::vector<std::string> summaries = {"minmax"};
@@ -61,6 +63,26 @@ struct EvalFlags {
   }
 };
 
+/// A ladder's scan code: sign codes of so many bits, or product codes of so many sub-spaces.
+struct ScanName {
+  std::string name;
+  int sign_bits;  ///< 0: product
+  int subspaces;
+};
+
+constexpr int kDefaultScanBits = 2;  // of heads whose sign codes are not read
+
+const std::vector<ScanName>& ScanNames() {
+  static const std::vector<ScanName> names = {
+      {"sign1", 1, 0}, {"sign2", 2, 0}, {"pq11", 0, 11}, {"pq22", 0, 22}};
+  return names;
+}
+
+const ScanName& FindScan(const std::string& name) {
+  return *std::find_if(ScanNames().begin(), ScanNames().end(),
+                       [&](const ScanName& scan) { return scan.name == name; });
+}
+
 bool IsBuilt(const std::string& index) {
   return index == "landmark" || index == "cluster" || index == "graph";
 }
@@ -74,8 +96,12 @@ constexpr char kHelp[] =
     "\n"
     "Indexes:\n"
     "  exact   every key and value exactly\n"
-    "  ladder  --scan-bits codes of all keys, --candidates keys a group at 4 bits, --exact rows a\n"
-    "          head exactly, an estimate of the rest\n"
+    "  ladder  --scan codes of all keys, --candidates keys a group at 4 bits, --exact rows a head\n"
+    "          exactly, an estimate of the rest. sign1, sign2: signs of 1 or 2 bits a dimension; "
+    "pq11,\n"
+    "          pq22: product codes of so many sub-spaces, trained on the head's prefill queries, "
+    "with\n"
+    "          --sketch components of a value (0: means of blocks of 64)\n"
     "  landmark  blocks of --block consecutive keys, taken in order of their --summary (minmax: an "
     "upper\n"
     "          bound of their scores, as Quest; mean: mean score plus spread) until --candidates "
@@ -111,14 +137,14 @@ constexpr char kHelp[] =
     "                 intervals (interval_cover), and the intervals' median width over the "
     "estimate\n"
     "  micros         time of one step's answer, for the whole group, without audit\n"
-    "  build_core_seconds, index_bytes  of landmark, cluster and graph\n"
+    "  build_core_seconds, index_bytes  of landmark, cluster, graph and product codes\n"
     "\n"
     "Examples:\n"
     "  kvseek eval --kv code8.layer15.kv1.safetensors --queries code8.queries.safetensors \\\n"
-    "      --head layer15.kv1 --index ladder --scan-bits 2 --candidates 4096 --exact 64 --format "
+    "      --head layer15.kv1 --index ladder --scan sign2 --candidates 4096 --exact 64 --format "
     "json\n"
     "  kvseek eval --kv code8.layer15.kv1.safetensors --queries code8.queries.safetensors \\\n"
-    "      --index ladder --scan-bits 1,2 --candidates 512,1024,2048 --audit 256 --steps 64\n"
+    "      --index ladder --scan sign2,pq11 --candidates 512,1024,2048 --audit 256 --steps 64\n"
     "  kvseek eval --kv code8.layer15.kv1.safetensors --queries code8.queries.safetensors \\\n"
     "      --index oracle --exact 256,1024,4096\n"
     "  kvseek eval --kv code8.layer15.kv1.safetensors --queries code8.queries.safetensors \\\n"
@@ -126,7 +152,7 @@ constexpr char kHelp[] =
     "  kvseek eval --kv code8.layer15.kv1.safetensors --queries code8.queries.safetensors \\\n"
     "      --index graph --per-head --candidates 240,480,960\n"
     "  kvseek eval --kv code8.layer15.kv1.safetensors --queries code8.queries.safetensors \\\n"
-    "      --index exact,ladder,landmark,cluster,graph,oracle --scan-bits 1,2 --summary "
+    "      --index exact,ladder,landmark,cluster,graph,oracle --scan sign2,pq11 --summary "
     "minmax,mean "
     "\\\n"
     "      --candidates 256,512,1024,2048 --exact 64,256,1024 --plot layer15.svg";
@@ -145,6 +171,13 @@ void CheckFlags(const EvalFlags& flags) {
   const bool bounds = flags.summaries == std::vector<std::string>{"minmax"};
   if (built && !flags.connect.via.empty() && !(flags.build == BuildSettings{} && bounds)) {
     FailUsage("--via: the daemon builds with its own settings; leave those of the build out");
+  }
+  const bool daemons = flags.scans == std::vector<std::string>{"pq11"} &&
+                       flags.sketches == std::vector<int>{kernels::kSketchDim};
+  const bool trains = std::any_of(flags.scans.begin(), flags.scans.end(),
+                                  [](const auto& scan) { return FindScan(scan).sign_bits == 0; });
+  if (trains && !flags.connect.via.empty() && !daemons) {
+    FailUsage("--via: the daemon trains product codes of 11 sub-spaces with a sketch only");
   }
   if (flags.exact_top > 0 && !bounds) {
     FailUsage("--exact-top: needs --summary minmax");
@@ -186,7 +219,7 @@ class HeadRun {
       }
       return absl::OkStatus();
     }
-    if (index == "exact") return RunStored(index, flags_.scan_bits[0], {});
+    if (index == "exact") return RunStored(index, nullptr);
     if (index == "landmark") {
       for (const std::string& summary : flags_.summaries) {
         BuildSettings build = flags_.build;
@@ -196,19 +229,83 @@ class HeadRun {
       return absl::OkStatus();
     }
     if (IsBuilt(index)) return RunBuilt(index, flags_.build);
-    for (const int bits : flags_.scan_bits) {
-      if (absl::Status status = RunStored(index, bits, flags_.candidates); !status.ok()) {
-        return status;
-      }
+    for (const std::string& name : flags_.scans) {
+      const ScanName& scan = FindScan(name);
+      absl::Status status = scan.sign_bits > 0 ? RunStored(index, &scan) : RunProduct(scan);
+      if (!status.ok()) return status;
     }
     return absl::OkStatus();
   }
 
-  /// Stores the head, here or in the daemon, and asks with each number of candidates; none: the
-  /// exact index.
-  absl::Status RunStored(const std::string& index, int scan_bits,
-                         const std::vector<int>& candidates) {
-    const bool exact = candidates.empty();
+  Json LadderSettings(const std::string& scan, const index::SearchOptions& options) const {
+    return {{"scan", scan},
+            {"candidates", options.candidates},
+            {"exact", options.exact_rows},
+            {"audit", flags_.audit},
+            {"seed", flags_.seed}};
+  }
+
+  index::SearchOptions LadderOptions(int candidates) const {
+    index::SearchOptions options;
+    options.audit_samples = flags_.audit;
+    options.seed = flags_.seed;
+    options.candidates = candidates;
+    options.exact_rows = static_cast<int>(flags_.exact[0]);
+    return options;
+  }
+
+  absl::Status RunProduct(const ScanName& scan) {
+    for (const int components : flags_.sketches) {
+      const kernels::ProductLayout layout = {scan.subspaces, components > 0};
+      absl::Status status = client_ != nullptr ? ServeProduct(scan) : RunProduct(scan, layout);
+      if (!status.ok()) return status;
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status ServeProduct(const ScanName& scan) {
+    auto remote = DaemonHead::Open(*client_, trace_, kDefaultScanBits, IndexKind::kProduct);
+    if (!remote.ok()) return remote.status();
+    return EvaluateProduct(scan.name, kernels::ProductLayout().sketch,
+                           (*remote)->Search(IndexKind::kProduct));
+  }
+
+  absl::Status RunProduct(const ScanName& scan, const kernels::ProductLayout& layout) {
+    BuildSettings build;
+    build.product = layout;
+    const StoredHead stored(trace_, kDefaultScanBits);
+    const auto built = BuildIndex("product", trace_, stored.view(), build);
+    if (built == nullptr) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          trace_.name, ": ", scan.name, " needs a full segment of ", index::kSegmentTokens,
+          " tokens and prefill queries of ", index::kProductQueriesMin));
+    }
+    const size_t first = results_.size();
+    absl::Status status = EvaluateProduct(scan.name, layout.sketch,
+                                          flags_.policy.Search(trace_, stored, *built, runner_));
+    for (size_t i = first; i < results_.size(); ++i) {
+      results_[i].build_core_seconds = built->build_core_seconds();
+      results_[i].index_bytes = static_cast<double>(built->Bytes());
+    }
+    return status;
+  }
+
+  absl::Status EvaluateProduct(const std::string& scan, bool sketch, const SearchFunction& search) {
+    for (const int count : flags_.candidates) {
+      const index::SearchOptions options = LadderOptions(count);
+      Json settings = LadderSettings(scan, options);
+      settings["sketch"] = sketch ? kernels::kSketchDim : 0;
+      absl::Status status = Evaluate("ladder", settings, search, options);
+      if (!status.ok()) return status;
+    }
+    return absl::OkStatus();
+  }
+
+  /// Stores the head, here or in the daemon, and asks with each number of candidates. `scan`: sign
+  /// codes; null: the exact index.
+  absl::Status RunStored(const std::string& index, const ScanName* scan) {
+    const bool exact = scan == nullptr;
+    const int scan_bits = exact ? kDefaultScanBits : scan->sign_bits;
     std::optional<StoredHead> stored;
     std::unique_ptr<DaemonHead> remote;
     SearchFunction search;
@@ -223,21 +320,16 @@ class HeadRun {
       search = flags_.policy.Search(trace_, *stored,
                                     exact ? index::ExactIndex() : index::LadderIndex(), runner_);
     }
-    index::SearchOptions options;
-    options.audit_samples = flags_.audit;
-    options.seed = flags_.seed;
-    if (exact) return Evaluate(index, Json::object(), search, options);
-    for (const int count : candidates) {
-      options.candidates = count;
-      options.exact_rows = static_cast<int>(flags_.exact[0]);
-      const Json settings = {{"scan_bits", scan_bits},
-                             {"candidates", count},
-                             {"exact", options.exact_rows},
-                             {"audit", flags_.audit},
-                             {"seed", flags_.seed}};
-      if (absl::Status status = Evaluate(index, settings, search, options); !status.ok()) {
-        return status;
-      }
+    if (exact) {
+      index::SearchOptions options;
+      options.audit_samples = flags_.audit;
+      options.seed = flags_.seed;
+      return Evaluate(index, Json::object(), search, options);
+    }
+    for (const int count : flags_.candidates) {
+      const index::SearchOptions options = LadderOptions(count);
+      absl::Status status = Evaluate(index, LadderSettings(scan->name, options), search, options);
+      if (!status.ok()) return status;
     }
     return absl::OkStatus();
   }
@@ -247,11 +339,11 @@ class HeadRun {
       const IndexKind kind = name == "landmark"  ? IndexKind::kLandmark
                              : name == "cluster" ? IndexKind::kCluster
                                                  : IndexKind::kGraph;
-      auto remote = DaemonHead::Open(*client_, trace_, flags_.scan_bits[0], kind);
+      auto remote = DaemonHead::Open(*client_, trace_, kDefaultScanBits, kind);
       if (!remote.ok()) return remote.status();
       return EvaluateBuilt(name, build, flags_.policy.Search(**remote, kind));
     }
-    const StoredHead stored(trace_, flags_.scan_bits[0]);
+    const StoredHead stored(trace_, kDefaultScanBits);
     const std::shared_ptr<const index::BuiltIndex> built =
         BuildIndex(name, trace_, stored.view(), build);
     if (built == nullptr) {
@@ -418,10 +510,16 @@ void AddEvalCommand(CLI::App& program, Action& action) {
       ->check(CLI::IsMember({"exact", "ladder", "landmark", "cluster", "graph", "oracle"}))
       ->capture_default_str();
   command
-      ->add_option("--scan-bits", flags->scan_bits,
-                   "ladder: bits a dimension of the scan code; 1, 2 or 1,2")
+      ->add_option("--scan", flags->scans,
+                   "ladder: scan code of all keys; sign1, sign2, pq11, pq22 or a comma list")
       ->delimiter(',')
-      ->check(CLI::Range(1, 2))
+      ->check(CLI::IsMember({"sign1", "sign2", "pq11", "pq22"}))
+      ->capture_default_str();
+  command
+      ->add_option("--sketch", flags->sketches,
+                   "ladder with product codes: components of a value's sketch; 0, 8 or 0,8")
+      ->delimiter(',')
+      ->check(CLI::IsMember({0, kernels::kSketchDim}))
       ->capture_default_str();
   command
       ->add_option("--candidates", flags->candidates,

@@ -21,6 +21,12 @@ std::string OrDash(const std::optional<double>& value) {
   return value.has_value() ? Digits(*value) : "-";
 }
 
+/// Of the ladder: its scan code.
+std::string ScanText(const Json& settings) {
+  const bool plain = settings.value("sketch", 1) == 0;
+  return absl::StrCat(settings["scan"].get<std::string>(), plain ? " no sketch" : "");
+}
+
 /// Of landmark, cluster and graph: what was built.
 std::string BuiltText(const std::string& index, const Json& settings) {
   if (index == "landmark") {
@@ -45,7 +51,7 @@ std::string SettingsText(const EvalResult& result) {
   if (result.index == "exact") return "all keys";
   const int candidates = result.settings["candidates"].get<int>();
   if (result.index == "ladder") {
-    return absl::StrCat(result.settings["scan_bits"].get<int>(), " bit, ", candidates, ", ",
+    return absl::StrCat(ScanText(result.settings), ", ", candidates, ", ",
                         result.settings["exact"].get<int>(), PolicyFlags::Text(result.settings));
   }
   return absl::StrCat(BuiltText(result.index, result.settings), ", ", candidates,
@@ -57,9 +63,7 @@ std::string CurveName(const EvalResult& result) {
   const Json& settings = result.settings;
   if (result.index == "oracle") return "perfect top k, rest forgotten";
   if (result.index == "ladder") {
-    const int bits = settings["scan_bits"].get<int>();
-    return absl::StrCat("ladder, ", bits, bits == 1 ? " bit" : " bits",
-                        PolicyFlags::Text(settings));
+    return absl::StrCat("ladder, ", ScanText(settings), PolicyFlags::Text(settings));
   }
   if (result.index == "exact") return result.index;
   return absl::StrCat(result.index, " ", BuiltText(result.index, settings), SearchText(settings),

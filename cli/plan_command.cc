@@ -50,7 +50,8 @@ constexpr char kHelp[] =
     "and\n"
     "the form of the file that --out writes.\n"
     "\n"
-    "Indexes: exact, always; ladder, landmark, cluster and graph as in `kvseek eval`. A session "
+    "Indexes: exact, always; ladder, landmark, cluster, graph and product as in `kvseek eval`. A "
+    "session "
     "has one\n"
     "number of scan bits: the plan takes the one for which all heads together read least.\n"
     "\n"
@@ -217,10 +218,11 @@ void AddSettings(CLI::App& command, PlanSettings& settings) {
       ->check(CLI::Range(1e-4, 10.0))
       ->capture_default_str();
   command
-      .add_option("--index", settings.indexes,
-                  "Comma list of ladder, landmark, cluster, graph: what there is beside exact")
+      .add_option(
+          "--index", settings.indexes,
+          "Comma list of ladder, landmark, cluster, graph, product: what there is beside exact")
       ->delimiter(',')
-      ->check(CLI::IsMember({"ladder", "landmark", "cluster", "graph"}))
+      ->check(CLI::IsMember({"ladder", "landmark", "cluster", "graph", "product"}))
       ->capture_default_str();
   command
       .add_option("--scan-bits", settings.scan_bits,

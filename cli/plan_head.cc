@@ -18,7 +18,8 @@ double MeanOf(const std::vector<float>& values) {
 
 index::BuiltKind KindOf(const std::string& name) {
   if (name == "landmark") return index::BuiltKind::kLandmark;
-  return name == "cluster" ? index::BuiltKind::kCluster : index::BuiltKind::kGraph;
+  if (name == "cluster") return index::BuiltKind::kCluster;
+  return name == "graph" ? index::BuiltKind::kGraph : index::BuiltKind::kProduct;
 }
 
 /// Only the ladder reads the scan codes.
@@ -90,7 +91,7 @@ absl::Status PlannedTrace::BuildIndexes() {
     if (built == nullptr) {
       return absl::FailedPreconditionError(absl::StrCat(
           trace_.name, ": ", name, " needs a full segment of ", index::kSegmentTokens, " tokens",
-          name == "graph" ? ", and prefill queries beside the audited" : ""));
+          name == "graph" || name == "product" ? ", and prefill queries beside the audited" : ""));
     }
     built_.emplace_back(name, std::move(built));
   }

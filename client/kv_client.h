@@ -85,8 +85,9 @@ struct Session {
   ModelShape shape{};
 };
 
-/// Landmark, cluster and graph are built for sessions opened with them (docs/indexes.md). Until one
-/// is there, the ladder (or exact, for a short range) answers in its place, and the report says so.
+/// Landmark, cluster, graph and product are built for sessions opened with them (docs/indexes.md).
+/// Until one is there, the ladder (or exact, for a short range) answers in its place, and the
+/// report says so. Auto is exact for a short range, else product where it is built, else ladder.
 enum class IndexKind : uint8_t {
   kAuto = 0,
   kExact = 1,
@@ -94,6 +95,7 @@ enum class IndexKind : uint8_t {
   kLandmark = 3,
   kCluster = 4,
   kGraph = 5,
+  kProduct = 6,
 };
 
 /// How the heads of a group agree on which keys to read (index/key_index.h).
@@ -107,7 +109,7 @@ struct OpenOptions {
   uint32_t scan_bits = 0;              ///< 1 or 2; 0: the daemon's default
   uint64_t tokens_expected = 0;        ///< refuse now if there is no memory for so many
   std::string name{};                  ///< for listings
-  std::vector<IndexKind> build{};      ///< kLandmark, kCluster, kGraph: built in the background
+  std::vector<IndexKind> build{};      ///< kLandmark to kProduct: built in the background
   /// Index and candidates of each KV head where a request does not say. Indexes that it names are
   /// built; its scan_bits, unless 0, are the session's. None: the daemon's plan, if it has one; an
   /// empty one: no plan.

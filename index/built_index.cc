@@ -3,6 +3,7 @@
 #include "index/cluster_index.h"
 #include "index/graph_index.h"
 #include "index/landmark_index.h"
+#include "index/product_index.h"
 
 namespace kvseek::index {
 
@@ -14,6 +15,8 @@ std::shared_ptr<const BuiltIndex> BuildIndex(BuiltKind kind, const BuildInput& i
       return BuildCluster(input, {});
     case BuiltKind::kGraph:
       return GraphIndex::Build(input, {});
+    case BuiltKind::kProduct:
+      return ProductIndex::Build(input, {});
   }
   return nullptr;
 }

@@ -17,8 +17,8 @@
 
 namespace kvseek::index {
 
-enum class BuiltKind : uint8_t { kLandmark, kCluster, kGraph };
-inline constexpr int kBuiltKinds = 3;
+enum class BuiltKind : uint8_t { kLandmark, kCluster, kGraph, kProduct };
+inline constexpr int kBuiltKinds = 4;
 
 class BuiltIndex : public KeyIndex {
  public:
@@ -45,7 +45,8 @@ struct BuildInput {
 };
 
 /// Builds with the kind's usual settings, in the calling thread; seconds for a long sequence. Null
-/// if there is nothing to build from (no sealed keys; a graph without queries) or it was given up.
+/// if there is nothing to build from (no sealed keys; a graph without queries, product codes with
+/// few) or it was given up.
 std::shared_ptr<const BuiltIndex> BuildIndex(BuiltKind kind, const BuildInput& input);
 
 }  // namespace kvseek::index

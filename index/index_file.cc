@@ -1,42 +1,23 @@
 #include "index/index_file.h"
 
 #include <algorithm>
-#include <bit>
-#include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <utility>
 #include <vector>
 
-#include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/types/span.h"
+#include "index/file_bytes.h"
 #include "index/graph_index.h"
 #include "index/parts_index.h"
+#include "index/product_file.h"
 #include "kernels/dtype.h"
 
 namespace kvseek::index {
 namespace {
 
-static_assert(std::endian::native == std::endian::little, "numbers are copied as they stand");
-
 constexpr absl::string_view kMagic = "kvsindex";
 constexpr uint32_t kVersion = 1;
-
-void AppendBytes(const void* from, size_t bytes, std::string& to) {
-  to.append(static_cast<const char*>(from), bytes);
-}
-
-template <typename T>
-void AppendNumber(T number, std::string& to) {
-  AppendBytes(&number, sizeof(number), to);
-}
-
-template <typename T>
-void AppendArray(const std::vector<T>& array, std::string& to) {
-  AppendNumber(uint64_t{array.size() * sizeof(T)}, to);
-  AppendBytes(array.data(), array.size() * sizeof(T), to);
-}
 
 void AppendHeader(BuiltKind kind, uint8_t rank, int64_t covered, const KvShape& shape,
                   std::string& to) {
@@ -52,67 +33,8 @@ void AppendHeader(BuiltKind kind, uint8_t rank, int64_t covered, const KvShape& 
   AppendNumber(shape.softmax_scale, to);
 }
 
-bool IsFinite(float number) { return std::isfinite(number); }
-bool IsFinite(uint16_t bf16) { return std::isfinite(kernels::Bf16ToFloat(bf16)); }
 bool IsVariance(uint16_t bf16) { return IsFinite(bf16) && !(kernels::Bf16ToFloat(bf16) < 0.0F); }
 bool IsDistance(uint16_t bf16) { return IsFinite(bf16) && kernels::Bf16ToFloat(bf16) > 0.0F; }
-
-template <typename T>
-bool AllFinite(const std::vector<T>& array) {
-  return std::all_of(array.begin(), array.end(), [](T number) { return IsFinite(number); });
-}
-
-/// Takes bytes from the front. What fails says so by false; the first failure is the status.
-class Reader {
- public:
-  explicit Reader(absl::string_view bytes) : left_(bytes) {}
-
-  /// Part of the names of the sections that follow.
-  void SetPlace(std::string place) { place_ = std::move(place); }
-  size_t left() const { return left_.size(); }
-  const absl::Status& status() const { return status_; }
-
-  bool Check(bool holds, absl::string_view section, absl::string_view wrong) {
-    if (!holds && status_.ok()) {
-      status_ = absl::DataLossError(absl::StrCat("saved index, ", place_, section, ": ", wrong));
-    }
-    return holds;
-  }
-
-  template <typename T>
-  bool Number(absl::string_view section, T& to) {
-    if (!Check(left_.size() >= sizeof(T), section, "cut off")) return false;
-    std::memcpy(&to, left_.data(), sizeof(T));
-    left_.remove_prefix(sizeof(T));
-    return true;
-  }
-
-  template <typename T>
-  bool Array(absl::string_view section, size_t count, std::vector<T>& to) {
-    uint64_t bytes = 0;
-    if (!Number(section, bytes) ||
-        !Check(bytes == uint64_t{count} * sizeof(T), section,
-               absl::StrCat("has ", bytes, " bytes, should have ", count * sizeof(T))) ||
-        !Check(bytes <= left_.size(), section, "cut off")) {
-      return false;
-    }
-    to.resize(count);
-    if (count > 0) std::memcpy(to.data(), left_.data(), bytes);
-    left_.remove_prefix(bytes);
-    return true;
-  }
-
-  /// Of finite numbers.
-  template <typename T>
-  bool Numbers(absl::string_view section, size_t count, std::vector<T>& to) {
-    return Array(section, count, to) && Check(AllFinite(to), section, "not finite");
-  }
-
- private:
-  absl::string_view left_;
-  std::string place_;
-  absl::Status status_;
-};
 
 struct Header {
   BuiltKind kind = BuiltKind::kLandmark;
@@ -157,13 +79,6 @@ bool ReadHeader(const KvShape& shape, Reader& reader, Header& header) {
   return reader.Check(rank_fits, "rank", "not one of this kind") &&
          reader.Check(shape_fits, "shape", "not that of the keys") &&
          reader.Check(covered_fits, "covered", absl::StrCat("impossible: ", covered));
-}
-
-bool ReadSeconds(size_t count, Reader& reader, std::vector<double>& seconds) {
-  return reader.Array("build seconds", count, seconds) &&
-         reader.Check(std::all_of(seconds.begin(), seconds.end(),
-                                  [](double s) { return std::isfinite(s) && s >= 0.0; }),
-                      "build seconds", "not a time");
 }
 
 std::shared_ptr<const CholeskyFactor> ReadFactor(absl::string_view section, int dim,
@@ -392,6 +307,12 @@ std::string SaveIndex(const BuiltIndex& index, const KvShape& shape) {
   if (const auto* const graph = dynamic_cast<const GraphIndex*>(&index)) {
     return SaveGraph(*graph, shape);
   }
+  if (const auto* const product = dynamic_cast<const ProductIndex*>(&index)) {
+    std::string bytes;
+    AppendHeader(BuiltKind::kProduct, 0, index.covered(), shape, bytes);
+    AppendProduct(*product, bytes);
+    return bytes;
+  }
   return SaveParts(dynamic_cast<const PartsIndex&>(index), shape);
 }
 
@@ -400,9 +321,10 @@ absl::StatusOr<std::shared_ptr<const BuiltIndex>> LoadIndex(absl::string_view by
   Reader reader(bytes);
   Header header;
   if (!ReadHeader(shape, reader, header)) return reader.status();
-  std::shared_ptr<const BuiltIndex> index = header.kind == BuiltKind::kGraph
-                                                ? ReadGraph(header, shape, reader)
-                                                : ReadParts(header, shape, reader);
+  const std::shared_ptr<const BuiltIndex> index =
+      header.kind == BuiltKind::kProduct ? ReadProduct(header.covered, shape, reader)
+      : header.kind == BuiltKind::kGraph ? ReadGraph(header, shape, reader)
+                                         : ReadParts(header, shape, reader);
   if (index == nullptr || !reader.Check(reader.left() == 0, "end", "more bytes follow")) {
     return reader.status();
   }

@@ -8,7 +8,7 @@
 //   offset  bytes
 //        0      8  "kvsindex"
 //        8      4  version, 1
-//       12      1  kind: BuiltKind (0 landmark, 1 cluster, 2 graph)
+//       12      1  kind: BuiltKind (0 landmark, 1 cluster, 2 graph, 3 product)
 //       13      1  rank: PartRank of landmark (0 bound, 1 spread, 2 landmark) and cluster (1); 0
 //       14      1  dtype of keys and values: 1 bf16, 2 fp16
 //       15      1  0
@@ -39,6 +39,24 @@
 //     entries          u32 (8)
 //     part entries     u32 (covered / 64, 2)
 //     deviations       bf16 (covered)
+//
+//   product
+//     build seconds    fp64 (1)
+//     layout           u32 (2): sub-spaces, 1..63; 1 with a sketch, else 0
+//     for each 64 segments, the last time those that are left
+//       trained        u32 (1): segments that its codebook was trained on; 0: it has the one before
+//       codebook, unless it has the one before
+//       codes          u8: blocks as in kernels/cpu/product_codes.h, 16 a segment
+//       value means    bf16 (segments, value_dim), with a sketch only
+//
+//   codebook: the fields of ProductCodebook, the last two with a sketch only
+//     starts           u32 (sub-spaces + 1)
+//     key map          fp32 (key_dim, key_dim)
+//     query map        fp32 (key_dim, key_dim)
+//     centroids        fp32 (key_dim, 64)
+//     errors           fp32 (64)
+//     components       fp32 (8, value_dim)
+//     steps            fp32 (8)
 //
 //   summaries: five sections, of which the bounds are there for rank bound only
 //     mean keys        fp32 (parts, key_dim)

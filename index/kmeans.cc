@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <utility>
 
 #include "index/scratch.h"
 #include "kernels/cpu/attention.h"
@@ -67,9 +68,9 @@ class NearestCentroid final : public faiss::Index {
   std::vector<float> half_squares_;  ///< |c|^2 / 2
 };
 
-}  // namespace
-
-std::vector<uint16_t> AssignToClusters(absl::Span<const float> points, int dim, int clusters) {
+/// Runs the iterations; `nearest` holds the last centroids afterwards, which are returned too.
+std::vector<float> Train(absl::Span<const float> points, int dim, int clusters,
+                         NearestCentroid& nearest) {
   const auto n = static_cast<int64_t>(points.size()) / dim;
   faiss::ClusteringParameters parameters;
   parameters.niter = kIterations;
@@ -77,18 +78,43 @@ std::vector<uint16_t> AssignToClusters(absl::Span<const float> points, int dim, 
   parameters.min_points_per_centroid = 1;
   parameters.max_points_per_centroid = static_cast<int>(n);
   faiss::Clustering clustering(dim, clusters, parameters);
-  NearestCentroid nearest(dim);
   const int threads = omp_get_max_threads();
   omp_set_num_threads(1);
   clustering.train(n, points.data(), nearest);
   omp_set_num_threads(threads);
+  return std::move(clustering.centroids);
+}
 
+}  // namespace
+
+std::vector<uint16_t> AssignToClusters(absl::Span<const float> points, int dim, int clusters) {
+  const auto n = static_cast<int64_t>(points.size()) / dim;
+  NearestCentroid nearest(dim);
+  Train(points, dim, clusters, nearest);
   std::vector<int64_t> labels(static_cast<size_t>(n));
   std::vector<float> distances(labels.size());
   nearest.search(n, points.data(), 1, distances.data(), labels.data(), nullptr);
   std::vector<uint16_t> cluster_of(labels.begin(), labels.end());
   CompactNumbers(cluster_of);
   return cluster_of;
+}
+
+std::vector<float> TrainCentroids(absl::Span<const float> points, int dim, int clusters) {
+  const auto count = points.size() / static_cast<size_t>(dim);
+  const int padded = (dim + 7) / 8 * 8;
+  std::vector<float> rows(count * static_cast<size_t>(padded));
+  for (size_t i = 0; i < count; ++i) {
+    std::copy_n(points.data() + i * static_cast<size_t>(dim), dim,
+                rows.data() + i * static_cast<size_t>(padded));
+  }
+  NearestCentroid nearest(padded);
+  const std::vector<float> trained = Train(rows, padded, clusters, nearest);
+  std::vector<float> centroids;
+  for (int c = 0; c < clusters; ++c) {
+    const float* const row = trained.data() + static_cast<ptrdiff_t>(c) * padded;
+    centroids.insert(centroids.end(), row, row + dim);
+  }
+  return centroids;
 }
 
 int CompactNumbers(std::vector<uint16_t>& numbers) {

@@ -12,14 +12,9 @@ using kernels::kScanBlock;
 RestRatio LadderAudit::Sample(const LadderPlan& plan, const ScoredKeys& candidates, int head,
                               Scratch& scratch) {
   scratch.Reset();
-  const int planes = plan.view_.shape.scan_bits;
   const auto samples = static_cast<size_t>(plan.options_.audit_samples);
-  const int8_t* table =
-      plan.tables_.get() + static_cast<ptrdiff_t>(head) * plan.symbols_ * kernels::kTableSize;
-  auto* sums = scratch.Take<int16_t>(kScanBlock);
-  auto* estimates = scratch.Take<float>(kScanBlock);
   auto* weights = scratch.Take<float>(kScanBlock);
-  auto* heads = scratch.Take<kernels::ScanHead>(static_cast<size_t>(plan.group_));
+  auto* deviations = scratch.Take<float>(kScanBlock);
   auto* rows = scratch.Take<const uint16_t*>(samples);
   auto* drawn_weights = scratch.Take<float>(samples);
   auto* scores = scratch.Take<float>(samples);
@@ -46,12 +41,8 @@ RestRatio LadderAudit::Sample(const LadderPlan& plan, const ScoredKeys& candidat
         continue;
       }
       const int64_t block = piece.first_block + static_cast<int64_t>(b);
-      plan.FillScanHeads(block / LadderPlan::kSegmentBlocks, {}, heads);
-      kernels::ScanCodes(plan.Block(block), 1, plan.symbols_, planes, table, 1, sums, kScanBlock);
-      kernels::EstimateScores(sums, kScanBlock, plan.Block(block), 1, plan.symbols_, planes,
-                              heads + head, 1, estimates, kScanBlock, weights);
-      const auto* gains = reinterpret_cast<const uint16_t*>(
-          plan.Block(block) + kernels::ScanGainOffset(plan.symbols_, planes));
+      plan.codes_->Weigh(block, head, plan.reference_[static_cast<size_t>(head)], weights,
+                         deviations);
       double inside = passed;
       for (int i = 0; i < kScanBlock && drawn < samples; ++i) {
         const int64_t position = block * kScanBlock + i;
@@ -61,8 +52,7 @@ RestRatio LadderAudit::Sample(const LadderPlan& plan, const ScoredKeys& candidat
         }
         inside += weights[i];
         for (; next < inside && drawn < samples; next += step) {
-          const float noise = heads[head].noise * kernels::Bf16ToFloat(gains[i]);
-          variance += noise * noise;
+          variance += deviations[i] * deviations[i];
           rows[drawn] = FindRow(plan.view_, position).key;
           drawn_weights[drawn++] = weights[i];
         }

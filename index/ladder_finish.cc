@@ -210,15 +210,16 @@ void LadderPlan::ReportReads(const ScoredKeys& candidates, SearchReport& report)
   int64_t chosen_by = 0;  // bytes
   if (recall_.last == nullptr) {
     report.keys_scanned = query_.end - query_.begin;
-    chosen_by = (blocks + static_cast<int64_t>(sample_.size())) *
-                kernels::ScanBlockBytes(symbols_, shape.scan_bits);
+    chosen_by =
+        codes_ == nullptr ? 0 : codes_->BytesRead(blocks, static_cast<int64_t>(sample_.size()));
   } else {
     report.keys_scanned = fine + exact_tokens_ + recall_.samples;
     chosen_by = static_cast<int64_t>(recalled_weights_.size() * sizeof(float)) +
-                recall_.samples * static_cast<int64_t>(shape.KeyRowBytes());
+                recall_.samples * static_cast<int64_t>(shape.KeyRowBytes()) +
+                blocks * static_cast<int64_t>(shape.ValueRowBytes());
   }
   report.bytes_touched =
-      chosen_by + blocks * static_cast<int64_t>(shape.ValueRowBytes()) +
+      chosen_by +
       static_cast<int64_t>(centre_scores_.size()) / group_ * shape.key_dim *
           static_cast<int64_t>(sizeof(float)) +
       fine * static_cast<int64_t>(kernels::FineRecordBytes(padded_dim_, shape.value_dim) +

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <limits>
 
+#include "index/product_scan.h"
+#include "index/sign_scan.h"
 #include "kernels/cpu/attention.h"
 #include "kernels/cpu/prefetch.h"
 #include "kernels/cpu/reduce.h"
@@ -21,19 +23,19 @@ constexpr int64_t kCentresAhead = 8;  // fetched before they are scored
 }  // namespace
 
 LadderPlan::LadderPlan(const KvView& view, const SearchQuery& query, const SearchOptions& options,
-                       Scratch& scratch, Recall recall)
+                       Scratch& scratch, Recall recall, const ProductIndex* product)
     : view_(view),
       query_(query),
       options_(options),
       group_(query.group),
       padded_dim_(kernels::PaddedDim(view.shape.key_dim)),
-      symbols_(kernels::Symbols(padded_dim_)),
       scaled_(ScaleQueries(query, view.shape)),
       exact_state_(query.group, view.shape.value_dim),
       recall_(std::move(recall)),
       state_(query.group, view.shape.value_dim) {
   first_block_ = (query.begin + kScanBlock - 1) / kScanBlock;
-  last_block_ = std::min(query.end, view.SealedTokens()) / kScanBlock;
+  const int64_t coded = product == nullptr ? view.SealedTokens() : product->covered();
+  last_block_ = std::min(query.end, coded) / kScanBlock;
   last_block_ = std::max(last_block_, first_block_);
   if (recall_.last != nullptr) last_block_ = recall_.last->last_block;
   if (first_block_ == last_block_) {
@@ -42,7 +44,7 @@ LadderPlan::LadderPlan(const KvView& view, const SearchQuery& query, const Searc
     MergePieces(scratch);
     return;
   }
-  PrepareQueries();
+  PrepareQueries(product);
   if (recall_.last == nullptr) {
     PlanSample();
     return;
@@ -110,24 +112,22 @@ void LadderPlan::PlanScan() {
   }
 }
 
-void LadderPlan::PrepareQueries() {
+void LadderPlan::PrepareQueries(const ProductIndex* product) {
   const auto group = static_cast<size_t>(group_);
   rotated_ = MakeAligned<float>(group * padded_dim_);
   kernels::Rotate(query_.queries, group_, view_.shape.key_dim, rotated_.get());
-  tables_ = MakeAligned<int8_t>(group * symbols_ * kernels::kTableSize);
-  table_units_.resize(group);
-  kernels::BuildTables(rotated_.get(), group_, padded_dim_, tables_.get(), table_units_.data());
   quantised_ = MakeAligned<int16_t>(group * padded_dim_);
   query_units_.resize(group);
   kernels::QuantiseQueries(rotated_.get(), group_, padded_dim_, quantised_.get(),
                            query_units_.data());
-  for (int h = 0; h < group_; ++h) {
-    const float* row = rotated_.get() + static_cast<ptrdiff_t>(h) * padded_dim_;
-    float squares = 0.0F;
-    for (int d = 0; d < padded_dim_; ++d) squares += row[d] * row[d];
-    query_norms_.push_back(std::sqrt(squares));
-  }
   centre_scores_.resize(static_cast<size_t>(LastSegment() - FirstSegment()) * group);
+  const ScanQueries queries = {group_, scaled_.get(), rotated_.get(), centre_scores_.data(),
+                               FirstSegment()};
+  if (product != nullptr) {
+    codes_ = std::make_unique<const ProductScan>(*product, view_, queries, LastSegment() - 1);
+  } else {
+    codes_ = std::make_unique<const SignScan>(view_, queries);
+  }
 }
 
 void LadderPlan::ScoreCentres(int64_t first, int64_t last) {
@@ -171,32 +171,12 @@ void LadderPlan::AttendExactPart(Scratch& scratch) {
   }
 }
 
-void LadderPlan::FillScanHeads(int64_t segment, absl::Span<const float> thresholds,
-                               kernels::ScanHead* heads) const {
-  const Segment& codes = *view_.segments[static_cast<size_t>(segment)];
-  const float* centres = centre_scores_.data() + (segment - FirstSegment()) * group_;
-  const float scale = view_.shape.softmax_scale;
-  const float sum_unit = view_.shape.scan_bits == 1 ? 1.0F : kernels::kTwoBitStep / 2.0F;
-  for (int h = 0; h < group_; ++h) {
-    const auto i = static_cast<size_t>(h);
-    heads[h] = {centres[h], scale * sum_unit * table_units_[i],
-                scale * query_norms_[i] * codes.scan_noise(),
-                thresholds.empty() ? kInfinity : thresholds[i], reference_[i]};
-  }
-}
-
 void LadderPlan::FillFineHeads(int64_t segment, kernels::FineHead* heads) const {
   const float* centres = centre_scores_.data() + (segment - FirstSegment()) * group_;
   const float scale = view_.shape.softmax_scale * kernels::kFourBitStep / 2.0F;
   for (int h = 0; h < group_; ++h) {
     heads[h] = {centres[h], scale * query_units_[static_cast<size_t>(h)]};
   }
-}
-
-const uint8_t* LadderPlan::Block(int64_t block) const {
-  const Segment& segment = *view_.segments[static_cast<size_t>(block / kSegmentBlocks)];
-  return segment.scan_blocks() +
-         (block % kSegmentBlocks) * kernels::ScanBlockBytes(symbols_, view_.shape.scan_bits);
 }
 
 }  // namespace kvseek::index

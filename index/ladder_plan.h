@@ -11,7 +11,7 @@
 //   sample   attend to the exact part; estimate a fixed sample of blocks; from it each head's lse,
 //            and thresholds that about `candidates` keys of the group exceed (docs/adr/0004)
 //   scan     scan all codes; keys over a threshold are candidates, read at 4 bits; all others add
-//            exp(estimate - variance / 2) of weight to their block's mean value; merge in order
+//            their estimated weight to what stands for their values (scan_code.h); merge in order
 //   refine   Attend: replace each head's best candidates' 4-bit parts by exact ones
 //
 // and in the end TopK takes the returned keys' parts out, and the report is made.
@@ -25,11 +25,12 @@
 
 #include "absl/types/span.h"
 #include "index/key_index.h"
+#include "index/product_index.h"
 #include "index/rest_audit.h"
 #include "index/reuse.h"
+#include "index/scan_code.h"
 #include "index/selection.h"
 #include "kernels/cpu/ladder_fine.h"
-#include "kernels/cpu/ladder_scan.h"
 
 namespace kvseek::index {
 
@@ -42,8 +43,10 @@ struct Recall {
 
 class LadderPlan final : public SearchPlan {
  public:
+  /// `product`: whose codes are scanned, and whose covered keys are the ladder's; null: the
+  /// segments' sign codes. It must outlive the plan.
   LadderPlan(const KvView& view, const SearchQuery& query, const SearchOptions& options,
-             Scratch& scratch, Recall recall = {});
+             Scratch& scratch, Recall recall = {}, const ProductIndex* product = nullptr);
 
   int pieces() const override;
   void Run(int index, Scratch& scratch) override;
@@ -83,7 +86,7 @@ class LadderPlan final : public SearchPlan {
   };
 
   // ---- preparation (ladder_plan.cc)
-  void PrepareQueries();
+  void PrepareQueries(const ProductIndex* product);
   /// Of segments [first, last).
   void ScoreCentres(int64_t first, int64_t last);
   void AttendExactPart(Scratch& scratch);
@@ -109,18 +112,14 @@ class LadderPlan final : public SearchPlan {
   int64_t WantedKeys(const float* estimates, int keys, int64_t wanted, Scratch& scratch) const;
   /// How many of the `count` sampled keys hold all but options_.mass of every head's mass.
   size_t KeysForMass(const float* estimates, size_t count, Scratch& scratch) const;
-  /// What turns the sums of segment `segment` into scores; without thresholds no key is chosen.
-  void FillScanHeads(int64_t segment, absl::Span<const float> thresholds,
-                     kernels::ScanHead* heads) const;
   void FillFineHeads(int64_t segment, kernels::FineHead* heads) const;
-  const uint8_t* Block(int64_t block) const;
 
   // ---- scan (ladder_scan_piece.cc)
   /// A worker's buffers for one segment after the other.
   struct ScanBuffers {
     int16_t* sums;                  ///< (group, 1024)
-    kernels::ScanHead* scan_heads;  ///< (group)
     float* block_weights;           ///< (group, 16)
+    uint16_t* key_weights;          ///< (group, 1024)
     kernels::FineHead* fine_heads;  ///< (group)
     float* fine_scores;             ///< (group, 1024)
     uint32_t* kept;                 ///< (1024)
@@ -187,18 +186,15 @@ class LadderPlan final : public SearchPlan {
   SearchOptions options_;
   int group_;
   int padded_dim_;
-  int symbols_;
   int64_t first_block_ = 0;  ///< the ladder's blocks, of the session
   int64_t last_block_ = 0;
 
   AlignedArray<float> scaled_;        ///< (group, key_dim), times softmax_scale
   AlignedArray<float> rotated_;       ///< (group, padded_dim), not scaled
-  AlignedArray<int8_t> tables_;       ///< (group, symbols, 64)
   AlignedArray<int16_t> quantised_;   ///< (group, padded_dim)
-  std::vector<float> table_units_;    ///< (group)
   std::vector<float> query_units_;    ///< (group)
-  std::vector<float> query_norms_;    ///< (group)
   std::vector<float> centre_scores_;  ///< (segments of the range, group)
+  std::unique_ptr<const ScanCode> codes_;
 
   OwnedState exact_state_;  ///< of the exact part
   ScoredKeys exact_keys_;   ///< TopK: the exact part's keys

@@ -43,7 +43,6 @@ void LadderPlan::PlanSample() {
   step_ = Step::kSample;
   sample_ = SampleBlocks(first_block_, last_block_);
   const auto group = static_cast<size_t>(group_);
-  reference_.resize(group);  // not known yet
   estimates_ = MakeAligned<float>(group * sample_.size() * kScanBlock);
   // A part ends where a segment does, since it scores the centres of its own.
   const size_t parts = std::clamp<size_t>(sample_.size() / kPartBlocksMin, 1, kPartsMax);
@@ -73,31 +72,25 @@ void LadderPlan::RunSample(SamplePart& part, Scratch& scratch) {
   const auto group = static_cast<size_t>(group_);
   const auto keys = static_cast<int>(sample_.size() * kScanBlock);
   auto* sums = scratch.Take<int16_t>(group * kScanBlock);
-  auto* heads = scratch.Take<kernels::ScanHead>(group);
   auto* weights = scratch.Take<float>(group);
-  auto* unused = scratch.Take<uint32_t>(kScanBlock);
-  const int planes = view_.shape.scan_bits;
+  const ScanResults results = {scratch.Take<uint32_t>(kScanBlock), weights,
+                               scratch.Take<uint16_t>(group * kScanBlock)};
   for (size_t i = part.first_block; i < part.last_block; ++i) {
-    const uint8_t* block = Block(sample_[i]);
     if (i + kBlocksAhead < part.last_block) {
-      kernels::PrefetchRange(Block(sample_[i + kBlocksAhead]),
-                             static_cast<size_t>(kernels::ScanBlockBytes(symbols_, planes)));
+      kernels::PrefetchRange(codes_->Block(sample_[i + kBlocksAhead]),
+                             static_cast<size_t>(codes_->BlockBytes()));
     }
     float* estimates = estimates_.get() + i * kScanBlock;
-    FillScanHeads(sample_[i] / kSegmentBlocks, {}, heads);
-    kernels::ScanCodes(block, 1, symbols_, planes, tables_.get(), group_, sums, kScanBlock);
-    kernels::EstimateScores(sums, kScanBlock, block, 1, symbols_, planes, heads, group_, estimates,
-                            keys, nullptr);
+    codes_->Scan(sample_[i], 1, nullptr, sums);
+    codes_->Estimate(sample_[i], 1, sums, estimates, keys);
     for (size_t h = 0; h < group; ++h) {
       const float best = kernels::MaxElement(estimates + h * static_cast<size_t>(keys), kScanBlock);
       if (best > part.largest[h]) {
         part.mass[h] *= std::exp(part.largest[h] - best);
         part.largest[h] = best;
       }
-      heads[h].reference = part.largest[h];
     }
-    kernels::SelectAndWeigh(sums, kScanBlock, block, 1, symbols_, planes, heads, group_, 0, unused,
-                            weights, 1);
+    codes_->Select(sample_[i], 1, sums, {{}, part.largest.data()}, nullptr, results);
     for (size_t h = 0; h < group; ++h) part.mass[h] += weights[h];
   }
 }

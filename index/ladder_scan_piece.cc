@@ -32,9 +32,9 @@ void LadderPlan::RunScan(Piece& piece, Scratch& scratch) {
                            group_);
   scratch.Reset();
   ScanBuffers buffers = {
-      scratch.Take<int16_t>(group * kSegmentTokens), scratch.Take<kernels::ScanHead>(group),
-      scratch.Take<float>(group * kSegmentBlocks),   scratch.Take<kernels::FineHead>(group),
-      scratch.Take<float>(group * kSegmentTokens),   scratch.Take<uint32_t>(kSegmentTokens),
+      scratch.Take<int16_t>(group * kSegmentTokens),  scratch.Take<float>(group * kSegmentBlocks),
+      scratch.Take<uint16_t>(group * kSegmentTokens), scratch.Take<kernels::FineHead>(group),
+      scratch.Take<float>(group * kSegmentTokens),    scratch.Take<uint32_t>(kSegmentTokens),
       scratch.Take<float>(group * kSegmentBlocks)};
   Chosen chosen = {0, 0, scratch.Take<uint32_t>(kSegmentTokens)};
   Chosen before = {0, 0, scratch.Take<uint32_t>(kSegmentTokens)};
@@ -63,40 +63,29 @@ void LadderPlan::RunScan(Piece& piece, Scratch& scratch) {
 void LadderPlan::ScanSegmentPart(Piece& piece, int64_t begin_block, int64_t end_block,
                                  const ScanBuffers& buffers, Chosen& chosen) {
   const auto blocks = static_cast<int>(end_block - begin_block);
-  const int keys = blocks * kScanBlock;
-  const int planes = view_.shape.scan_bits;
-  const auto first_in_segment = static_cast<uint32_t>((begin_block % kSegmentBlocks) * kScanBlock);
   const auto bound = kCandidateBoundFactor * std::max(options_.candidates, options_.k);
   const bool full = static_cast<int64_t>(piece.candidates.positions.size()) >= bound;
 
   chosen.segment = begin_block / kSegmentBlocks;
-  FillScanHeads(chosen.segment, full ? absl::Span<const float>() : thresholds_, buffers.scan_heads);
   const uint8_t* next = NextCodes(end_block, blocks);
-  kernels::ScanCodes(Block(begin_block), blocks, symbols_, planes, tables_.get(), group_,
-                     buffers.sums, keys, next);
-  const int value_dim = view_.shape.value_dim;
-  const uint16_t* means = view_.segments[static_cast<size_t>(chosen.segment)]->block_means() +
-                          (begin_block % kSegmentBlocks) * value_dim;
-  kernels::PrefetchRange(means, static_cast<size_t>(blocks) * view_.shape.ValueRowBytes());
-  chosen.count = kernels::SelectAndWeigh(buffers.sums, keys, Block(begin_block), blocks, symbols_,
-                                         planes, buffers.scan_heads, group_, first_in_segment,
-                                         chosen.keys, buffers.block_weights, blocks, next);
+  codes_->Scan(begin_block, blocks, next, buffers.sums);
+  codes_->PrefetchRest(begin_block, blocks);
   if (options_.keep > 0) KeepKeys(piece, begin_block, blocks, buffers);
+  const ScanBounds bounds = {full ? absl::Span<const float>() : thresholds_, reference_.data()};
+  chosen.count = codes_->Select(begin_block, blocks, buffers.sums, bounds, next,
+                                {chosen.keys, buffers.block_weights, buffers.key_weights});
 }
 
 void LadderPlan::KeepKeys(Piece& piece, int64_t begin_block, int blocks,
                           const ScanBuffers& buffers) {
-  const int64_t segment = begin_block / kSegmentBlocks;
   const bool full =
       static_cast<int64_t>(piece.kept.size()) >= kCandidateBoundFactor * options_.keep;
-  FillScanHeads(segment, full ? absl::Span<const float>() : keep_thresholds_, buffers.scan_heads);
-  const int count =
-      kernels::SelectAndWeigh(buffers.sums, blocks * kScanBlock, Block(begin_block), blocks,
-                              symbols_, view_.shape.scan_bits, buffers.scan_heads, group_, 0,
-                              buffers.kept, buffers.kept_weights, blocks);
-  for (int i = 0; i < count; ++i) {
-    piece.kept.push_back(begin_block * kScanBlock + buffers.kept[i]);
-  }
+  const ScanBounds bounds = {full ? absl::Span<const float>() : keep_thresholds_,
+                             reference_.data()};
+  const int count = codes_->Select(begin_block, blocks, buffers.sums, bounds, nullptr,
+                                   {buffers.kept, buffers.kept_weights, buffers.key_weights});
+  const int64_t segment_start = begin_block / kSegmentBlocks * kSegmentTokens;
+  for (int i = 0; i < count; ++i) piece.kept.push_back(segment_start + buffers.kept[i]);
   const int64_t piece_blocks = piece.last_block - piece.first_block;
   for (int h = 0; h < group_; ++h) {
     std::copy_n(buffers.kept_weights + static_cast<ptrdiff_t>(h) * blocks, blocks,
@@ -106,12 +95,8 @@ void LadderPlan::KeepKeys(Piece& piece, int64_t begin_block, int blocks,
 
 void LadderPlan::AddRest(Piece& piece, int64_t begin_block, int blocks, const ScanBuffers& buffers,
                          const kernels::GroupState& rest) {
-  const int value_dim = view_.shape.value_dim;
-  const uint16_t* means =
-      view_.segments[static_cast<size_t>(begin_block / kSegmentBlocks)]->block_means() +
-      (begin_block % kSegmentBlocks) * value_dim;
-  kernels::AddWeightedRows(buffers.block_weights, blocks, group_, means, blocks, value_dim,
-                           rest.acc);
+  codes_->AddRest(begin_block, blocks, {nullptr, buffers.block_weights, buffers.key_weights},
+                  rest.acc);
   const auto piece_blocks = piece.last_block - piece.first_block;
   for (int h = 0; h < group_; ++h) {
     const float* weights = buffers.block_weights + static_cast<ptrdiff_t>(h) * blocks;
@@ -126,7 +111,7 @@ void LadderPlan::AddRest(Piece& piece, int64_t begin_block, int blocks, const Sc
 }
 
 const uint8_t* LadderPlan::NextCodes(int64_t end_block, int blocks) const {
-  return end_block + blocks <= last_block_ ? Block(end_block) : nullptr;
+  return end_block + blocks <= last_block_ ? codes_->Block(end_block) : nullptr;
 }
 
 void LadderPlan::PrefetchRecords(const Chosen& chosen) const {

@@ -21,8 +21,8 @@ namespace kvseek::proto {
 inline constexpr uint32_t kHeadPlanVersion = 1;
 /// Names in a plan, by client HeadMode and by IndexKind.
 inline constexpr std::array<const char*, 4> kHeadModeNames = {"auto", "local", "rows", "state"};
-inline constexpr std::array<const char*, 6> kIndexNames = {"auto",     "exact",   "ladder",
-                                                           "landmark", "cluster", "graph"};
+inline constexpr std::array<const char*, 7> kIndexNames = {"auto",    "exact", "ladder", "landmark",
+                                                           "cluster", "graph", "product"};
 
 /// Heads ascend by (layer, kv_head), none twice; names are known and numbers in their bounds.
 /// `prefix` stands before the fields that errors name: "plan." of a request.

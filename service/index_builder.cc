@@ -10,6 +10,8 @@
 #include <exception>
 #include <utility>
 
+#include "index/product_index.h"
+
 namespace kvseek::service {
 namespace {
 
@@ -29,9 +31,12 @@ uint64_t ThreadMicros() {
 }
 
 /// There are queries to learn from.
+size_t Queries(const LayerState& state) {
+  return state.queries == nullptr ? 0 : state.queries->positions().size();
+}
+
 bool CanLearn(const LayerState& state) {
-  const size_t queries = state.queries == nullptr ? 0 : state.queries->positions().size();
-  return queries >= (state.queries_sent ? 1 : kTrafficQueriesMin);
+  return Queries(state) >= (state.queries_sent ? 1 : kTrafficQueriesMin);
 }
 
 /// An index and the memory that it takes.
@@ -62,11 +67,16 @@ bool IndexBuilder::IsDue(const SessionSettings& settings, const LayerState& stat
                          BuiltKind kind) const {
   if (!settings.Builds(kind)) return false;
   if (kind == BuiltKind::kGraph && !CanLearn(state)) return false;
+  if (kind == BuiltKind::kProduct &&
+      (!CanLearn(state) || Queries(state) < index::kProductQueriesMin)) {
+    return false;
+  }
   const int64_t sealed = state.heads[head].View().SealedTokens();
   const BuiltIndex* const built = state.Built(head, kind);
   const int64_t covered = built == nullptr ? 0 : built->covered();
   if (covered == 0) return sealed >= from_tokens_ && sealed > 0;
   if (kind == BuiltKind::kCluster && !state.Learned(head, kind) && CanLearn(state)) return true;
+  if (kind == BuiltKind::kProduct) return sealed > covered;  // it encodes what is new, no more
   return sealed - covered >= std::max(kUncoveredMin, covered / kUncoveredShare);
 }
 

@@ -44,7 +44,7 @@ LivePlanner::LivePlanner(std::shared_ptr<SessionPlan> plan, float error_target, 
       options_{.error_target = double{error_target}},
       kinds_{proto::INDEX_LADDER} {
   for (const proto::IndexKind kind :
-       {proto::INDEX_LANDMARK, proto::INDEX_CLUSTER, proto::INDEX_GRAPH}) {
+       {proto::INDEX_LANDMARK, proto::INDEX_CLUSTER, proto::INDEX_GRAPH, proto::INDEX_PRODUCT}) {
     if ((build >> static_cast<uint32_t>(*BuiltKindOf(kind)) & 1U) != 0) kinds_.push_back(kind);
   }
 }

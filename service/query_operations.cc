@@ -265,7 +265,11 @@ proto::IndexKind ChooseIndex(const CheckedItem& item, size_t head, int64_t range
   const bool named =
       wanted != proto::INDEX_AUTO && FindIndex(*item.layer, item.kv_heads[head], wanted) != nullptr;
   if (named) return wanted;
-  return range < index::kExactBelowTokens ? proto::INDEX_EXACT : proto::INDEX_LADDER;
+  if (range < index::kExactBelowTokens) return proto::INDEX_EXACT;
+  const bool product =
+      wanted == proto::INDEX_AUTO &&
+      item.layer->Built(item.kv_heads[head], index::BuiltKind::kProduct) != nullptr;
+  return product ? proto::INDEX_PRODUCT : proto::INDEX_LADDER;
 }
 
 const index::KeyIndex* FindIndex(const LayerState& layer, size_t kv_head, proto::IndexKind kind) {

@@ -469,7 +469,7 @@ proto::SessionInfo RequestHandler::Impl::Describe(const Session& session, bool w
   info.set_lease_ms(Milliseconds(settings.lease));
   info.set_scan_bits(static_cast<uint32_t>(settings.kv.scan_bits));
   for (const proto::IndexKind kind :
-       {proto::INDEX_LANDMARK, proto::INDEX_CLUSTER, proto::INDEX_GRAPH}) {
+       {proto::INDEX_LANDMARK, proto::INDEX_CLUSTER, proto::INDEX_GRAPH, proto::INDEX_PRODUCT}) {
     const index::BuiltKind built = *BuiltKindOf(kind);
     if (settings.Builds(built)) *info.add_built() = DescribeBuilt(session, kind, built);
   }

@@ -191,6 +191,8 @@ std::optional<index::BuiltKind> BuiltKindOf(proto::IndexKind kind) {
       return index::BuiltKind::kCluster;
     case proto::INDEX_GRAPH:
       return index::BuiltKind::kGraph;
+    case proto::INDEX_PRODUCT:
+      return index::BuiltKind::kProduct;
     default:
       return std::nullopt;
   }

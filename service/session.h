@@ -41,7 +41,8 @@ struct SessionSettings {
   }
   /// One of the indexes to be built learns from queries.
   bool Learns() const {
-    return Builds(index::BuiltKind::kCluster) || Builds(index::BuiltKind::kGraph);
+    return Builds(index::BuiltKind::kCluster) || Builds(index::BuiltKind::kGraph) ||
+           Builds(index::BuiltKind::kProduct);
   }
 };
 

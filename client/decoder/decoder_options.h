@@ -61,7 +61,7 @@ struct PrefillTensors {
   int64_t value_head_stride = 0;
   /// The tokens' queries after positional encoding, unscaled: token t's (query_heads, key_dim) at
   /// queries + t * query_token_stride. Where the daemons build indexes that learn from queries
-  /// (open.build has kCluster or kGraph), a sample of them goes along. Null: none does.
+  /// (open.build has kCluster, kGraph or kProduct), a sample of them goes along. Null: none does.
   const void* queries = nullptr;
   int64_t query_token_stride = 0;  ///< elements; 0: contiguous
 };

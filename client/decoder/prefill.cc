@@ -10,9 +10,7 @@ namespace {
 constexpr uint64_t kQueryStride = 32;
 constexpr uint64_t kQueryTokensMax = 1024;
 
-bool LearnsFromQueries(IndexKind kind) {
-  return kind == IndexKind::kCluster || kind == IndexKind::kGraph;
-}
+bool LearnsFromQueries(IndexKind kind) { return kind >= IndexKind::kCluster; }
 
 /// Rows from token `token` and KV head `head` on.
 const uint16_t* RowAt(const void* rows, int64_t token_stride, int64_t head_stride, uint64_t token,

@@ -64,7 +64,7 @@ TEST(ProgramTest, WrongFlagsAreUsageErrors) {
   ExpectUsageError("eval", "--kv");
   ExpectUsageError("eval" + Head15(), "--queries");
   ExpectUsageError("eval" + Head15() + Queries() + " --index magic", "magic");
-  ExpectUsageError("eval" + Head15() + Queries() + " --scan-bits 3", "--scan-bits");
+  ExpectUsageError("eval" + Head15() + Queries() + " --scan sign3", "--scan");
   ExpectUsageError("eval" + Head15() + Queries() + " --candidates 0", "--candidates");
   ExpectUsageError("eval" + Head15() + Queries() + " --candidates x", "--candidates");
   ExpectUsageError("eval" + Head15() + Queries() + " --index oracle --exact 0", "--exact");
@@ -82,7 +82,7 @@ TEST(ProgramTest, WrongFlagsAreUsageErrors) {
                    "--via");
   ExpectUsageError("ping", "--via");
   ExpectUsageError("bench --kv-heads 3 --query-heads 8", "--query-heads");
-  ExpectUsageError("bench --rate 0", "--rate");
+  ExpectUsageError("bench --rate -1", "--rate");
 }
 
 TEST(ProgramTest, BadInputIsAFailureThatNamesIt) {
@@ -107,7 +107,7 @@ TEST(ProgramTest, RefusesABenchThatDoesNotFit) {
 
 TEST(ProgramTest, EvalPrintsItsSchema) {
   const Ran ran = RunKvseek("eval" + Head15() + Head20() + Queries() +
-                            " --index exact,ladder,oracle --scan-bits 1,2 --candidates 256,1024"
+                            " --index exact,ladder,oracle --scan sign1,pq11 --candidates 256,1024"
                             " --exact 64,1024 --steps 6 --audit 16 --seed 7 --format json");
   ASSERT_EQ(ran.exit_code, 0) << ran.err;
   const json results = json::parse(ran.out).at("results");
@@ -133,7 +133,10 @@ TEST(ProgramTest, EvalPrintsItsSchema) {
     EXPECT_EQ(result.at("micros").at("p99").is_null(), index == "oracle");
   }
   const json& ladder = results.at(1);
-  EXPECT_EQ(ladder.at("settings").at("scan_bits"), 1);
+  EXPECT_EQ(ladder.at("settings").at("scan"), "sign1");
+  EXPECT_EQ(results.at(3).at("settings").at("scan"), "pq11");
+  EXPECT_EQ(results.at(3).at("settings").at("sketch"), 8);
+  EXPECT_GT(results.at(3).at("build_core_seconds"), 0.0);
   EXPECT_EQ(ladder.at("settings").at("candidates"), 256);
   EXPECT_EQ(ladder.at("settings").at("exact"), 64);
   EXPECT_EQ(ladder.at("settings").at("seed"), 7);
@@ -200,7 +203,7 @@ TEST(ProgramTest, EvalPlotsEveryCurve) {
   const TempDir dir;
   const std::string picture = dir.File("plot.svg");
   const Ran ran = RunKvseek("eval" + Head20() + Queries() +
-                            " --index exact,ladder,landmark,cluster,graph,oracle --scan-bits 1,2"
+                            " --index exact,ladder,landmark,cluster,graph,oracle --scan sign1,sign2"
                             " --summary minmax,mean --candidates 256,1024 --exact 64,512"
                             " --steps 2 --format json --plot '" +
                             picture + "'");
@@ -213,7 +216,7 @@ TEST(ProgramTest, EvalPlotsEveryCurve) {
   EXPECT_THAT(svg, ::testing::StartsWith("<svg"));
   ExpectWellFormed(svg);
   for (const char* curve :
-       {"exact", "ladder, 1 bit", "ladder, 2 bits", "landmark minmax 16", "landmark mean 16",
+       {"exact", "ladder, sign1", "ladder, sign2", "landmark minmax 16", "landmark mean 16",
         "cluster 1/16", "graph degree 32", "perfect top k, rest forgotten"}) {
     EXPECT_THAT(svg, HasSubstr(absl::StrCat(">", curve, "</text>")));
   }

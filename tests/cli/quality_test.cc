@@ -15,8 +15,8 @@ namespace kvseek::cli {
 namespace {
 
 constexpr int kSteps = 64;
-constexpr int64_t kShort = 1024;  ///< candidates at 8K tokens
-constexpr int64_t kLong = 4096;   ///< candidates at 32K tokens
+constexpr int kShort = 1024;  ///< candidates at 8K tokens
+constexpr int kLong = 4096;   ///< candidates at 32K tokens
 
 /// A trace with its reference.
 struct Subject {
@@ -85,6 +85,31 @@ void ExpectPartsFloors(const Subject& subject, const PartsFloors& floors) {
   EXPECT_LT(cluster.error_mean, subject.AskBuilt("cluster", {}, options).error_mean);
 }
 
+/// Largest mean output errors of product codes that are let pass: as measured and a tenth more.
+struct ProductFloors {
+  std::string head;
+  int candidates;
+  double subspaces11;
+  double without_sketch;
+  double subspaces22;
+};
+
+/// On every head: floors hold, the sketch helps, and what is missed is told.
+void ExpectProductFloors(const Subject& subject, const ProductFloors& floors) {
+  const index::SearchOptions options{.candidates = floors.candidates, .audit_samples = 64};
+  const auto ask = [&](int subspaces, bool sketch) {
+    return subject.AskBuilt("product", {.product = {subspaces, sketch}}, options);
+  };
+  const Evaluation small = ask(11, true);
+  const Evaluation plain = ask(11, false);
+  EXPECT_LE(small.error_mean, floors.subspaces11);
+  EXPECT_LE(plain.error_mean, floors.without_sketch);
+  EXPECT_LE(ask(22, true).error_mean, floors.subspaces22);
+  EXPECT_LT(small.error_mean, plain.error_mean);
+  EXPECT_NEAR(*small.missed_estimated, small.missed_true, 0.15 * small.missed_true);
+  EXPECT_GE(*small.interval_cover, 0.85);
+}
+
 /// Landmark run to the end has every head's true best keys.
 void ExpectCompletionIsExact(const Subject& subject) {
   index::SearchOptions options;
@@ -125,6 +150,13 @@ TEST_P(ShortTraceTest, PartsFloors) {
   for (const PartsFloors& floors : {PartsFloors{"layer15.kv1", 512, 0.73, 0.162, 0.145, 0.75},
                                     PartsFloors{"layer20.kv0", 512, 0.294, 0.164, 0.084, 0.83}}) {
     if (floors.head == subject_.trace.name) ExpectPartsFloors(subject_, floors);
+  }
+}
+
+TEST_P(ShortTraceTest, ProductFloors) {
+  for (const ProductFloors& floors : {ProductFloors{"layer15.kv1", kShort, 0.043, 0.047, 0.030},
+                                      ProductFloors{"layer20.kv0", kShort, 0.023, 0.027, 0.019}}) {
+    if (floors.head == subject_.trace.name) ExpectProductFloors(subject_, floors);
   }
 }
 
@@ -177,6 +209,16 @@ TEST_P(LongTraceTest, PartsFloors) {
     if (floors.head == subject.trace.name) ExpectPartsFloors(subject, floors);
   }
   ExpectCompletionIsExact(subject);
+}
+
+TEST_P(LongTraceTest, ProductFloors) {
+  const Subject subject(LongTraces(), "code32", GetParam(), kLong);
+  for (const ProductFloors& floors :
+       {ProductFloors{"layer2.kv1", kLong, 0.092, 0.159, 0.079},
+        ProductFloors{"layer15.kv1", kLong, 0.0245, 0.0255, 0.018},
+        ProductFloors{"layer20.kv0", kLong, 0.0247, 0.0277, 0.0197}}) {
+    if (floors.head == subject.trace.name) ExpectProductFloors(subject, floors);
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Code32, LongTraceTest,

@@ -41,10 +41,11 @@ class ServedTest : public ::testing::Test {
 };
 
 TEST_F(ServedTest, ServedEqualsComputed) {
-  const std::string arguments = absl::StrCat(
-      "eval --kv '", kData, "code8.layer20.kv0.safetensors' --queries '", kData,
-      "code8.queries.safetensors' --index exact,ladder --scan-bits 1,2 --candidates 512 --exact 32"
-      " --audit 16 --seed 3 --steps 12");
+  const std::string arguments =
+      absl::StrCat("eval --kv '", kData, "code8.layer20.kv0.safetensors' --queries '", kData,
+                   "code8.queries.safetensors' --index exact,ladder --scan sign1,sign2 "
+                   "--candidates 512 --exact 32"
+                   " --audit 16 --seed 3 --steps 12");
   const auto without_time = [](json answer) {
     for (json& result : answer.at("results")) result.erase("micros");
     return answer;

@@ -18,6 +18,7 @@
 #include "index/graph_index.h"
 #include "index/landmark_index.h"
 #include "index/parts_index.h"
+#include "index/product_index.h"
 #include "tests/index/random_trace.h"
 
 namespace kvseek::index {
@@ -53,6 +54,11 @@ std::vector<Kind> AllKinds() {
       {"Given", BuildGiven},
       {"Cluster", [](const BuildInput& input) { return BuildCluster(input, {}); }},
       {"Graph", [](const BuildInput& input) { return BuildIndex(BuiltKind::kGraph, input); }},
+      {"Product", [](const BuildInput& input) { return BuildIndex(BuiltKind::kProduct, input); }},
+      {"ProductWithoutSketch",
+       [](const BuildInput& input) -> std::shared_ptr<const BuiltIndex> {
+         return ProductIndex::Build(input, {.subspaces = 22, .sketch = false});
+       }},
   };
 }
 
@@ -61,7 +67,7 @@ cli::HeadTrace TrainedTrace(const TraceShape& shape) {
   cli::HeadTrace trace = RandomTrace(shape);
   TraceShape training = shape;
   training.tokens = 1;
-  training.steps = 40;
+  training.steps = 70;
   training.seed = shape.seed + 1;
   trace.prefill_queries = RandomTrace(training).queries;
   for (int i = 0; i < training.steps; ++i) {
@@ -334,7 +340,7 @@ TEST_P(DamagedFileTest, HeadersThatLie) {
   };
   ExpectDataLoss(with(0, 'K'), "magic");
   ExpectDataLoss(with(8, uint32_t{2}), "version");
-  ExpectDataLoss(with(12, uint8_t{3}), "kind");
+  ExpectDataLoss(with(12, uint8_t{4}), "kind");
   ExpectDataLoss(with(13, uint8_t{3}), "rank");
   ExpectDataLoss(with(15, uint8_t{1}), "header");
   for (const uint64_t covered : {uint64_t{0}, uint64_t{1000}, ~uint64_t{1023}}) {
@@ -343,7 +349,7 @@ TEST_P(DamagedFileTest, HeadersThatLie) {
   for (const uint64_t segments : {uint64_t{4}, uint64_t{6}, uint64_t{100}, uint64_t{1} << 52}) {
     ExpectDataLoss(with(24, segments * kSegmentTokens), "");
   }
-  for (uint8_t kind = 0; kind < 3; ++kind) {
+  for (uint8_t kind = 0; kind < 4; ++kind) {
     for (uint8_t rank = 0; rank < 3; ++rank) {
       std::string damaged = with(12, kind);
       damaged[13] = static_cast<char>(rank);
@@ -391,7 +397,7 @@ TEST_P(DamagedFileTest, ExtremeNumbers) {
 
 class DamagedGraphTest : public DamagedFileTest {};
 
-INSTANTIATE_TEST_SUITE_P(Kinds, DamagedGraphTest, ::testing::Values(AllKinds().back()), NameOf);
+INSTANTIATE_TEST_SUITE_P(Kinds, DamagedGraphTest, ::testing::Values(AllKinds()[5]), NameOf);
 
 TEST_P(DamagedGraphTest, NamesTheSection) {
   ASSERT_EQ(sections_.size(), 12U);
@@ -412,6 +418,29 @@ TEST_P(DamagedGraphTest, NamesTheSection) {
   ExpectDataLoss(With(9, 7, uint32_t{5120}), "entries");
   ExpectDataLoss(With(10, 3, uint32_t{63}), "part entries");
   ExpectDataLoss(With(11, 5119, uint16_t{0x8001}), "deviations");
+}
+
+class DamagedProductTest : public DamagedFileTest {};
+
+INSTANTIATE_TEST_SUITE_P(Kinds, DamagedProductTest, ::testing::Values(AllKinds()[6]), NameOf);
+
+TEST_P(DamagedProductTest, NamesTheSection) {
+  ASSERT_EQ(sections_.size(), 12U);
+  ExpectDataLoss(With(0, 0, -1.0), "build seconds");
+  ExpectDataLoss(With(1, 0, uint32_t{0}), "layout");
+  ExpectDataLoss(With(1, 0, uint32_t{64}), "layout");
+  ExpectDataLoss(With(1, 1, uint32_t{2}), "layout");
+  ExpectDataLoss(With(2, 0, uint32_t{0}), "stretch 0, trained");
+  ExpectDataLoss(With(2, 0, uint32_t{65}), "stretch 0, trained");
+  ExpectDataLoss(With(3, 11, uint32_t{9}), "stretch 0, starts");
+  ExpectDataLoss(With(3, 2, uint32_t{8}), "stretch 0, starts");
+  ExpectDataLoss(With(4, 5, std::nanf("")), "stretch 0, key map");
+  ExpectDataLoss(With(5, 5, std::nanf("")), "stretch 0, query map");
+  ExpectDataLoss(With(6, 5, std::nanf("")), "stretch 0, centroids");
+  ExpectDataLoss(With(7, 5, 0.0F), "stretch 0, errors");
+  ExpectDataLoss(With(8, 5, std::nanf("")), "stretch 0, components");
+  ExpectDataLoss(With(9, 7, -1.0F), "stretch 0, steps");
+  ExpectDataLoss(With(11, 3, uint16_t{0x7fc0}), "stretch 0, value means");
 }
 
 class DamagedPartsTest : public DamagedFileTest {};

@@ -269,6 +269,28 @@ TEST(IndexBuilderTest, QueriesOfTokensThatWereCutAreForgotten) {
   EXPECT_EQ(state->queries->positions().size(), 8U);
 }
 
+TEST(IndexBuilderTest, ProductCodesWaitForQueriesAndThenAnswerAuto) {
+  Service service(BuildingOptions(1));
+  const auto session = OpenBuilding(service, {proto::INDEX_PRODUCT});
+  const uint64_t heads = 4;  // two layers of two KV heads
+  Append(service, session, 0, kTokens, /*with_queries=*/false);
+  std::this_thread::sleep_for(milliseconds(50));
+  EXPECT_EQ(service.builder().built(), 0U);
+  EXPECT_EQ(Answered(Attend(service, session, proto::INDEX_PRODUCT)), proto::INDEX_EXACT);
+  Append(service, session, kTokens, kTokens);
+  WaitUntilBuilt(service, heads);
+  EXPECT_EQ(Answered(Attend(service, session, proto::INDEX_PRODUCT, 256)), proto::INDEX_PRODUCT);
+  EXPECT_EQ(Answered(Attend(service, session, proto::INDEX_AUTO, 256)), proto::INDEX_PRODUCT);
+  EXPECT_EQ(Answered(Attend(service, session, proto::INDEX_LADDER, 256)), proto::INDEX_LADDER);
+  EXPECT_LT(Difference(Attend(service, session, proto::INDEX_EXACT),
+                       Attend(service, session, proto::INDEX_PRODUCT)),
+            0.05);
+  // Each further segment is encoded as it is sealed.
+  const uint64_t built = service.builder().built();
+  Append(service, session, 2 * kTokens, 1024);
+  WaitUntilBuilt(service, built + heads);
+}
+
 TEST(IndexBuilderTest, FollowsASequenceThatGrowsForksAndIsCut) {
   Service service(BuildingOptions(1));
   const auto session = OpenBuilding(service, {proto::INDEX_LANDMARK});

@@ -186,7 +186,7 @@ class RequestFuzzTest : public testing::Test {
     shape->set_value_dim(kValueDim);
     shape->set_dtype(proto::DTYPE_BF16);
     for (const proto::IndexKind kind :
-         {proto::INDEX_LANDMARK, proto::INDEX_CLUSTER, proto::INDEX_GRAPH}) {
+         {proto::INDEX_LANDMARK, proto::INDEX_CLUSTER, proto::INDEX_GRAPH, proto::INDEX_PRODUCT}) {
       open.add_build(kind);
     }
     auto session = Succeed<proto::OpenSessionResponse>(Op::kOpenSession, open).session();
@@ -317,7 +317,7 @@ std::vector<Call> RequestFuzzTest::RightCalls(const proto::SessionRef& victim) {
   proto::MessageMutator random(7);
   for (const proto::IndexKind index :
        {proto::INDEX_EXACT, proto::INDEX_LADDER, proto::INDEX_LANDMARK, proto::INDEX_CLUSTER,
-        proto::INDEX_GRAPH}) {
+        proto::INDEX_GRAPH, proto::INDEX_PRODUCT}) {
     calls.push_back(AttendCall({victim}, index, 1));
     calls.push_back(AttendCall({victim, victim}, index, 2));
     calls.push_back(TopKCall({victim, victim}, index, 3));

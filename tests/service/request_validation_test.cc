@@ -301,7 +301,7 @@ TEST_F(RequestValidationTest, SampledQueriesOfAppends) {
 TEST_F(RequestValidationTest, OptionsAndQueries) {
   const std::string invalid = "INVALID_ARGUMENT ";
   EXPECT_EQ(RefusedAttend(
-                [](auto& m) { m.mutable_options()->set_index(static_cast<proto::IndexKind>(6)); }),
+                [](auto& m) { m.mutable_options()->set_index(static_cast<proto::IndexKind>(7)); }),
             invalid + "options.index");
   EXPECT_EQ(RefusedAttend([](auto& m) { m.mutable_options()->set_index(proto::INDEX_GRAPH); }),
             "FAILED_PRECONDITION options.index");

@@ -1,0 +1,166 @@
+#include "index/product_scan.h"
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+
+#include "kernels/cpu/attention.h"
+#include "kernels/cpu/prefetch.h"
+
+namespace kvseek::index {
+namespace {
+
+using kernels::kScanBlock;
+using kernels::kSketchDim;
+
+constexpr int64_t kSegmentBlocks = kSegmentTokens / kScanBlock;
+constexpr int64_t kStretchBlocks = kStretchSegments * kSegmentBlocks;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+}  // namespace
+
+ProductScan::ProductScan(const ProductIndex& index, const KvView& view, const ScanQueries& queries,
+                         int64_t last_segment)
+    : index_(index),
+      view_(view),
+      queries_(queries),
+      layout_(index.layout()),
+      first_stretch_(queries.first_segment / kStretchSegments) {
+  const auto group = static_cast<size_t>(queries.group);
+  const auto dim = static_cast<size_t>(view.shape.key_dim);
+  auto seen = MakeAligned<float>(group * dim);
+  const ProductCodebook* last = nullptr;
+  for (int64_t s = first_stretch_; s <= last_segment / kStretchSegments; ++s) {
+    const ProductCodebook& book = *index.stretches()[static_cast<size_t>(s)]->codebook;
+    if (&book != last) {
+      kernels::ScoreFloatRows(queries.scaled, queries.group, book.query_map.data(),
+                              view.shape.key_dim, view.shape.key_dim, seen.get(),
+                              view.shape.key_dim);
+      Tables tables;
+      tables.entries =
+          MakeAligned<int8_t>(group * static_cast<size_t>(layout_.Symbols()) * kernels::kTableSize);
+      tables.heads.resize(group);
+      kernels::BuildProductTables(seen.get(), queries.group, view.shape.key_dim,
+                                  book.centroids.data(), book.starts.data(), book.errors.data(),
+                                  layout_, tables.entries.get(), tables.heads.data());
+      tables_.push_back(std::move(tables));
+      last = &book;
+    }
+    tables_of_.push_back(tables_.size() - 1);
+  }
+}
+
+void ProductScan::Scan(int64_t block, int blocks, const uint8_t* next, int16_t* sums) const {
+  kernels::ScanProducts(Block(block), blocks, layout_, TablesOf(block).entries.get(),
+                        queries_.group, sums, blocks * kScanBlock, next);
+}
+
+void ProductScan::Estimate(int64_t block, int blocks, const int16_t* sums, float* estimates,
+                           int stride) const {
+  kernels::ProductHead heads[kMaxGroup];
+  const std::vector<float> reference(static_cast<size_t>(queries_.group), 0.0F);
+  FillHeads(block, {{}, reference.data()}, heads);
+  kernels::EstimateProducts(sums, blocks * kScanBlock, Block(block), blocks, layout_, heads,
+                            queries_.group, estimates, nullptr, nullptr, stride);
+}
+
+int ProductScan::Select(int64_t block, int blocks, const int16_t* sums, const ScanBounds& bounds,
+                        const uint8_t* next, const ScanResults& results) const {
+  kernels::ProductHead heads[kMaxGroup];
+  FillHeads(block, bounds, heads);
+  const auto first = static_cast<uint32_t>((block % kSegmentBlocks) * kScanBlock);
+  return kernels::SelectProducts(sums, blocks * kScanBlock, Block(block), blocks, layout_, heads,
+                                 queries_.group, first, results.chosen, results.key_weights,
+                                 blocks * kScanBlock, results.block_weights, blocks, next);
+}
+
+void ProductScan::AddRest(int64_t block, int blocks, const ScanResults& results, float* acc) const {
+  const int value_dim = view_.shape.value_dim;
+  if (!layout_.sketch) {
+    const Segment& segment = *view_.segments[static_cast<size_t>(block / kSegmentBlocks)];
+    kernels::AddWeightedRows(results.block_weights, blocks, queries_.group,
+                             segment.block_means() + (block % kSegmentBlocks) * value_dim, blocks,
+                             value_dim, acc);
+    return;
+  }
+  const ProductStretch& stretch = StretchOf(block);
+  float weights[kMaxGroup];
+  for (int h = 0; h < queries_.group; ++h) {
+    const float* const of_blocks = results.block_weights + static_cast<ptrdiff_t>(h) * blocks;
+    weights[h] = 0.0F;
+    for (int b = 0; b < blocks; ++b) weights[h] += of_blocks[b];
+  }
+  const int64_t segment = block % kStretchBlocks / kSegmentBlocks;
+  kernels::AddWeightedRows(weights, 1, queries_.group,
+                           stretch.value_means.get() + segment * value_dim, 1, value_dim, acc);
+  float components[kMaxGroup * kSketchDim] = {};
+  kernels::AddSketches(Block(block), blocks, layout_, results.key_weights, blocks * kScanBlock,
+                       queries_.group, components);
+  kernels::AddWeightedRows(components, kSketchDim, queries_.group,
+                           stretch.codebook->sketch_rows.data(), kSketchDim, value_dim, acc);
+}
+
+void ProductScan::Weigh(int64_t block, int head, float reference, float* weights,
+                        float* deviations) const {
+  const std::vector<float> references(static_cast<size_t>(queries_.group), reference);
+  kernels::ProductHead heads[kMaxGroup];
+  FillHeads(block, {{}, references.data()}, heads);
+  alignas(kCacheLine) int16_t sums[kScanBlock];
+  float estimates[kScanBlock];
+  const int8_t* const entries = TablesOf(block).entries.get() + static_cast<ptrdiff_t>(head) *
+                                                                    layout_.Symbols() *
+                                                                    kernels::kTableSize;
+  kernels::ScanProducts(Block(block), 1, layout_, entries, 1, sums, kScanBlock);
+  kernels::EstimateProducts(sums, kScanBlock, Block(block), 1, layout_, heads + head, 1, estimates,
+                            weights, deviations, kScanBlock);
+}
+
+void ProductScan::PrefetchRest(int64_t block, int blocks) const {
+  const auto value_dim = static_cast<ptrdiff_t>(view_.shape.value_dim);
+  if (layout_.sketch) {
+    const int64_t segment = block % kStretchBlocks / kSegmentBlocks;
+    kernels::PrefetchRange(StretchOf(block).value_means.get() + segment * value_dim,
+                           view_.shape.ValueRowBytes());
+    return;
+  }
+  const Segment& segment = *view_.segments[static_cast<size_t>(block / kSegmentBlocks)];
+  kernels::PrefetchRange(segment.block_means() + (block % kSegmentBlocks) * value_dim,
+                         static_cast<size_t>(blocks) * view_.shape.ValueRowBytes());
+}
+
+const uint8_t* ProductScan::Block(int64_t block) const {
+  return StretchOf(block).codes.get() + block % kStretchBlocks * layout_.BlockBytes();
+}
+
+int64_t ProductScan::BytesRead(int64_t blocks, int64_t sampled) const {
+  const auto value_bytes = static_cast<int64_t>(view_.shape.ValueRowBytes());
+  const int64_t dim = view_.shape.key_dim;
+  const int64_t means = layout_.sketch ? (blocks + kSegmentBlocks - 1) / kSegmentBlocks : blocks;
+  const int64_t floats = dim * dim + dim * kernels::kCentroids + kernels::kCentroids;
+  const int64_t book = floats * static_cast<int64_t>(sizeof(float)) +
+                       (layout_.sketch ? kSketchDim * value_bytes : 0);
+  return blocks * BlockBytes() + sampled * layout_.SketchOffset() + means * value_bytes +
+         static_cast<int64_t>(tables_.size()) * book;
+}
+
+const ProductStretch& ProductScan::StretchOf(int64_t block) const {
+  return *index_.stretches()[static_cast<size_t>(block / kStretchBlocks)];
+}
+
+const ProductScan::Tables& ProductScan::TablesOf(int64_t block) const {
+  return tables_[tables_of_[static_cast<size_t>(block / kStretchBlocks - first_stretch_)]];
+}
+
+void ProductScan::FillHeads(int64_t block, const ScanBounds& bounds,
+                            kernels::ProductHead* heads) const {
+  const Tables& tables = TablesOf(block);
+  const float* const centres =
+      queries_.centre_scores + (block / kSegmentBlocks - queries_.first_segment) * queries_.group;
+  for (int h = 0; h < queries_.group; ++h) {
+    const auto i = static_cast<size_t>(h);
+    heads[h] = {&tables.heads[i], centres[h],
+                bounds.thresholds.empty() ? kInfinity : bounds.thresholds[i], bounds.reference[i]};
+  }
+}
+
+}  // namespace kvseek::index

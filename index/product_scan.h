@@ -1,0 +1,58 @@
+// Scan codes of a product index (product_index.h, kernels/cpu/product_scan.h).
+#ifndef KVSEEK_INDEX_PRODUCT_SCAN_H_
+#define KVSEEK_INDEX_PRODUCT_SCAN_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "index/key_index.h"
+#include "index/product_index.h"
+#include "index/scan_code.h"
+#include "index/scratch.h"
+#include "kernels/cpu/product_scan.h"
+
+namespace kvseek::index {
+
+class ProductScan final : public ScanCode {
+ public:
+  /// For blocks of the segments [queries.first_segment, last_segment], which the index covers.
+  /// `index` and `view` must outlive it.
+  ProductScan(const ProductIndex& index, const KvView& view, const ScanQueries& queries,
+              int64_t last_segment);
+
+  void Scan(int64_t block, int blocks, const uint8_t* next, int16_t* sums) const override;
+  void Estimate(int64_t block, int blocks, const int16_t* sums, float* estimates,
+                int stride) const override;
+  int Select(int64_t block, int blocks, const int16_t* sums, const ScanBounds& bounds,
+             const uint8_t* next, const ScanResults& results) const override;
+  void AddRest(int64_t block, int blocks, const ScanResults& results, float* acc) const override;
+  void Weigh(int64_t block, int head, float reference, float* weights,
+             float* deviations) const override;
+  void PrefetchRest(int64_t block, int blocks) const override;
+  const uint8_t* Block(int64_t block) const override;
+  int BlockBytes() const override { return layout_.BlockBytes(); }
+  int64_t BytesRead(int64_t blocks, int64_t sampled) const override;
+
+ private:
+  /// The queries' tables for one codebook.
+  struct Tables {
+    AlignedArray<int8_t> entries;  ///< (group, symbols, 64)
+    std::vector<kernels::ProductTables> heads;
+  };
+
+  const ProductStretch& StretchOf(int64_t block) const;
+  const Tables& TablesOf(int64_t block) const;
+  void FillHeads(int64_t block, const ScanBounds& bounds, kernels::ProductHead* heads) const;
+
+  const ProductIndex& index_;
+  const KvView& view_;
+  ScanQueries queries_;
+  kernels::ProductLayout layout_;
+  int64_t first_stretch_;
+  std::vector<Tables> tables_;     ///< of each codebook
+  std::vector<size_t> tables_of_;  ///< (stretches): which
+};
+
+}  // namespace kvseek::index
+
+#endif  // KVSEEK_INDEX_PRODUCT_SCAN_H_

@@ -1,0 +1,68 @@
+// The scan codes of a ladder search's keys, as that search's queries see them: what estimates every
+// key's score, and what stands for the values of the keys that are not read. There are two kinds:
+// the sign codes and block means of every segment (sign_scan.h), and a product index's codes and
+// value sketches (product_scan.h).
+#ifndef KVSEEK_INDEX_SCAN_CODE_H_
+#define KVSEEK_INDEX_SCAN_CODE_H_
+
+#include <cstdint>
+
+#include "absl/types/span.h"
+#include "kernels/attention_state.h"
+
+namespace kvseek::index {
+
+/// The queries of one search. What it points at must outlive the ScanCode.
+struct ScanQueries {
+  int group = 0;
+  const float* scaled = nullptr;   ///< (group, key_dim), times the softmax scale
+  const float* rotated = nullptr;  ///< (group, padded_dim), not scaled (kernels/cpu/rotation.h)
+  const float* centre_scores = nullptr;  ///< (segments, group): scores of the centres
+  int64_t first_segment = 0;             ///< of centre_scores
+};
+
+/// When a key is chosen and what weights are relative to, (group) each.
+struct ScanBounds {
+  absl::Span<const float> thresholds;  ///< of estimates; empty: no key is chosen
+  const float* reference;              ///< ln
+};
+
+/// Results for the keys of one segment part, and what AddRest needs of them.
+struct ScanResults {
+  uint32_t* chosen;       ///< (1024) ascending indices into the segment
+  float* block_weights;   ///< (group, blocks): summed weight of the unchosen keys
+  uint16_t* key_weights;  ///< (group, blocks * 64) bf16: product codes only
+};
+
+/// Thread-safe because immutable. Blocks are numbered over the session, and the `blocks` blocks
+/// from `block` on are all of one segment; sums are (group, blocks * 64).
+class ScanCode {
+ public:
+  virtual ~ScanCode() = default;
+
+  /// Adds up the tables' entries for every key. `next`: Block of as many blocks again that will be
+  /// scanned next, or null.
+  virtual void Scan(int64_t block, int blocks, const uint8_t* next, int16_t* sums) const = 0;
+  /// estimates[h * stride + key] that thresholds are compared with.
+  virtual void Estimate(int64_t block, int blocks, const int16_t* sums, float* estimates,
+                        int stride) const = 0;
+  /// Chooses keys and weighs the others; returns how many it chose.
+  virtual int Select(int64_t block, int blocks, const int16_t* sums, const ScanBounds& bounds,
+                     const uint8_t* next, const ScanResults& results) const = 0;
+  /// Adds the unchosen keys' weights times what stands for their values to acc (group, value_dim).
+  virtual void AddRest(int64_t block, int blocks, const ScanResults& results, float* acc) const = 0;
+  /// One block and one head: weights over exp(reference), and each estimate's deviation; (64) each.
+  virtual void Weigh(int64_t block, int head, float reference, float* weights,
+                     float* deviations) const = 0;
+  /// Fetches what AddRest will read.
+  virtual void PrefetchRest(int64_t block, int blocks) const = 0;
+
+  virtual const uint8_t* Block(int64_t block) const = 0;
+  virtual int BlockBytes() const = 0;
+  /// All that a search reads through it, with `sampled` of its blocks read twice.
+  virtual int64_t BytesRead(int64_t blocks, int64_t sampled) const = 0;
+};
+
+}  // namespace kvseek::index
+
+#endif  // KVSEEK_INDEX_SCAN_CODE_H_

@@ -1,0 +1,128 @@
+#include "index/sign_scan.h"
+
+#include <cmath>
+#include <limits>
+
+#include "kernels/cpu/attention.h"
+#include "kernels/cpu/ladder_codes.h"
+#include "kernels/cpu/prefetch.h"
+#include "kernels/cpu/rotation.h"
+
+namespace kvseek::index {
+namespace {
+
+using kernels::kScanBlock;
+
+constexpr int64_t kSegmentBlocks = kSegmentTokens / kScanBlock;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+}  // namespace
+
+SignScan::SignScan(const KvView& view, const ScanQueries& queries)
+    : view_(view),
+      queries_(queries),
+      symbols_(kernels::Symbols(kernels::PaddedDim(view.shape.key_dim))),
+      table_units_(static_cast<size_t>(queries.group)) {
+  const int padded_dim = kernels::PaddedDim(view.shape.key_dim);
+  tables_ =
+      MakeAligned<int8_t>(static_cast<size_t>(queries.group) * symbols_ * kernels::kTableSize);
+  kernels::BuildTables(queries.rotated, queries.group, padded_dim, tables_.get(),
+                       table_units_.data());
+  for (int h = 0; h < queries.group; ++h) {
+    const float* row = queries.rotated + static_cast<ptrdiff_t>(h) * padded_dim;
+    float squares = 0.0F;
+    for (int d = 0; d < padded_dim; ++d) squares += row[d] * row[d];
+    query_norms_.push_back(std::sqrt(squares));
+  }
+}
+
+void SignScan::Scan(int64_t block, int blocks, const uint8_t* next, int16_t* sums) const {
+  kernels::ScanCodes(Block(block), blocks, symbols_, view_.shape.scan_bits, tables_.get(),
+                     queries_.group, sums, blocks * kScanBlock, next);
+}
+
+void SignScan::Estimate(int64_t block, int blocks, const int16_t* sums, float* estimates,
+                        int stride) const {
+  kernels::ScanHead heads[kMaxGroup];
+  const std::vector<float> reference(static_cast<size_t>(queries_.group), 0.0F);
+  FillHeads(block / kSegmentBlocks, {{}, reference.data()}, heads);
+  kernels::EstimateScores(sums, blocks * kScanBlock, Block(block), blocks, symbols_,
+                          view_.shape.scan_bits, heads, queries_.group, estimates, stride, nullptr);
+}
+
+int SignScan::Select(int64_t block, int blocks, const int16_t* sums, const ScanBounds& bounds,
+                     const uint8_t* next, const ScanResults& results) const {
+  kernels::ScanHead heads[kMaxGroup];
+  FillHeads(block / kSegmentBlocks, bounds, heads);
+  const auto first = static_cast<uint32_t>((block % kSegmentBlocks) * kScanBlock);
+  return kernels::SelectAndWeigh(sums, blocks * kScanBlock, Block(block), blocks, symbols_,
+                                 view_.shape.scan_bits, heads, queries_.group, first,
+                                 results.chosen, results.block_weights, blocks, next);
+}
+
+void SignScan::AddRest(int64_t block, int blocks, const ScanResults& results, float* acc) const {
+  kernels::AddWeightedRows(results.block_weights, blocks, queries_.group, Means(block), blocks,
+                           view_.shape.value_dim, acc);
+}
+
+void SignScan::Weigh(int64_t block, int head, float reference, float* weights,
+                     float* deviations) const {
+  const int planes = view_.shape.scan_bits;
+  const std::vector<float> references(static_cast<size_t>(queries_.group), reference);
+  kernels::ScanHead heads[kMaxGroup];
+  FillHeads(block / kSegmentBlocks, {{}, references.data()}, heads);
+  const int8_t* const table =
+      tables_.get() + static_cast<ptrdiff_t>(head) * symbols_ * kernels::kTableSize;
+  alignas(kCacheLine) int16_t sums[kScanBlock];
+  float estimates[kScanBlock];
+  kernels::ScanCodes(Block(block), 1, symbols_, planes, table, 1, sums, kScanBlock);
+  kernels::EstimateScores(sums, kScanBlock, Block(block), 1, symbols_, planes, heads + head, 1,
+                          estimates, kScanBlock, weights);
+  const auto* const gains =
+      reinterpret_cast<const uint16_t*>(Block(block) + kernels::ScanGainOffset(symbols_, planes));
+  for (int i = 0; i < kScanBlock; ++i) {
+    deviations[i] = heads[head].noise * kernels::Bf16ToFloat(gains[i]);
+  }
+}
+
+void SignScan::PrefetchRest(int64_t block, int blocks) const {
+  kernels::PrefetchRange(Means(block), static_cast<size_t>(blocks) * view_.shape.ValueRowBytes());
+}
+
+void SignScan::FillHeads(int64_t segment, const ScanBounds& bounds,
+                         kernels::ScanHead* heads) const {
+  const Segment& codes = *view_.segments[static_cast<size_t>(segment)];
+  const float* const centres =
+      queries_.centre_scores + (segment - queries_.first_segment) * queries_.group;
+  const float scale = view_.shape.softmax_scale;
+  const float sum_unit = view_.shape.scan_bits == 1 ? 1.0F : kernels::kTwoBitStep / 2.0F;
+  for (int h = 0; h < queries_.group; ++h) {
+    const auto i = static_cast<size_t>(h);
+    heads[h] = {centres[h], scale * sum_unit * table_units_[i],
+                scale * query_norms_[i] * codes.scan_noise(),
+                bounds.thresholds.empty() ? kInfinity : bounds.thresholds[i], bounds.reference[i]};
+  }
+}
+
+const Segment& SignScan::SegmentOf(int64_t block) const {
+  return *view_.segments[static_cast<size_t>(block / kSegmentBlocks)];
+}
+
+const uint16_t* SignScan::Means(int64_t block) const {
+  return SegmentOf(block).block_means() + (block % kSegmentBlocks) * view_.shape.value_dim;
+}
+
+const uint8_t* SignScan::Block(int64_t block) const {
+  return SegmentOf(block).scan_blocks() + (block % kSegmentBlocks) * BlockBytes();
+}
+
+int SignScan::BlockBytes() const {
+  return kernels::ScanBlockBytes(symbols_, view_.shape.scan_bits);
+}
+
+int64_t SignScan::BytesRead(int64_t blocks, int64_t sampled) const {
+  return (blocks + sampled) * BlockBytes() +
+         blocks * static_cast<int64_t>(view_.shape.ValueRowBytes());
+}
+
+}  // namespace kvseek::index

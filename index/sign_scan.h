@@ -1,0 +1,50 @@
+// Scan codes of 1 or 2 bits a dimension, which every segment has from its seal
+// (kernels/cpu/ladder_scan.h).
+#ifndef KVSEEK_INDEX_SIGN_SCAN_H_
+#define KVSEEK_INDEX_SIGN_SCAN_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "index/key_index.h"
+#include "index/scan_code.h"
+#include "index/scratch.h"
+#include "kernels/cpu/ladder_scan.h"
+
+namespace kvseek::index {
+
+class SignScan final : public ScanCode {
+ public:
+  /// `view` must outlive it.
+  SignScan(const KvView& view, const ScanQueries& queries);
+
+  void Scan(int64_t block, int blocks, const uint8_t* next, int16_t* sums) const override;
+  void Estimate(int64_t block, int blocks, const int16_t* sums, float* estimates,
+                int stride) const override;
+  int Select(int64_t block, int blocks, const int16_t* sums, const ScanBounds& bounds,
+             const uint8_t* next, const ScanResults& results) const override;
+  void AddRest(int64_t block, int blocks, const ScanResults& results, float* acc) const override;
+  void Weigh(int64_t block, int head, float reference, float* weights,
+             float* deviations) const override;
+  void PrefetchRest(int64_t block, int blocks) const override;
+  const uint8_t* Block(int64_t block) const override;
+  int BlockBytes() const override;
+  int64_t BytesRead(int64_t blocks, int64_t sampled) const override;
+
+ private:
+  /// What turns the sums of a segment into scores.
+  void FillHeads(int64_t segment, const ScanBounds& bounds, kernels::ScanHead* heads) const;
+  const Segment& SegmentOf(int64_t block) const;
+  const uint16_t* Means(int64_t block) const;
+
+  const KvView& view_;
+  ScanQueries queries_;
+  int symbols_;
+  AlignedArray<int8_t> tables_;     ///< (group, symbols, 64)
+  std::vector<float> table_units_;  ///< (group)
+  std::vector<float> query_norms_;  ///< (group)
+};
+
+}  // namespace kvseek::index
+
+#endif  // KVSEEK_INDEX_SIGN_SCAN_H_

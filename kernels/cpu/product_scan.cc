@@ -1,0 +1,470 @@
+#include "kernels/cpu/product_scan.h"
+
+#include <algorithm>
+#include <bit>
+#include <cassert>
+#include <cmath>
+#include <cstddef>
+#include <cstring>
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/cpu/product_scan.cc"
+#include "hwy/foreach_target.h"
+#include "hwy/highway.h"
+#include "kernels/cpu/ladder_lanes-inl.h"
+#include "kernels/cpu/ladder_lookup-inl.h"
+
+#ifndef KVSEEK_KERNELS_CPU_PRODUCT_SCAN_ONCE
+#define KVSEEK_KERNELS_CPU_PRODUCT_SCAN_ONCE
+namespace kvseek::kernels {
+namespace {
+
+inline constexpr float kExponentMax = 80.0F;
+inline constexpr float kVarianceMax = 2.0F;  // what the weight's correction counts at most
+inline constexpr int kHeadsMax = 64;
+// A float's upper half, taken for a number, is linear in the logarithm between powers of two: 128
+// for each, 127 * 128 for 1. Read as a float it is too large by up to 6 %; `kLogBias` makes that
+// nothing on average over a mantissa.
+inline constexpr float kLogStep = 128.0F * 1.44269504F;
+inline constexpr float kLogBias = 127.0F * 128.0F - 7.3F;
+
+/// The correction of a weight's exponent, upwards.
+inline float Correction(float sigma) { return std::min(sigma * sigma, kVarianceMax) / 4.0F; }
+
+inline constexpr int kSumShift = 4;  // a sum, times 16, fits 16 bits
+inline constexpr float kBitsMax = kLogBias + kLogStep * kExponentMax;
+
+/// Integers for SelectProducts. A key is chosen if its sum exceeds `bound`; its weight's bits are,
+/// shifted left by `shift`,
+///   (16 * sum * slope + 2^14 >> 15) + offset - (128 * excess * step >> 16)
+/// between 0 and `most`.
+struct SelectHead {
+  SelectHead() = default;
+  explicit SelectHead(const ProductHead& head) : excess(head.tables->excess) {
+    const ProductTables& tables = *head.tables;
+    const float base = head.centre + tables.base;
+    if (tables.unit > 0.0F) {
+      bound = Rounded(std::floor((head.threshold - base) / tables.unit));
+    } else {
+      bound = base > head.threshold ? int16_t{-32768} : int16_t{32767};
+    }
+    float bits = kLogStep * tables.unit;  // of one unit of sum
+    float scale = 1.0F;
+    while (shift < 7 && bits * scale >= 16.0F) {
+      ++shift;
+      scale *= 0.5F;
+    }
+    constexpr float kFixed = 32768.0F / (1 << kSumShift);
+    slope = Rounded(kFixed * scale * bits);
+    offset = Rounded(scale * (kLogStep * (base - tables.low - head.reference) + kLogBias));
+    step = Rounded(scale * 512.0F * kLogStep * tables.step);
+    most = Rounded(scale * kBitsMax);
+  }
+  static int16_t Rounded(float x) {
+    return static_cast<int16_t>(std::lrint(std::clamp(x, -32768.0F, 32767.0F)));
+  }
+
+  const uint8_t* excess;
+  int shift = 0;
+  int16_t bound;
+  int16_t slope;
+  int16_t offset;
+  int16_t step;
+  int16_t most;
+};
+
+}  // namespace
+}  // namespace kvseek::kernels
+#endif  // KVSEEK_KERNELS_CPU_PRODUCT_SCAN_ONCE
+
+HWY_BEFORE_NAMESPACE();
+namespace kvseek::kernels {
+namespace HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+using DF = hn::CappedTag<float, 16>;
+constexpr int kLanes = static_cast<int>(hn::MaxLanes(DF()));
+constexpr int kVectors = kScanBlock / kLanes;
+
+/// Scores of the 64 centroids of a sub-space.
+HWY_INLINE void ScoreCentroids(const float* query, const float* centroids, int dim, float* scores) {
+  const DF d;
+  for (int v = 0; v < kCentroids; v += kLanes) {
+    auto sum = hn::Zero(d);
+    for (int i = 0; i < dim; ++i) {
+      sum = hn::MulAdd(hn::Set(d, query[i]), hn::LoadU(d, centroids + i * kCentroids + v), sum);
+    }
+    hn::Store(sum, d, scores + v);
+  }
+}
+
+/// Entries := round((scores - middle) / unit).
+HWY_INLINE void QuantiseTable(const float* scores, float middle, float inverse, int8_t* entries) {
+  const DF d;
+  const hn::RebindToSigned<DF> di;
+  const hn::Rebind<int8_t, DF> d8;
+  const auto limit = hn::Set(di, kTableMax);
+  for (int v = 0; v < kCentroids; v += kLanes) {
+    const auto scaled =
+        hn::Mul(hn::Sub(hn::Load(d, scores + v), hn::Set(d, middle)), hn::Set(d, inverse));
+    const auto entry = hn::Max(hn::Min(hn::NearestInt(scaled), limit), hn::Neg(limit));
+    hn::StoreU(hn::DemoteTo(d8, entry), d8, entries + v);
+  }
+}
+
+void BuildProductTablesImpl(const float* queries, int heads, int dim, const float* centroids,
+                            const uint32_t* starts, const float* errors,
+                            const ProductLayout& layout, int8_t* entries, ProductTables* tables) {
+  HWY_ALIGN float scores[(kSubspacesMax + 1) * kCentroids];
+  float middles[kSubspacesMax + 1];
+  const int symbols = layout.Symbols();
+  for (int h = 0; h < heads; ++h, queries += dim, entries += symbols * kTableSize) {
+    ProductTables& table = tables[h];
+    for (int g = 0; g < layout.subspaces; ++g) {
+      ScoreCentroids(queries + starts[g], centroids + starts[g] * kCentroids,
+                     static_cast<int>(starts[g + 1] - starts[g]), scores + g * kCentroids);
+    }
+    float square = 0.0F;
+    for (int i = 0; i < dim; ++i) square += queries[i] * queries[i];
+    const float deviation = std::sqrt(square / static_cast<float>(dim));
+    float least = 0.0F;
+    float most = 0.0F;
+    for (int c = 0; c < kCentroids; ++c) {
+      const float sigma = deviation * errors[c];
+      table.sigma[c] = scores[layout.subspaces * kCentroids + c] = sigma;
+      const float excess = sigma - Correction(sigma);
+      least = c == 0 ? excess : std::min(least, excess);
+      most = c == 0 ? excess : std::max(most, excess);
+    }
+    table.low = least;
+    table.step = (most - least) / 255.0F;
+    float half_range = 0.0F;
+    table.base = 0.0F;
+    for (int g = 0; g < symbols; ++g) {
+      const auto [low, high] =
+          std::minmax_element(scores + g * kCentroids, scores + (g + 1) * kCentroids);
+      middles[g] = 0.5F * (*low + *high);
+      table.base += middles[g];
+      half_range = std::max(half_range, 0.5F * (*high - *low));
+    }
+    table.unit = half_range / static_cast<float>(kTableMax);
+    // Below that the inverse is infinite.
+    if (table.unit < 1e-37F) table.unit = 0.0F;
+    if (table.step < 1e-37F) table.step = 0.0F;
+    const float inverse = table.unit == 0.0F ? 0.0F : 1.0F / table.unit;
+    for (int g = 0; g < symbols; ++g) {
+      QuantiseTable(scores + g * kCentroids, middles[g], inverse, entries + g * kTableSize);
+    }
+    for (int c = 0; c < kCentroids; ++c) {
+      const float excess = table.sigma[c] - Correction(table.sigma[c]) - table.low;
+      table.excess[c] =
+          table.step == 0.0F ? uint8_t{0} : static_cast<uint8_t>(std::lrint(excess / table.step));
+    }
+  }
+}
+
+void ScanProductsImpl(const uint8_t* codes, int blocks, const ProductLayout& layout,
+                      const int8_t* entries, int heads, int16_t* sums, int sums_stride,
+                      const uint8_t* next_codes) {
+  const int symbols = layout.Symbols();
+  ScanShape shape = {blocks, symbols, 1, layout.BlockBytes(), next_codes};
+  for (int h = 0; h < heads; h += kLookupHeads, shape.next = nullptr) {
+    LookUpHeads(codes, shape, entries + static_cast<ptrdiff_t>(h) * symbols * kTableSize,
+                std::min(kLookupHeads, heads - h), sums + static_cast<ptrdiff_t>(h) * sums_stride,
+                sums_stride);
+  }
+}
+
+void EstimateProductsImpl(const int16_t* sums, int sums_stride, const uint8_t* codes, int blocks,
+                          const ProductLayout& layout, const ProductHead* heads, int count,
+                          float* estimates, float* weights, float* deviations, int stride) {
+  const DF d;
+  const hn::RebindToSigned<DF> di;
+  const hn::Rebind<int16_t, DF> d16;
+  for (int h = 0; h < count; ++h) {
+    const ProductHead& head = heads[h];
+    const ProductTables& tables = *head.tables;
+    const auto unit = hn::Set(d, tables.unit);
+    const auto base = hn::Set(d, head.centre + tables.base);
+    const int16_t* const head_sums = sums + static_cast<ptrdiff_t>(h) * sums_stride;
+    float* const out = estimates + static_cast<ptrdiff_t>(h) * stride;
+    for (int i = 0; i < blocks * kScanBlock; i += kLanes) {
+      const auto sum = hn::ConvertTo(d, hn::PromoteTo(di, hn::LoadU(d16, head_sums + i)));
+      hn::StoreU(hn::MulAdd(unit, sum, base), d, out + i);
+    }
+    if (weights == nullptr && deviations == nullptr) continue;
+    for (int i = 0; i < blocks * kScanBlock; ++i) {
+      const uint8_t level =
+          ProductSymbol(codes + static_cast<ptrdiff_t>(i / kScanBlock) * layout.BlockBytes(),
+                        layout, layout.subspaces, i % kScanBlock);
+      const ptrdiff_t at = static_cast<ptrdiff_t>(h) * stride + i;
+      if (deviations != nullptr) deviations[at] = tables.sigma[level];
+      if (weights == nullptr) continue;
+      const float excess = tables.low + tables.step * static_cast<float>(tables.excess[level]);
+      weights[at] = std::exp(std::min(kExponentMax, out[i] - excess - head.reference));
+    }
+  }
+}
+
+#if HWY_TARGET == HWY_SCALAR || HWY_TARGET == HWY_EMU128 || HWY_HAVE_SCALABLE
+
+/// The levels of one block.
+struct Levels {
+  Levels(const uint8_t* block, const ProductLayout& layout) {
+    for (int key = 0; key < kScanBlock; ++key) {
+      level[key] = SymbolOf(block, layout.Symbols(), layout.subspaces, key);
+    }
+  }
+  /// out[key] := table[level of key].
+  void LookUpIn(const uint8_t* table, uint8_t* out) const {
+    for (int key = 0; key < kScanBlock; ++key) out[key] = table[level[key]];
+  }
+  int level[kScanBlock];
+};
+
+#else
+
+struct Levels {
+  Levels(const uint8_t* block, const ProductLayout& layout) {
+    const D8 d8;
+    const int symbols = layout.Symbols();
+    const uint8_t* const rows = block + (PlaneRows(symbols) - 1) * kScanBlock;
+    for (int i = 0; i < kScanBlock; i += kByteLanes) {
+      const auto last = hn::LoadU(d8, rows + i);
+      level[i / kByteLanes] =
+          MakeIndex(symbols % 4 != 0 ? last
+                                     : FourthSymbol(hn::LoadU(d8, rows - 2 * kScanBlock + i),
+                                                    hn::LoadU(d8, rows - kScanBlock + i), last));
+    }
+  }
+  void LookUpIn(const uint8_t* table, uint8_t* out) const {
+    const D8 d8;
+    for (int i = 0; i < kScanBlock; i += kByteLanes) {
+      hn::StoreU(LookUp(table, level[i / kByteLanes]), d8, out + i);
+    }
+  }
+  Index level[kScanBlock / kByteLanes];
+};
+
+#endif
+
+/// Sums of neighbouring bf16 numbers.
+template <class V16>
+HWY_INLINE hn::Vec<DF> SumPairs(DF d, V16 numbers) {
+  const hn::RebindToUnsigned<DF> du;
+#if HWY_TARGET == HWY_SCALAR
+  return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(du, numbers)));
+#else
+  const auto pairs = hn::BitCast(du, numbers);
+  return hn::Add(hn::BitCast(d, hn::ShiftLeft<16>(pairs)),
+                 hn::BitCast(d, hn::And(pairs, hn::Set(du, 0xffff0000U))));
+#endif
+}
+
+/// kept[key] := all bits set if no head's sum exceeds its bound, else 0; returns the chosen ones.
+HWY_INLINE uint64_t ChooseInBlock(const int16_t* sums, int sums_stride, const SelectHead* heads,
+                                  int count, int16_t* kept) {
+  const hn::CappedTag<int16_t, 32> d16;
+  constexpr int kLanes16 = static_cast<int>(hn::MaxLanes(decltype(d16)()));
+  uint8_t bytes[kScanBlock / 8] = {};
+  for (int i = 0; i < kScanBlock; i += kLanes16) {
+    auto any = hn::MaskFromVec(hn::Zero(d16));
+    for (int h = 0; h < count; ++h) {
+      const auto sum = hn::LoadU(d16, sums + static_cast<ptrdiff_t>(h) * sums_stride + i);
+      any = hn::Or(any, hn::Gt(sum, hn::Set(d16, heads[h].bound)));
+    }
+    PutMaskBits(d16, any, i, bytes);
+    hn::Store(hn::VecFromMask(d16, hn::Not(any)), d16, kept + i);
+  }
+  uint64_t bits;
+  std::memcpy(&bits, bytes, sizeof(bits));
+  return bits;
+}
+
+/// Weights of one head's keys of a block; returns their sum, lane by lane.
+HWY_INLINE hn::Vec<DF> WeighBlock(const int16_t* sums, const SelectHead& head,
+                                  const uint8_t* excess, const int16_t* kept, uint16_t* weights) {
+  const DF d;
+  const hn::CappedTag<int16_t, 32> d16;
+  const hn::RebindToUnsigned<decltype(d16)> du16;
+  const hn::Rebind<uint8_t, decltype(d16)> d8;
+  constexpr int kLanes16 = static_cast<int>(hn::MaxLanes(decltype(d16)()));
+  const auto slope = hn::Set(d16, head.slope);
+  const auto offset = hn::Set(d16, head.offset);
+  const auto step = hn::Set(d16, head.step);
+  const auto most = hn::Set(d16, head.most);
+  auto total = hn::Zero(d);
+  for (int i = 0; i < kScanBlock; i += kLanes16) {
+    const auto sum = hn::ShiftLeft<kSumShift>(hn::LoadU(d16, sums + i));
+    const auto upper = hn::SaturatedAdd(hn::MulFixedPoint15(sum, slope), offset);
+    const auto down =
+        hn::MulHigh(hn::ShiftLeft<7>(hn::PromoteTo(d16, hn::LoadU(d8, excess + i))), step);
+    const auto bits = hn::Max(hn::Min(hn::SaturatedSub(upper, down), most), hn::Zero(d16));
+    const auto weight =
+        hn::BitCast(du16, hn::And(hn::ShiftLeftSame(bits, head.shift), hn::LoadU(d16, kept + i)));
+    hn::StoreU(weight, du16, weights + i);
+    total = hn::Add(total, SumPairs(d, weight));
+  }
+  return total;
+}
+
+int SelectProductsImpl(const int16_t* sums, int sums_stride, const uint8_t* codes, int blocks,
+                       const ProductLayout& layout, const ProductHead* heads, int count,
+                       uint32_t first_index, uint32_t* chosen, uint16_t* weights,
+                       int weights_stride, float* block_weights, int blocks_stride,
+                       const uint8_t* next_codes) {
+  const DF d;
+  const int block_bytes = layout.BlockBytes();
+  SelectHead select[kHeadsMax];
+  for (int h = 0; h < count; ++h) select[h] = SelectHead(heads[h]);
+  uint32_t* next_chosen = chosen;
+  for (int b = 0; b < blocks; ++b, codes += block_bytes) {
+    if (next_codes != nullptr) {  // the half that ScanProducts left
+      const uint8_t* block = next_codes + static_cast<ptrdiff_t>(b) * block_bytes;
+      for (int i = block_bytes / 2; i < block_bytes; i += 64) __builtin_prefetch(block + i, 0, 2);
+    }
+    HWY_ALIGN int16_t kept[kScanBlock];
+    uint64_t bits = ChooseInBlock(sums + b * kScanBlock, sums_stride, select, count, kept);
+    for (; bits != 0; bits &= bits - 1) {
+      *next_chosen++ = first_index + static_cast<uint32_t>(b * kScanBlock + std::countr_zero(bits));
+    }
+    const Levels levels(codes, layout);
+    for (int h = 0; h < count; h += 4) {
+      hn::Vec<DF> totals[4] = {hn::Zero(d), hn::Zero(d), hn::Zero(d), hn::Zero(d)};
+      const int some = std::min(4, count - h);
+      for (int j = 0; j < some; ++j) {
+        HWY_ALIGN uint8_t excess[kScanBlock];
+        levels.LookUpIn(select[h + j].excess, excess);
+        totals[j] =
+            WeighBlock(sums + static_cast<ptrdiff_t>(h + j) * sums_stride + b * kScanBlock,
+                       select[h + j], excess, kept,
+                       weights + static_cast<ptrdiff_t>(h + j) * weights_stride + b * kScanBlock);
+      }
+      float sums_of_four[4];
+      SumFour(d, totals, sums_of_four);
+      for (int j = 0; j < some; ++j) {
+        block_weights[static_cast<ptrdiff_t>(h + j) * blocks_stride + b] = sums_of_four[j];
+      }
+    }
+  }
+  return static_cast<int>(next_chosen - chosen);
+}
+
+/// Half of the components, those of the low or the high nibbles, for kHeads heads.
+template <int kHeads>
+HWY_INLINE void AddHalfSketches(const uint8_t* codes, int blocks, int block_bytes, int shift,
+                                const uint16_t* weights, int weights_stride, float* sums) {
+  const DF d;
+  const hn::RebindToSigned<DF> di;
+  const hn::RebindToUnsigned<DF> du;
+  const hn::Rebind<uint16_t, DF> d16;
+  const hn::Rebind<uint8_t, DF> d8;
+  constexpr int kHalf = kSketchDim / 2;
+  hn::Vec<DF> totals[kHeads][kHalf];
+  for (int h = 0; h < kHeads; ++h) {
+    for (int c = 0; c < kHalf; ++c) totals[h][c] = hn::Zero(d);
+  }
+  for (int b = 0; b < blocks; ++b, codes += block_bytes, weights += kScanBlock) {
+    for (int i = 0; i < kScanBlock; i += kLanes) {
+      hn::Vec<DF> components[kHalf];
+      for (int c = 0; c < kHalf; ++c) {
+        const auto byte = hn::PromoteTo(di, hn::LoadU(d8, codes + c * kScanBlock + i));
+        const auto nibble = hn::And(hn::ShiftRightSame(byte, shift), hn::Set(di, 15));
+        components[c] = hn::Sub(hn::ConvertTo(d, nibble), hn::Set(d, kSketchBias));
+      }
+      for (int h = 0; h < kHeads; ++h) {
+        const auto bits = hn::LoadU(d16, weights + static_cast<ptrdiff_t>(h) * weights_stride + i);
+        const auto weight = hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(du, bits)));
+        for (int c = 0; c < kHalf; ++c) {
+          totals[h][c] = hn::MulAdd(weight, components[c], totals[h][c]);
+        }
+      }
+    }
+  }
+  for (int h = 0; h < kHeads; ++h) {
+    float four[kHalf];
+    SumFour(d, totals[h], four);
+    for (int c = 0; c < kHalf; ++c) sums[h * kSketchDim + c] += four[c];
+  }
+}
+
+void AddSketchesImpl(const uint8_t* codes, int blocks, const ProductLayout& layout,
+                     const uint16_t* weights, int weights_stride, int heads, float* sums) {
+  codes += layout.SketchOffset();
+  const int block_bytes = layout.BlockBytes();
+  for (int h = 0; h < heads;) {
+    const auto add = [&](auto kernel) {
+      for (int half = 0; half < 2; ++half) {
+        kernel(codes, blocks, block_bytes, 4 * half,
+               weights + static_cast<ptrdiff_t>(h) * weights_stride, weights_stride,
+               sums + h * kSketchDim + half * kSketchDim / 2);
+      }
+    };
+    if (heads - h >= 4 && kLanes >= 16) {
+      add(AddHalfSketches<4>);
+      h += 4;
+    } else if (heads - h >= 2) {
+      add(AddHalfSketches<2>);
+      h += 2;
+    } else {
+      add(AddHalfSketches<1>);
+      ++h;
+    }
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace kvseek::kernels
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace kvseek::kernels {
+
+HWY_EXPORT(BuildProductTablesImpl);
+HWY_EXPORT(ScanProductsImpl);
+HWY_EXPORT(EstimateProductsImpl);
+HWY_EXPORT(SelectProductsImpl);
+HWY_EXPORT(AddSketchesImpl);
+
+void BuildProductTables(const float* queries, int heads, int dim, const float* centroids,
+                        const uint32_t* starts, const float* errors, const ProductLayout& layout,
+                        int8_t* entries, ProductTables* tables) noexcept {
+  assert(layout.subspaces >= 1 && layout.subspaces <= kSubspacesMax);
+  HWY_DYNAMIC_DISPATCH(BuildProductTablesImpl)
+  (queries, heads, dim, centroids, starts, errors, layout, entries, tables);
+}
+
+void ScanProducts(const uint8_t* codes, int blocks, const ProductLayout& layout,
+                  const int8_t* entries, int heads, int16_t* sums, int sums_stride,
+                  const uint8_t* next_codes) noexcept {
+  assert(sums_stride % kScanBlock == 0 && sums_stride >= blocks * kScanBlock);
+  HWY_DYNAMIC_DISPATCH(ScanProductsImpl)
+  (codes, blocks, layout, entries, heads, sums, sums_stride, next_codes);
+}
+
+void EstimateProducts(const int16_t* sums, int sums_stride, const uint8_t* codes, int blocks,
+                      const ProductLayout& layout, const ProductHead* heads, int count,
+                      float* estimates, float* weights, float* deviations, int stride) noexcept {
+  HWY_DYNAMIC_DISPATCH(EstimateProductsImpl)
+  (sums, sums_stride, codes, blocks, layout, heads, count, estimates, weights, deviations, stride);
+}
+
+int SelectProducts(const int16_t* sums, int sums_stride, const uint8_t* codes, int blocks,
+                   const ProductLayout& layout, const ProductHead* heads, int count,
+                   uint32_t first_index, uint32_t* chosen, uint16_t* weights, int weights_stride,
+                   float* block_weights, int blocks_stride, const uint8_t* next_codes) noexcept {
+  assert(count <= kHeadsMax);
+  return HWY_DYNAMIC_DISPATCH(SelectProductsImpl)(
+      sums, sums_stride, codes, blocks, layout, heads, count, first_index, chosen, weights,
+      weights_stride, block_weights, blocks_stride, next_codes);
+}
+
+void AddSketches(const uint8_t* codes, int blocks, const ProductLayout& layout,
+                 const uint16_t* weights, int weights_stride, int heads, float* sums) noexcept {
+  assert(layout.sketch);
+  HWY_DYNAMIC_DISPATCH(AddSketchesImpl)
+  (codes, blocks, layout, weights, weights_stride, heads, sums);
+}
+
+}  // namespace kvseek::kernels
+#endif  // HWY_ONCE
