@@ -184,17 +184,22 @@ void BenchFine(benchmark::State& state, const std::string& level, int heads, boo
   const auto scores = MakeAligned<float>(static_cast<size_t>(heads * count));
   std::vector<float> storage(static_cast<size_t>(GroupStateFloats(heads, kValueDim)));
   const GroupState attended = BindState(storage.data(), heads, kValueDim);
+  std::vector<FineRow> rows(static_cast<size_t>(count));
+  const auto find = [&](int segment) {
+    const int first = segment * kSegmentKeys;
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const auto key = static_cast<ptrdiff_t>(ladder.chosen[i]) + first;
+      rows[i] = {ladder.records.get() + key * record_bytes, ladder.factors.get() + key};
+    }
+  };
   const auto score = [&](int segment) {
-    ScoreFine(ladder.records.get() + static_cast<ptrdiff_t>(segment) * kSegmentKeys * record_bytes,
-              record_bytes, ladder.factors.get() + segment * kSegmentKeys, ladder.chosen.data(),
-              count, ladder.quantised.get(), kDim, ladder.fine_heads.data(), heads, scores.get(),
-              count);
+    find(segment);
+    ScoreFine(rows.data(), count, record_bytes, ladder.quantised.get(), kDim,
+              ladder.fine_heads.data(), heads, scores.get(), count);
   };
   const auto accumulate = [&](int segment) {
-    AccumulateFine(
-        ladder.records.get() + static_cast<ptrdiff_t>(segment) * kSegmentKeys * record_bytes,
-        record_bytes, FineValueOffset(kDim), ladder.factors.get() + segment * kSegmentKeys,
-        ladder.chosen.data(), count, scores.get(), count, attended);
+    find(segment);
+    AccumulateFine(rows.data(), count, FineValueOffset(kDim), scores.get(), count, attended);
   };
   const auto answer = [&] {
     ResetState(attended);

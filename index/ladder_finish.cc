@@ -141,26 +141,17 @@ void LadderPlan::TakeTopK(const ScoredKeys& candidates, OwnedState& state, Searc
 
 void LadderPlan::AddFine(const ScoredKeys& candidates, absl::Span<const uint32_t> picks, int head,
                          const kernels::GroupState& state, Scratch& scratch) const {
-  const int record_bytes = kernels::FineRecordBytes(padded_dim_, view_.shape.value_dim);
-  const auto group = static_cast<size_t>(state.group);
-  auto* chosen = scratch.Take<uint32_t>(kSegmentTokens);
-  auto* scores = scratch.Take<float>(group * kSegmentTokens);
-  for (size_t i = 0; i < picks.size();) {
-    const int64_t segment = candidates.positions[picks[i]] / kSegmentTokens;
-    int count = 0;
-    for (; i < picks.size() && candidates.positions[picks[i]] / kSegmentTokens == segment; ++i) {
-      chosen[count] = static_cast<uint32_t>(candidates.positions[picks[i]] % kSegmentTokens);
-      for (size_t h = 0; h < group; ++h) {
-        scores[h * kSegmentTokens + static_cast<size_t>(count)] =
-            candidates.Scores(picks[i], group_)[static_cast<size_t>(head) + h];
-      }
-      ++count;
+  auto* rows = scratch.Take<kernels::FineRow>(picks.size());
+  auto* scores = scratch.Take<float>(static_cast<size_t>(state.group) * picks.size());
+  for (size_t i = 0; i < picks.size(); ++i) {
+    rows[i] = FindFine(candidates.positions[picks[i]]);
+    const float* const of_key = candidates.Scores(picks[i], group_) + head;
+    for (size_t h = 0; h < static_cast<size_t>(state.group); ++h) {
+      scores[h * picks.size() + i] = of_key[h];
     }
-    const Segment& codes = *view_.segments[static_cast<size_t>(segment)];
-    kernels::AccumulateFine(codes.fine_records(), record_bytes,
-                            kernels::FineValueOffset(padded_dim_), codes.fine_factors(), chosen,
-                            count, scores, kSegmentTokens, state);
   }
+  const auto count = static_cast<int>(picks.size());
+  kernels::AccumulateFine(rows, count, kernels::FineValueOffset(padded_dim_), scores, count, state);
 }
 
 std::vector<float> LadderPlan::RestMass() const {

@@ -121,7 +121,6 @@ class LadderPlan final : public SearchPlan {
     float* block_weights;           ///< (group, 16)
     uint16_t* key_weights;          ///< (group, 1024)
     kernels::FineHead* fine_heads;  ///< (group)
-    float* fine_scores;             ///< (group, 1024)
     uint32_t* kept;                 ///< (1024)
     float* kept_weights;            ///< (group, 16)
   };
@@ -143,7 +142,18 @@ class LadderPlan final : public SearchPlan {
   /// ends fetches for the one after it, which the same worker is likely to run.
   const uint8_t* NextCodes(int64_t end_block, int blocks) const;
   void PrefetchRecords(const Chosen& chosen) const;
-  void ReadCandidates(Piece& piece, const Chosen& chosen, const ScanBuffers& buffers);
+  /// Candidates that have been scored, until they are enough for adding their values to pay.
+  static constexpr int kPendingEnough = 64;
+  static constexpr int kPendingMax = kPendingEnough + kSegmentTokens;
+  struct Pending {
+    int count;
+    kernels::FineRow* rows;  ///< (kPendingMax)
+    float* scores;           ///< (group, kPendingMax)
+  };
+  void ReadCandidates(Piece& piece, const Chosen& chosen, const ScanBuffers& buffers,
+                      Pending& pending);
+  void AddPending(Piece& piece, Pending& pending) const;
+  kernels::FineRow FindFine(int64_t position) const;
 
   // ---- recall (ladder_recall.cc)
   /// Sets reference_ and recalled_weights_.

@@ -34,8 +34,9 @@ void LadderPlan::RunScan(Piece& piece, Scratch& scratch) {
   ScanBuffers buffers = {
       scratch.Take<int16_t>(group * kSegmentTokens),  scratch.Take<float>(group * kSegmentBlocks),
       scratch.Take<uint16_t>(group * kSegmentTokens), scratch.Take<kernels::FineHead>(group),
-      scratch.Take<float>(group * kSegmentTokens),    scratch.Take<uint32_t>(kSegmentTokens),
-      scratch.Take<float>(group * kSegmentBlocks)};
+      scratch.Take<uint32_t>(kSegmentTokens),         scratch.Take<float>(group * kSegmentBlocks)};
+  Pending pending = {0, scratch.Take<kernels::FineRow>(kPendingMax),
+                     scratch.Take<float>(group * kPendingMax)};
   Chosen chosen = {0, 0, scratch.Take<uint32_t>(kSegmentTokens)};
   Chosen before = {0, 0, scratch.Take<uint32_t>(kSegmentTokens)};
   // The estimated rest is summed relative to reference_.
@@ -51,11 +52,12 @@ void LadderPlan::RunScan(Piece& piece, Scratch& scratch) {
     AddRest(piece, block, static_cast<int>(end - block), buffers, rest.view());
     // Records arrive from memory while the next segment is scanned.
     PrefetchRecords(chosen);
-    ReadCandidates(piece, before, buffers);
+    ReadCandidates(piece, before, buffers, pending);
     std::swap(chosen, before);
     block = end;
   }
-  ReadCandidates(piece, before, buffers);
+  ReadCandidates(piece, before, buffers, pending);
+  AddPending(piece, pending);
   for (size_t h = 0; h < group; ++h) piece.rest[h] = rest.view().sum[h];
   kernels::MergeState(piece.state.view(), rest.view());
 }
@@ -124,22 +126,34 @@ void LadderPlan::PrefetchRecords(const Chosen& chosen) const {
   }
 }
 
-void LadderPlan::ReadCandidates(Piece& piece, const Chosen& chosen, const ScanBuffers& buffers) {
+void LadderPlan::ReadCandidates(Piece& piece, const Chosen& chosen, const ScanBuffers& buffers,
+                                Pending& pending) {
   if (chosen.count == 0) return;
-  const Segment& codes = *view_.segments[static_cast<size_t>(chosen.segment)];
   const int record_bytes = kernels::FineRecordBytes(padded_dim_, view_.shape.value_dim);
-  const int count = chosen.count;
-  float* scores = buffers.fine_scores;
+  const int64_t first = chosen.segment * kSegmentTokens;
+  kernels::FineRow* const rows = pending.rows + pending.count;
+  for (int i = 0; i < chosen.count; ++i) rows[i] = FindFine(first + chosen.keys[i]);
+  float* const scores = pending.scores + pending.count;
   FillFineHeads(chosen.segment, buffers.fine_heads);
-  kernels::ScoreFine(codes.fine_records(), record_bytes, codes.fine_factors(), chosen.keys, count,
-                     quantised_.get(), padded_dim_, buffers.fine_heads, group_, scores, count);
-  kernels::AccumulateFine(codes.fine_records(), record_bytes, kernels::FineValueOffset(padded_dim_),
-                          codes.fine_factors(), chosen.keys, count, scores, count,
-                          piece.state.view());
-  for (int i = 0; i < count; ++i) {
-    piece.candidates.Add(chosen.segment * kSegmentTokens + chosen.keys[i], scores + i, count,
-                         group_);
-  }
+  kernels::ScoreFine(rows, chosen.count, record_bytes, quantised_.get(), padded_dim_,
+                     buffers.fine_heads, group_, scores, kPendingMax);
+  piece.candidates.Add(first, {chosen.keys, static_cast<size_t>(chosen.count)}, scores, kPendingMax,
+                       group_);
+  pending.count += chosen.count;
+  if (pending.count >= kPendingEnough) AddPending(piece, pending);
+}
+
+void LadderPlan::AddPending(Piece& piece, Pending& pending) const {
+  kernels::AccumulateFine(pending.rows, pending.count, kernels::FineValueOffset(padded_dim_),
+                          pending.scores, kPendingMax, piece.state.view());
+  pending.count = 0;
+}
+
+kernels::FineRow LadderPlan::FindFine(int64_t position) const {
+  const Segment& codes = *view_.segments[static_cast<size_t>(position / kSegmentTokens)];
+  const int64_t key = position % kSegmentTokens;
+  return {codes.fine_records() + key * kernels::FineRecordBytes(padded_dim_, view_.shape.value_dim),
+          codes.fine_factors() + key};
 }
 
 }  // namespace kvseek::index

@@ -23,6 +23,20 @@ void ScoredKeys::Add(int64_t position, const float* head_scores, int stride, int
   }
 }
 
+void ScoredKeys::Add(int64_t first, absl::Span<const uint32_t> offsets, const float* head_scores,
+                     int stride, int group) {
+  const size_t at = positions.size();
+  const auto width = static_cast<size_t>(group);
+  positions.resize(at + offsets.size());
+  scores.resize((at + offsets.size()) * width);
+  for (size_t i = 0; i < offsets.size(); ++i) positions[at + i] = first + offsets[i];
+  for (size_t h = 0; h < width; ++h) {
+    const float* const from = head_scores + static_cast<ptrdiff_t>(h) * stride;
+    float* const to = scores.data() + at * width + h;
+    for (size_t i = 0; i < offsets.size(); ++i) to[i * width] = from[i];
+  }
+}
+
 void ScoredKeys::Append(const ScoredKeys& other) {
   positions.insert(positions.end(), other.positions.begin(), other.positions.end());
   scores.insert(scores.end(), other.scores.begin(), other.scores.end());

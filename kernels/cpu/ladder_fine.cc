@@ -43,15 +43,8 @@ HWY_INLINE void PrefetchLines(const uint8_t* begin, const uint8_t* end) {
 }
 
 struct FineInput {
-  const uint8_t* records;
-  int record_bytes;
-  const FineFactors* factors;
-  const uint32_t* chosen;
+  const FineRow* rows;
   int count;
-
-  const uint8_t* Record(int i) const {
-    return records + static_cast<ptrdiff_t>(chosen[i]) * record_bytes;
-  }
 };
 
 /// sum_i nibble_i q_i of one record for four or fewer heads, in lanes: only the sum of a vector's
@@ -102,7 +95,7 @@ struct ScoreHeads {
 };
 
 template <int kHeads>
-void ScoreT(const FineInput& in, const int16_t* quantised, int padded_dim,
+void ScoreT(const FineInput& in, int record_bytes, const int16_t* quantised, int padded_dim,
             const FineHead* fine_heads, float* scores, int score_stride) {
   constexpr int kPadded = (kHeads + 3) / 4 * 4;
   const D32 d32;
@@ -115,14 +108,14 @@ void ScoreT(const FineInput& in, const int16_t* quantised, int padded_dim,
   }
   for (int i = 0; i < in.count; ++i) {
     if (i + kAhead < in.count) {
-      const uint8_t* next = in.Record(i + kAhead);
-      PrefetchLines(next, next + in.record_bytes);
-      hwy::Prefetch(in.factors + in.chosen[i + kAhead]);
+      const FineRow& next = in.rows[i + kAhead];
+      PrefetchLines(next.record, next.record + record_bytes);
+      hwy::Prefetch(next.factors);
     }
     hn::Vec<D32> sums[kPadded];
     for (int h = kHeads; h < kPadded; ++h) sums[h] = hn::Zero(d32);
-    NibbleProducts<kHeads>(in.Record(i), padded_dim / 2, quantised, sums);
-    const float gain = in.factors[in.chosen[i]].gain;
+    NibbleProducts<kHeads>(in.rows[i].record, padded_dim / 2, quantised, sums);
+    const float gain = in.rows[i].factors->gain;
     for (int h = 0; h < kPadded; h += 4) {
       int32_t products[4];
       float four[4];
@@ -223,9 +216,9 @@ void AccumulateT(const FineInput& in, int value_offset, const float* scores, int
   for (int first = 0; first < in.count; first += ValueBatch::kKeys) {
     batch.count = std::min(ValueBatch::kKeys, in.count - first);
     for (int i = 0; i < batch.count; ++i) {
-      batch.nibbles[i] = in.Record(first + i) + value_offset;
+      batch.nibbles[i] = in.rows[first + i].record + value_offset;
       PrefetchLines(batch.nibbles[i], batch.nibbles[i] + half_dim);
-      const FineFactors& factors = in.factors[in.chosen[first + i]];
+      const FineFactors& factors = *in.rows[first + i].factors;
       batch.lo[i] = Bf16ToFloat(factors.lo);
       batch.step[i] = Bf16ToFloat(factors.step);
     }
@@ -275,6 +268,7 @@ HWY_INLINE void WithHeads(int heads, const Function& function) {
 
 struct ScoreCall {
   FineInput in;
+  int record_bytes;
   const int16_t* quantised;
   int padded_dim;
   const FineHead* fine_heads;
@@ -283,20 +277,18 @@ struct ScoreCall {
 
   template <int kHeads>
   void operator()() const {
-    ScoreT<kHeads>(in, quantised, padded_dim, fine_heads, scores, score_stride);
+    ScoreT<kHeads>(in, record_bytes, quantised, padded_dim, fine_heads, scores, score_stride);
   }
 };
 
-void ScoreFineImpl(const uint8_t* records, int record_bytes, const FineFactors* factors,
-                   const uint32_t* chosen, int count, const int16_t* quantised, int padded_dim,
-                   const FineHead* fine_heads, int heads, float* scores, int score_stride) {
+void ScoreFineImpl(const FineRow* rows, int count, int record_bytes, const int16_t* quantised,
+                   int padded_dim, const FineHead* fine_heads, int heads, float* scores,
+                   int score_stride) {
   for (int h = 0; h < heads; h += kHeadChunk) {
-    const ScoreCall call = {{records, record_bytes, factors, chosen, count},
-                            quantised + static_cast<ptrdiff_t>(h) * padded_dim,
-                            padded_dim,
-                            fine_heads + h,
-                            scores + static_cast<ptrdiff_t>(h) * score_stride,
-                            score_stride};
+    const ScoreCall call = {
+        {rows, count}, record_bytes,   quantised + static_cast<ptrdiff_t>(h) * padded_dim,
+        padded_dim,    fine_heads + h, scores + static_cast<ptrdiff_t>(h) * score_stride,
+        score_stride};
     WithHeads(std::min(kHeadChunk, heads - h), call);
   }
 }
@@ -314,12 +306,11 @@ struct AccumulateCall {
   }
 };
 
-void AccumulateFineImpl(const uint8_t* records, int record_bytes, int value_offset,
-                        const FineFactors* factors, const uint32_t* chosen, int count,
-                        const float* scores, int score_stride, const GroupState& state) {
+void AccumulateFineImpl(const FineRow* rows, int count, int value_offset, const float* scores,
+                        int score_stride, const GroupState& state) {
   for (int h = 0; h < state.group; h += kHeadChunk) {
     const int heads = std::min(kHeadChunk, state.group - h);
-    const AccumulateCall call = {{records, record_bytes, factors, chosen, count},
+    const AccumulateCall call = {{rows, count},
                                  value_offset,
                                  scores + static_cast<ptrdiff_t>(h) * score_stride,
                                  score_stride,
@@ -356,21 +347,19 @@ void QuantiseQueries(const float* rotated_queries, int heads, int padded_dim, in
   }
 }
 
-void ScoreFine(const uint8_t* records, int record_bytes, const FineFactors* factors,
-               const uint32_t* chosen, int count, const int16_t* quantised, int padded_dim,
-               const FineHead* fine_heads, int heads, float* scores, int score_stride) noexcept {
+void ScoreFine(const FineRow* rows, int count, int record_bytes, const int16_t* quantised,
+               int padded_dim, const FineHead* fine_heads, int heads, float* scores,
+               int score_stride) noexcept {
   assert(padded_dim >= 64 && padded_dim <= 512 && padded_dim % 64 == 0);
   HWY_DYNAMIC_DISPATCH(ScoreFineImpl)
-  (records, record_bytes, factors, chosen, count, quantised, padded_dim, fine_heads, heads, scores,
-   score_stride);
+  (rows, count, record_bytes, quantised, padded_dim, fine_heads, heads, scores, score_stride);
 }
 
-void AccumulateFine(const uint8_t* records, int record_bytes, int value_offset,
-                    const FineFactors* factors, const uint32_t* chosen, int count,
-                    const float* scores, int score_stride, const GroupState& state) noexcept {
+void AccumulateFine(const FineRow* rows, int count, int value_offset, const float* scores,
+                    int score_stride, const GroupState& state) noexcept {
   assert(state.value_dim % 8 == 0);
   HWY_DYNAMIC_DISPATCH(AccumulateFineImpl)
-  (records, record_bytes, value_offset, factors, chosen, count, scores, score_stride, state);
+  (rows, count, value_offset, scores, score_stride, state);
 }
 
 void DecodeFineValue(const uint8_t* record, int value_offset, const FineFactors& factors,

@@ -1,8 +1,7 @@
 // The ladder's 4-bit rung: scores and values of candidates from their fine records. Layout:
 // ladder_codes.h.
 //
-// Records and factors are those of one segment; `chosen` are indices into them. Both functions
-// prefetch ahead. Pure, noexcept, allocate nothing.
+// Both functions prefetch ahead. Pure, noexcept, allocate nothing.
 #ifndef KVSEEK_KERNELS_CPU_LADDER_FINE_H_
 #define KVSEEK_KERNELS_CPU_LADDER_FINE_H_
 
@@ -20,6 +19,12 @@ namespace kvseek::kernels {
 void QuantiseQueries(const float* rotated_queries, int heads, int padded_dim, int16_t* quantised,
                      float* units) noexcept;
 
+/// Where a key's codes stand.
+struct FineRow {
+  const uint8_t* record;
+  const FineFactors* factors;
+};
+
 /// What turns integer products into scores, for one head and one segment.
 struct FineHead {
   float centre;  ///< scale * <c, q>
@@ -27,16 +32,17 @@ struct FineHead {
                  ///< score = centre + slope * gain * sum_i (2 * nibble_i - 15) q_i
 };
 
-/// scores[h * score_stride + i] of key chosen[i].
-void ScoreFine(const uint8_t* records, int record_bytes, const FineFactors* factors,
-               const uint32_t* chosen, int count, const int16_t* quantised, int padded_dim,
-               const FineHead* fine_heads, int heads, float* scores, int score_stride) noexcept;
+/// scores[h * score_stride + i] of rows[i], all of one segment; record_bytes =
+/// FineRecordBytes(padded_dim, value_dim).
+void ScoreFine(const FineRow* rows, int count, int record_bytes, const int16_t* quantised,
+               int padded_dim, const FineHead* fine_heads, int heads, float* scores,
+               int score_stride) noexcept;
 
-/// Adds the keys to `state` with their scores and their 4-bit values. value_offset =
-/// FineValueOffset(padded_dim). A score of -infinity leaves the key out for that head.
-void AccumulateFine(const uint8_t* records, int record_bytes, int value_offset,
-                    const FineFactors* factors, const uint32_t* chosen, int count,
-                    const float* scores, int score_stride, const GroupState& state) noexcept;
+/// Adds the keys, of any segments, to `state` with their scores and their 4-bit values.
+/// value_offset = FineValueOffset(padded_dim). A score of -infinity leaves the key out for that
+/// head. 64 keys at a time: a call for few costs nearly as much as one for 64.
+void AccumulateFine(const FineRow* rows, int count, int value_offset, const float* scores,
+                    int score_stride, const GroupState& state) noexcept;
 
 /// Decodes one record's values: value (value_dim). For corrections and tests.
 void DecodeFineValue(const uint8_t* record, int value_offset, const FineFactors& factors,

@@ -38,7 +38,10 @@ struct Records {
     EncodeFine(residuals.data(), values.data(), DType::kBf16, kKeys, dim, value_dim, bytes.data(),
                factors.data());
     std::mt19937 random(3);
-    for (int i = 0; i < count; ++i) chosen.push_back(random() % kKeys);
+    for (int i = 0; i < count; ++i) {
+      chosen.push_back(random() % kKeys);
+      rows.push_back({Record(i), &Factors(i)});
+    }
   }
 
   const uint8_t* Record(int i) const {
@@ -54,6 +57,7 @@ struct Records {
   std::vector<uint8_t> bytes;
   std::vector<FineFactors> factors;
   std::vector<uint32_t> chosen;
+  std::vector<FineRow> rows;
 };
 
 TEST_P(LadderFineTest, QuantisedQueries) {
@@ -89,9 +93,8 @@ TEST_P(LadderFineTest, ScoresMatchTheReference) {
       }
       const int stride = 50;
       std::vector<float> scores(static_cast<size_t>(heads * stride), -3.0F);
-      ScoreFine(records.bytes.data(), records.record_bytes, records.factors.data(),
-                records.chosen.data(), records.count, quantised.data(), dim, fine_heads.data(),
-                heads, scores.data(), stride);
+      ScoreFine(records.rows.data(), records.count, records.record_bytes, quantised.data(), dim,
+                fine_heads.data(), heads, scores.data(), stride);
       for (int h = 0; h < heads; ++h) {
         const auto unit = static_cast<double>(units[static_cast<size_t>(h)]);
         for (int i = 0; i < records.count; ++i) {
@@ -161,9 +164,8 @@ TEST_P(LadderFineTest, ValuesMatchTheReference) {
             std::fill_n(state.sum, heads, std::exp(-0.5F));
             std::fill_n(state.acc, heads * value_dim, std::exp(-0.5F) * 0.25F);
           }
-          AccumulateFine(records.bytes.data(), records.record_bytes, FineValueOffset(64),
-                         records.factors.data(), records.chosen.data(), count, scores.data(),
-                         stride, state);
+          AccumulateFine(records.rows.data(), count, FineValueOffset(64), scores.data(), stride,
+                         state);
           const auto error = reference::Compare(
               Expected(records, scores, stride, heads, first_score, 0.25F), state);
           EXPECT_LT(error.out, 2e-5);
@@ -181,8 +183,7 @@ TEST_P(LadderFineTest, FarApartScores) {
   std::vector<float> storage(static_cast<size_t>(GroupStateFloats(1, 16)));
   const GroupState state = BindState(storage.data(), 1, 16);
   ResetState(state);
-  AccumulateFine(records.bytes.data(), records.record_bytes, FineValueOffset(64),
-                 records.factors.data(), records.chosen.data(), 130, scores.data(), 130, state);
+  AccumulateFine(records.rows.data(), 130, FineValueOffset(64), scores.data(), 130, state);
   std::vector<float> value(16);
   DecodeFineValue(records.Record(100), FineValueOffset(64), records.Factors(100), 16, value.data());
   EXPECT_EQ(state.max[0], 1e4F);
