@@ -40,8 +40,9 @@ constexpr uint32_t kMetadataBytesMax = 64U << 20;  ///< of answers
 /// The channel's thread is back so long after the last Poll at the latest. Longer than what a
 /// decoder does between two layers' questions, so that it finds the seat free.
 constexpr std::chrono::microseconds kStandBack{200};
-constexpr int kSeatTries = 64;     ///< of Start: some us
-constexpr int kPausesBetween = 4;  ///< turns of a spinning thread, so that others get theirs
+constexpr unsigned kLooksBetween = 16;  ///< of Poll at rings, for one at the socket and timers
+constexpr int kSeatTries = 64;          ///< of Start: some us
+constexpr int kPausesBetween = 4;       ///< turns of a spinning thread, so that others get theirs
 
 void Pause() {
 #if defined(__x86_64__)
@@ -101,7 +102,7 @@ class Channel::Impl {
   void Poll() {
     polled_.store(Clock::now(), std::memory_order_relaxed);
     const Seat seat(*this, 1);
-    if (seat.taken()) io_.poll_one();
+    if (seat.taken()) LookOnce();
   }
 
   void Fail(absl::Status status, Done done) {
@@ -169,6 +170,7 @@ class Channel::Impl {
       io_.run();
       return;
     }
+    lookout_.Begin();
     Clock::time_point last_work = Clock::now();
     while (!io_.stopped()) {
       if (Clock::now() - polled_.load(std::memory_order_relaxed) < kStandBack) {
@@ -179,17 +181,27 @@ class Channel::Impl {
       }
       for (int i = 0; i < kPausesBetween; ++i) Pause();
     }
+    lookout_.End();
   }
 
   /// Whether there was anything to do. Sleeps until there is, unless told to look only.
   bool RunTurn(bool look_only) {
     const Seat seat(*this);
-    if (io_.poll() != 0) return true;
+    if (lookout_.Look() || io_.poll() != 0) return true;
     if (look_only) return false;
     asleep_.store(true, std::memory_order_relaxed);
+    lookout_.End();
     io_.run_one();
+    lookout_.Begin();
     asleep_.store(false, std::memory_order_relaxed);
     return true;
+  }
+
+  /// At rings it looks more often than at the socket and the timers, since that costs no system
+  /// call.
+  void LookOnce() {
+    if (lookout_.HasStreams() && !lookout_.Look() && ++looks_ % kLooksBetween != 0) return;
+    io_.poll_one();
   }
 
   // ---- all below: in the seat
@@ -261,8 +273,7 @@ class Channel::Impl {
   void Break(std::shared_ptr<Link> link, const absl::Status& status) {
     if (link->broken) return;
     link->broken = true;
-    ErrorCode ignored;
-    link->socket.close(ignored);
+    link->stream.Close();
     link->timer.cancel();
     link->queue.clear();
     link_.reset();
@@ -324,14 +335,9 @@ class Channel::Impl {
       OutFrame& frame = link->queue.front();
       if (frame.sent == 0) frame.Seal(link->checked);
       ErrorCode error;
-      frame.sent += link->socket.write_some(frame.Rest(), error);
-      if (error == asio::error::would_block) {
-        link->waiting = true;
-        link->socket.async_wait(Link::Socket::wait_write, [this, link](const ErrorCode& failed) {
-          link->waiting = false;
-          if (!failed && !link->broken) Pump(link);
-        });
-      } else if (error) {
+      const size_t sent = link->stream.WriteSome(frame.Rest(), error);
+      frame.sent += sent;
+      if (error) {
         link->waiting = true;
         // Not here: it runs callbacks.
         asio::post(io_, [this, link, what = error.message()] {
@@ -339,14 +345,23 @@ class Channel::Impl {
         });
       } else if (frame.sent == frame.Bytes()) {
         link->queue.pop_front();
+      } else if (sent == 0) {
+        link->waiting = true;
+        asio::co_spawn(io_, PumpLater(link), asio::detached);
       }
     }
+  }
+
+  Awaitable<void> PumpLater(std::shared_ptr<Link> link) {
+    const bool writable = co_await link->stream.WaitWritable();
+    link->waiting = false;
+    if (writable && !link->broken) Pump(link);
   }
 
   // ---- connecting
 
   void Dial() {
-    link_ = std::make_shared<Link>(io_);
+    link_ = std::make_shared<Link>(io_, lookout_);
     link_->timer.expires_after(options_.connect_timeout);
     link_->timer.async_wait([this, link = link_](const ErrorCode& stopped) {
       if (stopped || link->up) return;
@@ -364,6 +379,7 @@ class Channel::Impl {
       status = co_await link->Open(options_, info);
       if (status.ok() && !link->broken) {
         SetInfo(std::move(info));
+        if (link->stream.shared()) asio::co_spawn(io_, HearBells(link), asio::detached);
         GoUp(link);
         status = co_await ReadAnswers(link);
       }
@@ -371,6 +387,10 @@ class Channel::Impl {
       status = absl::UnavailableError(absl::StrCat("the connection broke: ", error.what()));
     }
     Break(link, status);
+  }
+
+  static Awaitable<void> HearBells(std::shared_ptr<Link> link) {
+    co_await link->stream.HearBells();
   }
 
   void SetInfo(DaemonInfo info) {
@@ -405,16 +425,16 @@ class Channel::Impl {
                                     .payload_bytes_max = kAny};
     const absl::Status gone = absl::UnavailableError("the daemon closed the connection");
     for (;;) {
-      if (!co_await link->Fill(proto::kHeaderBytes)) co_return gone;
+      if (!co_await link->reader.Fill(proto::kHeaderBytes)) co_return gone;
       const auto header = link->TakeHeader(limits);
       if (!header.ok()) co_return Malformed(header.status().message());
       const bool last_words = header->request_id == 0;
       if (!last_words && !pending_.contains(header->request_id)) {  // late, or to a cancel
-        if (!co_await link->Discard(header->BodyBytes())) co_return gone;
+        if (!co_await link->reader.Discard(header->BodyBytes())) co_return gone;
         continue;
       }
       if (header->payload_bytes > options_.payload_bytes_max) {
-        if (!co_await link->Discard(header->BodyBytes())) co_return gone;
+        if (!co_await link->reader.Discard(header->BodyBytes())) co_return gone;
         Complete(header->request_id,
                  proto::FieldError(absl::StatusCode::kResourceExhausted, "payload_bytes_max",
                                    absl::StrCat("the answer has ", header->payload_bytes)));
@@ -436,13 +456,13 @@ class Channel::Impl {
     answer.bytes_received = proto::kHeaderBytes + header.BodyBytes();
     answer.metadata.resize(header.metadata_bytes);
     auto* metadata = reinterpret_cast<uint8_t*>(answer.metadata.data());
-    if (!co_await link.ReadInto(metadata, answer.metadata.size())) co_return false;
+    if (!co_await link.reader.ReadInto(metadata, answer.metadata.size())) co_return false;
     if (header.payload_bytes == 0) co_return true;
-    if (!co_await link.Discard(header.PaddingBytes())) co_return false;
+    if (!co_await link.reader.Discard(header.PaddingBytes())) co_return false;
     answer.payload_bytes = header.payload_bytes;
     answer.payload = AllocatePayload(answer.payload_bytes);
-    if (!co_await link.ReadInto(answer.payload.get(), answer.payload_bytes)) co_return false;
-    co_return co_await link.ReadInto(trailer.data(), trailer.size());
+    if (!co_await link.reader.ReadInto(answer.payload.get(), answer.payload_bytes)) co_return false;
+    co_return co_await link.reader.ReadInto(trailer.data(), trailer.size());
   }
 
   void Judge(const Link& link, const FrameHeader& header, Answer answer,
@@ -474,6 +494,8 @@ class Channel::Impl {
 
   /// One thread at a time: what a handler posts is in the common queue when its turn ends.
   asio::io_context io_{1};
+  transport::Lookout lookout_;
+  unsigned looks_ = 0;  ///< of Poll
   asio::executor_work_guard<asio::io_context::executor_type> work_;
   std::shared_ptr<Link> link_;  ///< null while there is no connection
   std::vector<std::function<void(const absl::Status&)>> connect_waiters_;
