@@ -48,7 +48,7 @@ size_t RingWriter::Write(const void* from, size_t bytes) {
   const uint64_t written = written_.load(std::memory_order_relaxed);
   if (bytes_max_ - (written - read_) < bytes) {
     const uint64_t read = counters_.read.load(std::memory_order_acquire);
-    if (corrupt_ || written - read > bytes_max_) {
+    if (corrupt_ || read - read_ > written - read_) {  // not from there to here
       corrupt_ = true;
       return 0;
     }
@@ -81,7 +81,7 @@ size_t RingReader::Read(void* out, size_t bytes) {
   const uint64_t read = read_.load(std::memory_order_relaxed);
   if (written_ - read < bytes) {
     const uint64_t written = counters_.written.load(std::memory_order_acquire);
-    if (corrupt_ || written - read > bytes_max_ || written < written_) {
+    if (corrupt_ || written - written_ > read + bytes_max_ - written_) {  // not from there to full
       corrupt_ = true;
       return 0;
     }
