@@ -1,13 +1,9 @@
 #include "client/channel.h"
 
-#include <pthread.h>
-
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <boost/asio/co_spawn.hpp>
 #include <boost/asio/detached.hpp>
-#include <boost/asio/executor_work_guard.hpp>
 #include <boost/asio/post.hpp>
 #include <exception>
 #include <future>
@@ -16,12 +12,12 @@
 #include <mutex>
 #include <new>
 #include <set>
-#include <thread>
 #include <utility>
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/strings/str_cat.h"
+#include "client/channel_driver.h"
 #include "client/channel_link.h"
 #include "proto/kvseek.pb.h"
 #include "proto/status_code.h"
@@ -37,37 +33,22 @@ template <typename T>
 using Awaitable = asio::awaitable<T>;
 
 constexpr uint32_t kMetadataBytesMax = 64U << 20;  ///< of answers
-/// The channel's thread is back so long after the last Poll at the latest. Longer than what a
-/// decoder does between two layers' questions, so that it finds the seat free.
-constexpr std::chrono::microseconds kStandBack{200};
-constexpr unsigned kLooksBetween = 16;  ///< of Poll at rings, for one at the socket and timers
-constexpr int kSeatTries = 64;          ///< of Start: some us
-constexpr int kPausesBetween = 4;       ///< turns of a spinning thread, so that others get theirs
-
-void Pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#endif
-}
 
 }  // namespace
 
 class Channel::Impl {
  public:
   explicit Impl(const ClientOptions& options)
-      : options_(options), work_(asio::make_work_guard(io_)), timer_(io_), thread_([this] {
-          pthread_setname_np(pthread_self(), "kvseek-client");
-          RunIo();
-        }) {}
+      : options_(options), driver_(options.spin), io_(driver_.io()), timer_(io_) {
+    driver_.Begin();
+  }
 
   ~Impl() {
-    asio::post(io_, [this] {
+    driver_.End([this] {
       closed_ = true;
       if (link_ != nullptr) Break(link_, Closed());
       timer_.cancel();
-      work_.reset();
     });
-    thread_.join();
   }
 
   absl::Status Connect() {
@@ -91,19 +72,10 @@ class Channel::Impl {
       const std::lock_guard lock(inbox_mutex_);
       inbox_.push_back(std::move(call));
     }
-    const Seat seat(*this, kSeatTries);
-    if (seat.taken()) {
-      TakeCalls();
-    } else {
-      asio::post(io_, [this] { TakeCalls(); });
-    }
+    driver_.Drive([this] { TakeCalls(); });
   }
 
-  void Poll() {
-    polled_.store(Clock::now(), std::memory_order_relaxed);
-    const Seat seat(*this, 1);
-    if (seat.taken()) LookOnce();
-  }
+  void Poll() { driver_.Poll(); }
 
   void Fail(absl::Status status, Done done) {
     asio::post(io_, [status = std::move(status), done = std::move(done)]() mutable {
@@ -128,81 +100,6 @@ class Channel::Impl {
     OutFrame frame;
     Done done;
   };
-
-  /// The right to drive: one thread at a time touches what stands below and runs io_. Nobody gets
-  /// it while the channel's thread sleeps in the kernel, which does it in its seat.
-  class Seat {
-   public:
-    /// Waits for it.
-    explicit Seat(Impl& channel) : channel_(channel), lock_(channel.seat_) { Sit(); }
-    /// Tries so many times. Not taken by a thread that is in it already: a callback's.
-    Seat(Impl& channel, int tries) : channel_(channel), lock_(channel.seat_, std::defer_lock) {
-      if (channel_.driver_.load(std::memory_order_relaxed) == std::this_thread::get_id()) return;
-      for (int i = 0; i < tries && !channel_.asleep_.load(std::memory_order_relaxed); ++i) {
-        if (lock_.try_lock()) {
-          Sit();
-          break;
-        }
-        Pause();
-      }
-    }
-    ~Seat() {
-      if (taken()) channel_.driver_.store({}, std::memory_order_relaxed);
-    }
-    Seat(const Seat&) = delete;
-    Seat& operator=(const Seat&) = delete;
-    bool taken() const { return lock_.owns_lock(); }
-
-   private:
-    void Sit() { channel_.driver_.store(std::this_thread::get_id(), std::memory_order_relaxed); }
-    Impl& channel_;
-    std::unique_lock<std::mutex> lock_;
-  };
-
-  // ---- the channel's thread
-
-  /// io_.run(), which after any work looks for more for a while before it sleeps, and leaves that
-  /// to threads that poll.
-  void RunIo() {
-    if (options_.spin.count() <= 0) {
-      asleep_.store(true, std::memory_order_relaxed);
-      const Seat seat(*this);
-      io_.run();
-      return;
-    }
-    lookout_.Begin();
-    Clock::time_point last_work = Clock::now();
-    while (!io_.stopped()) {
-      if (Clock::now() - polled_.load(std::memory_order_relaxed) < kStandBack) {
-        std::this_thread::sleep_for(kStandBack);
-        last_work = Clock::now();
-      } else if (RunTurn(Clock::now() - last_work < options_.spin)) {
-        last_work = Clock::now();
-      }
-      for (int i = 0; i < kPausesBetween; ++i) Pause();
-    }
-    lookout_.End();
-  }
-
-  /// Whether there was anything to do. Sleeps until there is, unless told to look only.
-  bool RunTurn(bool look_only) {
-    const Seat seat(*this);
-    if (lookout_.Look() || io_.poll() != 0) return true;
-    if (look_only) return false;
-    asleep_.store(true, std::memory_order_relaxed);
-    lookout_.End();
-    io_.run_one();
-    lookout_.Begin();
-    asleep_.store(false, std::memory_order_relaxed);
-    return true;
-  }
-
-  /// At rings it looks more often than at the socket and the timers, since that costs no system
-  /// call.
-  void LookOnce() {
-    if (lookout_.HasStreams() && !lookout_.Look() && ++looks_ % kLooksBetween != 0) return;
-    io_.poll_one();
-  }
 
   // ---- all below: in the seat
 
@@ -361,7 +258,7 @@ class Channel::Impl {
   // ---- connecting
 
   void Dial() {
-    link_ = std::make_shared<Link>(io_, lookout_);
+    link_ = std::make_shared<Link>(io_, driver_.lookout());
     link_->timer.expires_after(options_.connect_timeout);
     link_->timer.async_wait([this, link = link_](const ErrorCode& stopped) {
       if (stopped || link->up) return;
@@ -382,6 +279,7 @@ class Channel::Impl {
         if (link->stream.shared()) asio::co_spawn(io_, HearBells(link), asio::detached);
         GoUp(link);
         status = co_await ReadAnswers(link);
+        if (link->stream.corrupt()) status = Malformed("the ring's counters make no sense");
       }
     } catch (const std::exception& error) {  // Asio's, or out of memory
       status = absl::UnavailableError(absl::StrCat("the connection broke: ", error.what()));
@@ -483,20 +381,12 @@ class Channel::Impl {
   }
 
   const ClientOptions options_;
-  std::mutex seat_;
-  std::atomic<std::thread::id> driver_{};  ///< who is in the seat
-  std::atomic<bool> asleep_{false};        ///< the channel's thread, in the seat
-  std::atomic<Clock::time_point> polled_{Clock::time_point()};
-
+  ChannelDriver driver_;
+  asio::io_context& io_;  ///< the driver's
   std::mutex inbox_mutex_;
   std::vector<Call> inbox_ ABSL_GUARDED_BY(inbox_mutex_);  ///< in order
   std::vector<Call> taken_;                                ///< out of the inbox
 
-  /// One thread at a time: what a handler posts is in the common queue when its turn ends.
-  asio::io_context io_{1};
-  transport::Lookout lookout_;
-  unsigned looks_ = 0;  ///< of Poll
-  asio::executor_work_guard<asio::io_context::executor_type> work_;
   std::shared_ptr<Link> link_;  ///< null while there is no connection
   std::vector<std::function<void(const absl::Status&)>> connect_waiters_;
   std::map<uint64_t, Pending> pending_;
@@ -508,8 +398,6 @@ class Channel::Impl {
 
   mutable std::mutex mutex_;
   DaemonInfo info_ ABSL_GUARDED_BY(mutex_);
-
-  std::thread thread_;  ///< last: all else is there when it starts
 };
 
 std::shared_ptr<uint8_t[]> AllocatePayload(size_t bytes) {

@@ -87,6 +87,12 @@ RawSocket RawSocket::Connect(const std::string& address) {
   return raw;
 }
 
+bool RawSocket::Share(std::unique_ptr<transport::SharedRings> rings) {
+  if (!rings->SendTo(descriptor_).ok()) return false;
+  rings_ = std::move(rings);
+  return true;
+}
+
 bool RawSocket::SocketIsAlive() const {
   std::array<char, 64> bells{};
   const ssize_t got = recv(descriptor_, bells.data(), bells.size(), MSG_DONTWAIT);
@@ -259,6 +265,10 @@ bool FakeServer::Welcome(RawSocket& socket, uint32_t payload_bytes_max,
   welcome.set_boot_id(7);
   welcome.set_server("fake");
   if (!feature.empty()) welcome.add_features(feature);
+  if (feature == proto::kSharedMemory) {
+    welcome.mutable_shared_memory()->set_request_ring_bytes(4096);
+    welcome.mutable_shared_memory()->set_answer_ring_bytes(4096);
+  }
   welcome.mutable_limits()->set_payload_bytes_max(payload_bytes_max);
   welcome.mutable_limits()->set_metadata_bytes_max(1U << 20);
   return socket.SendFrame(proto::Op::kHello, hello->header.request_id, welcome.SerializeAsString(),

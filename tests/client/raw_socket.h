@@ -69,6 +69,8 @@ class RawSocket {
   /// Whether the stream ends here, within `patience`.
   bool Ended(std::chrono::milliseconds patience = std::chrono::seconds(10));
   void Close();
+  /// The daemon's side: hands `rings` over and goes over to them.
+  bool Share(std::unique_ptr<transport::SharedRings> rings);
   bool is_open() const { return descriptor_ >= 0; }
   int descriptor() const { return descriptor_; }
 
@@ -96,7 +98,8 @@ class FakeServer {
   FakeServer(const FakeServer&) = delete;
   FakeServer& operator=(const FakeServer&) = delete;
 
-  /// Reads a hello and accepts it. Grants `feature`, asked for or not, unless it is "".
+  /// Reads a hello and accepts it. Grants `feature`, asked for or not, unless it is ""; rings are
+  /// said to have 4 KiB.
   static bool Welcome(RawSocket& socket, uint32_t payload_bytes_max = 1U << 20,
                       const std::string& feature = "");
 
