@@ -336,9 +336,9 @@ Connection::Awaitable<std::optional<Connection::Ending>> Connection::Greet() {
 
 std::unique_ptr<transport::SharedRings> Connection::MakeRings() {
   const uint64_t each = context_.options.shared_ring_bytes;
-  if (each == 0) return nullptr;
   const transport::RingSizes sizes{.request_bytes = each, .answer_bytes = each};
-  if (!context_.shared_memory->TryTake(sizes.MemoryBytes())) {
+  if (sizes.MemoryBytes() > context_.options.shared_memory_bytes_max ||
+      !context_.shared_memory->TryTake(sizes.MemoryBytes())) {
     spdlog::warn("no shared memory for a connection: the others have all of it");
     return nullptr;
   }

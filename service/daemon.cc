@@ -38,10 +38,9 @@ absl::Status CheckOptions(const DaemonOptions& options) {
   status.Update(check(options.build_threads >= 0, "build_threads", "must not be negative"));
   status.Update(check(options.queue_limit > 0, "queue_limit", "must be at least 1"));
   status.Update(check(options.connections_max > 0, "connections_max", "must be at least 1"));
-  const uint64_t ring = options.shared_ring_bytes;
-  status.Update(check(
-      ring == 0 || transport::RingSizes{.request_bytes = ring, .answer_bytes = ring}.Sensible(),
-      "shared_ring_bytes", "a power of two from 4 KiB to 1 GiB, or 0"));
+  const transport::RingSizes rings{.request_bytes = options.shared_ring_bytes,
+                                   .answer_bytes = options.shared_ring_bytes};
+  status.Update(check(rings.Sensible(), "shared_ring_bytes", "a power of two from 4 KiB to 1 GiB"));
   status.Update(
       check(options.inflight_requests_max > 0, "inflight_requests_max", "must be at least 1"));
   status.Update(check(options.scan_bits == 1 || options.scan_bits == 2, "scan_bits", "1 or 2"));

@@ -259,7 +259,7 @@ TEST_P(SharedMemoryTest, BoundsOfTheMemory) {
   }
   EXPECT_TRUE(again.ok()) << again;
 
-  options_.shared_ring_bytes = 0;
+  options_.shared_memory_bytes_max = kMemoryBytes - 1;
   Start();
   EXPECT_EQ(KvClient::Connect({.address = "shm:" + path()}).status().code(),
             absl::StatusCode::kUnavailable);
