@@ -66,8 +66,6 @@ void ChannelDriver::End(std::function<void()> last) {
   thread_.join();
 }
 
-/// io_.run(), which after any work looks for more for a while before it sleeps, and leaves that to
-/// threads that poll.
 void ChannelDriver::Run() {
   if (spin_.count() <= 0) {
     asleep_.store(true, std::memory_order_relaxed);
@@ -75,39 +73,39 @@ void ChannelDriver::Run() {
     io_.run();
     return;
   }
-  lookout_.Begin();
-  Clock::time_point last_work = Clock::now();
   while (!io_.stopped()) {
+    LookForWork();
+    const Seat seat(*this);
+    asleep_.store(true, std::memory_order_relaxed);
+    io_.run_one();
+    asleep_.store(false, std::memory_order_relaxed);
+  }
+}
+
+/// Does what there is to do, until there has been nothing for `spin_`, or leaves it to threads that
+/// poll.
+void ChannelDriver::LookForWork() {
+  const transport::Lookout::Watch watch(lookout_);
+  Clock::time_point last_work = Clock::now();
+  while (!io_.stopped() && Clock::now() - last_work < spin_) {
     if (Clock::now() - polled_.load(std::memory_order_relaxed) < kStandBack) {
       std::this_thread::sleep_for(kStandBack);
       last_work = Clock::now();
-    } else if (RunTurn(Clock::now() - last_work < spin_)) {
-      last_work = Clock::now();
+    } else {
+      const Seat seat(*this);
+      if (lookout_.Look() || io_.poll() != 0) last_work = Clock::now();
     }
     for (int i = 0; i < kPausesBetween; ++i) Pause();
   }
-  lookout_.End();
-}
-
-/// Whether there was anything to do. Sleeps until there is, unless told to look only.
-bool ChannelDriver::RunTurn(bool look_only) {
-  const Seat seat(*this);
-  if (lookout_.Look() || io_.poll() != 0) return true;
-  if (look_only) return false;
-  asleep_.store(true, std::memory_order_relaxed);
-  lookout_.End();
-  io_.run_one();
-  lookout_.Begin();
-  asleep_.store(false, std::memory_order_relaxed);
-  return true;
 }
 
 void ChannelDriver::Poll() {
   polled_.store(Clock::now(), std::memory_order_relaxed);
   const Seat seat(*this, 1);
   if (!seat.taken()) return;
-  if (lookout_.HasStreams() && !lookout_.Look() && ++looks_ % kLooksBetween != 0) return;
-  io_.poll_one();
+  if (lookout_.Look()) return;
+  if (lookout_.HasStreams() && ++looks_ < kLooksBetween) return;
+  if (io_.poll_one() == 0) looks_ = 0;
 }
 
 }  // namespace kvseek::client

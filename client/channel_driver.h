@@ -72,16 +72,16 @@ class ChannelDriver {
   static constexpr int kSeatTries = 64;  ///< some us
 
   void Run();
-  bool RunTurn(bool look_only);
+  void LookForWork();
 
   const std::chrono::microseconds spin_;
   std::mutex seat_;
   std::atomic<std::thread::id> sitting_{};  ///< who is in the seat
   std::atomic<bool> asleep_{false};         ///< the channel's thread, in the seat
   std::atomic<Clock::time_point> polled_{Clock::time_point()};
-  unsigned looks_ = 0;  ///< of Poll; in the seat
+  unsigned looks_ = 0;  ///< of Poll since it last looked at the socket; in the seat
 
-  transport::Lookout lookout_;
+  transport::Lookout lookout_{/*resumes_here=*/true};
   /// One thread at a time: what a handler posts is in the common queue when its turn ends.
   boost::asio::io_context io_{1};
   boost::asio::executor_work_guard<boost::asio::io_context::executor_type> work_;

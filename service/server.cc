@@ -30,7 +30,7 @@ namespace {
 namespace asio = boost::asio;
 using transport::kAsTuple;
 constexpr std::chrono::milliseconds kAcceptPause{100};  ///< when the system is out of descriptors
-constexpr int kLooksBetween = 16;                       ///< at rings, for one at sockets
+constexpr int kLooksBetween = 64;                       ///< at rings, for one at sockets
 constexpr int kRefusalsMax = 64;  ///< refused peers that are told why at once; more are just closed
 
 }  // namespace
@@ -40,6 +40,7 @@ class Server::Impl {
   Impl(const DaemonOptions& options, ServerIdentity identity, Dispatch dispatch)
       : gate_(options.inflight_bytes_max),
         shared_memory_(options.shared_memory_bytes_max),
+        lookout_(/*resumes_here=*/options.io_threads <= 1),
         work_(asio::make_work_guard(io_)) {
     context_.options = options;
     context_.identity = std::move(identity);
@@ -118,28 +119,33 @@ class Server::Impl {
     }
   }
 
-  /// io_.run(), which after any work looks for more for a while before it sleeps. At rings it looks
-  /// more often than at sockets, since that costs no system call.
+  /// io_.run(), which after any work looks for more for a while before it sleeps.
   void RunLooking() {
-    const auto spin = context_.options.io_spin;
-    if (spin.count() == 0) {
+    if (context_.options.io_spin.count() == 0) {
       io_.run();
       return;
     }
-    lookout_.Begin();
-    auto last_work = std::chrono::steady_clock::now();
     while (!io_.stopped()) {
-      for (int i = 0; i < kLooksBetween && !lookout_.Look(); ++i) {
-      }
-      if (io_.poll() == 0) {
-        if (std::chrono::steady_clock::now() - last_work < spin) continue;
-        lookout_.End();
-        io_.run_one();
-        lookout_.Begin();
-      }
-      last_work = std::chrono::steady_clock::now();
+      LookForWork();
+      io_.run_one();
     }
-    lookout_.End();
+  }
+
+  /// Returns when there has been none for io_spin. At rings it looks more often than at sockets,
+  /// since that costs no system call.
+  void LookForWork() {
+    const transport::Lookout::Watch watch(lookout_);
+    auto last_work = std::chrono::steady_clock::now();
+    auto now = last_work;
+    while (!io_.stopped() && now - last_work < context_.options.io_spin) {
+      bool found = false;
+      for (int i = 0; i < kLooksBetween && !found && lookout_.HasStreams(); ++i) {
+        found = lookout_.Look();
+      }
+      if (io_.poll() != 0) found = true;
+      now = std::chrono::steady_clock::now();
+      if (found) last_work = now;
+    }
   }
 
   std::vector<std::shared_ptr<Connection>> Connections() {
@@ -150,11 +156,16 @@ class Server::Impl {
     return all;
   }
 
+  /// A connection's strand. One thread is one without further ado.
+  asio::any_io_executor MakeExecutor() {
+    if (context_.options.io_threads <= 1) return io_.get_executor();
+    return asio::make_strand(io_);
+  }
+
   asio::awaitable<void> AcceptAll(Listener& listener) {
     asio::steady_timer pause(listener.acceptor().get_executor());
     while (listener.acceptor().is_open()) {
-      const asio::any_io_executor strand = asio::make_strand(io_);
-      auto [error, socket] = co_await listener.acceptor().async_accept(strand, kAsTuple);
+      auto [error, socket] = co_await listener.acceptor().async_accept(MakeExecutor(), kAsTuple);
       if (error == asio::error::operation_aborted) break;
       if (error) {
         spdlog::warn("accept on {}: {}", listener.address(), error.message());

@@ -1,6 +1,7 @@
 #include "transport/lookout.h"
 
 #include <algorithm>
+#include <functional>
 
 #include "transport/stream.h"
 
@@ -8,17 +9,25 @@ namespace kvseek::transport {
 
 bool Lookout::Look() {
   if (!HasStreams()) return false;
-  const std::unique_lock lock(mutex_, std::try_to_lock);
-  if (!lock.owns_lock()) return false;  // another thread is at it
-  bool found = false;
-  for (Stream* const stream : streams_) found |= stream->Look();
-  return found;
+  std::vector<std::function<void(bool)>> found;
+  {
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock.owns_lock()) return false;  // another thread is at it
+    for (Stream* const stream : streams_) stream->Look(found);
+  }
+  // Without the lock: streams may go.
+  for (const auto& resume : found) resume(resumes_here_);
+  return !found.empty();
 }
 
 void Lookout::End() {
   if (looking_.fetch_sub(1) != 1) return;
-  const std::lock_guard lock(mutex_);
-  for (Stream* const stream : streams_) stream->Look();
+  std::vector<std::function<void(bool)>> found;
+  {
+    const std::lock_guard lock(mutex_);
+    for (Stream* const stream : streams_) stream->Look(found);
+  }
+  for (const auto& resume : found) resume(/*here=*/false);
 }
 
 void Lookout::Add(Stream* stream) {

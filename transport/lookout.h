@@ -20,26 +20,38 @@ class Stream;
 /// Thread-safe. Outlives its streams.
 class Lookout {
  public:
-  Lookout() = default;
+  /// `resumes_here`: only threads that have the io_context to themselves look, so that Look may go
+  /// on with a coroutine itself, outside of the io_context, whose own way there has system calls.
+  explicit Lookout(bool resumes_here) : resumes_here_(resumes_here) {}
   Lookout(const Lookout&) = delete;
   Lookout& operator=(const Lookout&) = delete;
 
-  /// Looks once at all rings, and posts the continuation of whoever waits for what is there now.
-  /// Whether there was any. Cheap where there are none.
+  /// Looks once at all rings, and resumes whoever waits for what is there now. Whether there was
+  /// any. Cheap where there are none.
   bool Look() ABSL_LOCKS_EXCLUDED(mutex_);
   /// Whether there is a stream to look at.
   bool HasStreams() const { return streams_count_.load(std::memory_order_relaxed) != 0; }
 
-  /// From now on a thread more (or less) calls Look again and again.
-  void Begin() { looking_.fetch_add(1); }
-  void End() ABSL_LOCKS_EXCLUDED(mutex_);
+  /// While it lives, a thread calls Look again and again.
+  class Watch {
+   public:
+    explicit Watch(Lookout& lookout) : lookout_(lookout) { lookout_.looking_.fetch_add(1); }
+    ~Watch() { lookout_.End(); }
+    Watch(const Watch&) = delete;
+    Watch& operator=(const Watch&) = delete;
+
+   private:
+    Lookout& lookout_;
+  };
   bool looking() const { return looking_.load() != 0; }
 
  private:
   friend class Stream;
+  void End() ABSL_LOCKS_EXCLUDED(mutex_);
   void Add(Stream* stream) ABSL_LOCKS_EXCLUDED(mutex_);
   void Remove(Stream* stream) ABSL_LOCKS_EXCLUDED(mutex_);
 
+  const bool resumes_here_;
   std::atomic<int> looking_{0};  ///< threads
   std::atomic<size_t> streams_count_{0};
   std::mutex mutex_;

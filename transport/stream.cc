@@ -24,34 +24,51 @@ constexpr size_t kTurnBytes = size_t{64} << 10;  ///< a piece so large counts as
 
 // ---- waiting
 
-bool Stream::Waiter::Wake() {
-  if (!waiting_.load() || !waiting_.exchange(false)) return false;
-  std::exchange(resume_, nullptr)();
-  return true;
+Stream::Resume Stream::Waiter::Take() {
+  if (!waiting_.load() || !waiting_.exchange(false)) return nullptr;
+  return std::exchange(resume_, nullptr);
+}
+
+void Stream::Waiter::Wake() {
+  const Resume resume = Take();
+  if (resume) resume(/*here=*/false);
 }
 
 Stream::Awaitable<void> Stream::Waiter::Wait(Stream& stream) {
   const auto begin = [this, &stream](auto continuation) {
     const auto held = std::make_shared<decltype(continuation)>(std::move(continuation));
-    resume_ = [held, executor = stream.executor_] { asio::post(executor, std::move(*held)); };
+    resume_ = [held, executor = stream.executor_](bool here) {
+      if (here) {
+        std::move(*held)();
+      } else {
+        asio::post(executor, std::move(*held));
+      }
+    };
     waiting_.store(true);
-    // In one order with Lookout::End: either sees the other.
-    if (!stream.lookout_->looking() || stream.ended_.load()) stream.Look();
+    // In one order with Lookout::End and EndRings: either sees the other.
+    if (!stream.lookout_->looking() || stream.ended_.load()) stream.WakeReady();
   };
   return asio::async_initiate<const asio::use_awaitable_t<>&, void()>(begin, asio::use_awaitable);
 }
 
 template <typename Ring>
-bool Stream::LookAt(Waiter& waiter, Ring& ring) {
-  if (!waiter.waiting()) return false;
+void Stream::LookAt(Waiter& waiter, Ring& ring, std::vector<Resume>& found) {
+  if (!waiter.waiting()) return;
   if (!lookout_->looking()) ring.AskForBell();
-  return (ring.Ready() || ended_.load()) && waiter.Wake();
+  if (!ring.Ready() && !ended_.load()) return;
+  Resume resume = waiter.Take();
+  if (resume) found.push_back(std::move(resume));
 }
 
-bool Stream::Look() {
-  const bool read = LookAt(reader_, rings_->in());
-  const bool written = LookAt(writer_, rings_->out());
-  return read || written;
+void Stream::Look(std::vector<Resume>& found) {
+  LookAt(reader_, rings_->in(), found);
+  LookAt(writer_, rings_->out(), found);
+}
+
+void Stream::WakeReady() {
+  std::vector<Resume> found;
+  Look(found);
+  for (const Resume& resume : found) resume(/*here=*/false);
 }
 
 void Stream::RingBell() {
@@ -65,7 +82,7 @@ Stream::Awaitable<void> Stream::HearBells() {
   ErrorCode error;
   while (!error) {
     std::tie(error, std::ignore) = co_await socket_.async_read_some(asio::buffer(bells), kAsTuple);
-    Look();
+    WakeReady();
   }
   EndRings();
 }

@@ -82,24 +82,29 @@ class Stream {
  private:
   friend class Lookout;
 
+  /// Goes on with a coroutine: here, or in its executor.
+  using Resume = std::function<void(bool here)>;
+
   /// A coroutine that waits for a ring.
   class Waiter {
    public:
-    /// Resumes the one that waits, if any, in its executor. Any thread.
-    bool Wake();
     bool waiting() const { return waiting_.load(); }
     Awaitable<void> Wait(Stream& stream);
+    /// Who is to be resumed, once; empty: nobody waits. Any thread.
+    Resume Take();
+    void Wake();
 
    private:
-    std::function<void()> resume_;
+    Resume resume_;
     std::atomic<bool> waiting_{false};
   };
 
-  /// Wakes those who wait for what is there now; where nobody looks, asks for the bell of the
+  /// Adds those who wait for what is there now; where nobody looks, asks for the bell of the
   /// others. Any thread.
-  bool Look();
+  void Look(std::vector<Resume>& found);
   template <typename Ring>
-  bool LookAt(Waiter& waiter, Ring& ring);
+  void LookAt(Waiter& waiter, Ring& ring, std::vector<Resume>& found);
+  void WakeReady();
   void RingBell();
   void EndRings();
 

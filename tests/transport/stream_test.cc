@@ -63,28 +63,27 @@ class Side {
         io_.run();
         return;
       }
-      lookout_.Begin();
-      auto last = Clock::now();
       while (!io_.stopped()) {
-        if (lookout_.Look() || io_.poll() != 0) {
-          last = Clock::now();
-        } else if (Clock::now() - last > spin_) {
-          lookout_.End();
-          io_.run_one();
-          lookout_.Begin();
-        }
+        LookForWork();
+        io_.run_one();
       }
-      lookout_.End();
     });
   }
   Stream& stream() { return stream_; }
   asio::io_context& io() { return io_; }
 
  private:
+  void LookForWork() {
+    const Lookout::Watch watch(lookout_);
+    auto last = Clock::now();
+    while (!io_.stopped() && Clock::now() - last < spin_) {
+      if (lookout_.Look() || io_.poll() != 0) last = Clock::now();
+    }
+  }
   Stream::Socket MakeSocket(int descriptor) {
     return {io_, asio::generic::stream_protocol(AF_UNIX, 0), descriptor};
   }
-  Lookout lookout_;
+  Lookout lookout_{/*resumes_here=*/true};
   asio::io_context io_;
   asio::executor_work_guard<asio::io_context::executor_type> work_{io_.get_executor()};
   Stream stream_;
