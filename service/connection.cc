@@ -426,8 +426,7 @@ Connection::Awaitable<void> Connection::Read(std::shared_ptr<Connection> self) {
   c.Close();
 }
 
-asio::awaitable<void> Refuse(Stream::Socket socket, absl::Status reason) {
-  const auto stream = std::make_shared<Stream>(std::move(socket));
+asio::awaitable<void> Refuse(std::shared_ptr<Stream> stream, absl::Status reason) {
   FrameHeader header;
   header.flags = proto::kFlagResponse | proto::kFlagError;
   const std::string frame =
@@ -437,10 +436,10 @@ asio::awaitable<void> Refuse(Stream::Socket socket, absl::Status reason) {
     if (!stopped) stream->Close();
   });
   std::vector<asio::const_buffer> out(1, asio::const_buffer(frame.data(), frame.size()));
-  if (co_await stream->Write(std::move(out))) co_return;
-  stream->ShutdownSend();
+  const ErrorCode error = co_await stream->Write(std::move(out));
+  size_t got = error ? 0 : 1;
+  if (!error) stream->ShutdownSend();
   std::array<uint8_t, 4096> rest{};
-  size_t got = 1;
   while (got != 0) got = co_await stream->ReadSome(asio::buffer(rest));
 }
 

@@ -122,7 +122,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
 };
 
 /// Tells a peer that is not served why, and closes. Lasts a second at most.
-boost::asio::awaitable<void> Refuse(transport::Stream::Socket socket, absl::Status reason);
+boost::asio::awaitable<void> Refuse(std::shared_ptr<transport::Stream> stream, absl::Status reason);
 
 }  // namespace kvseek::service
 

@@ -197,7 +197,7 @@ class Server::Impl {
     const absl::Status reason =
         proto::Exhausted("connections_max", "too many connections",
                          static_cast<uint64_t>(context_.options.retry_after.count()));
-    asio::co_spawn(executor, Refuse(std::move(socket), reason),
+    asio::co_spawn(executor, Refuse(std::make_shared<transport::Stream>(std::move(socket)), reason),
                    [this](const std::exception_ptr&) { refusals_.fetch_sub(1); });
   }
 
