@@ -11,7 +11,10 @@ namespace kvseek::cli {
 
 void AddConnectFlags(CLI::App& command, ConnectFlags& flags, bool required) {
   CLI::Option* via =
-      command.add_option("--via", flags.via, "Address of a daemon: unix:/path or tcp://host:port")
+      command
+          .add_option("--via", flags.via,
+                      "Address of a daemon: unix:/path, shm:/path of a unix socket, or "
+                      "tcp://host:port")
           ->required(required);
   command.add_option("--token-file", flags.token_file, "File with the daemon's shared secret")
       ->check(CLI::ExistingFile)

@@ -16,7 +16,7 @@ class App;
 namespace kvseek::cli {
 
 struct ConnectFlags {
-  std::string via;         ///< "unix:/path" or "tcp://host:port"
+  std::string via;         ///< "unix:/path", "shm:/path" or "tcp://host:port"
   std::string token_file;  ///< holds the secret that the daemon asks for
   uint32_t spin_us = 0;    ///< ClientOptions::spin
 };

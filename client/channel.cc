@@ -1,13 +1,9 @@
 #include "client/channel.h"
 
-#include <pthread.h>
-
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <boost/asio/co_spawn.hpp>
 #include <boost/asio/detached.hpp>
-#include <boost/asio/executor_work_guard.hpp>
 #include <boost/asio/post.hpp>
 #include <exception>
 #include <future>
@@ -16,12 +12,12 @@
 #include <mutex>
 #include <new>
 #include <set>
-#include <thread>
 #include <utility>
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/strings/str_cat.h"
+#include "client/channel_driver.h"
 #include "client/channel_link.h"
 #include "proto/kvseek.pb.h"
 #include "proto/status_code.h"
@@ -37,36 +33,22 @@ template <typename T>
 using Awaitable = asio::awaitable<T>;
 
 constexpr uint32_t kMetadataBytesMax = 64U << 20;  ///< of answers
-/// The channel's thread is back so long after the last Poll at the latest. Longer than what a
-/// decoder does between two layers' questions, so that it finds the seat free.
-constexpr std::chrono::microseconds kStandBack{200};
-constexpr int kSeatTries = 64;     ///< of Start: some us
-constexpr int kPausesBetween = 4;  ///< turns of a spinning thread, so that others get theirs
-
-void Pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#endif
-}
 
 }  // namespace
 
 class Channel::Impl {
  public:
   explicit Impl(const ClientOptions& options)
-      : options_(options), work_(asio::make_work_guard(io_)), timer_(io_), thread_([this] {
-          pthread_setname_np(pthread_self(), "kvseek-client");
-          RunIo();
-        }) {}
+      : options_(options), driver_(options.spin), io_(driver_.io()), timer_(io_) {
+    driver_.Begin();
+  }
 
   ~Impl() {
-    asio::post(io_, [this] {
+    driver_.End([this] {
       closed_ = true;
       if (link_ != nullptr) Break(link_, Closed());
       timer_.cancel();
-      work_.reset();
     });
-    thread_.join();
   }
 
   absl::Status Connect() {
@@ -90,19 +72,10 @@ class Channel::Impl {
       const std::lock_guard lock(inbox_mutex_);
       inbox_.push_back(std::move(call));
     }
-    const Seat seat(*this, kSeatTries);
-    if (seat.taken()) {
-      TakeCalls();
-    } else {
-      asio::post(io_, [this] { TakeCalls(); });
-    }
+    driver_.Drive([this] { TakeCalls(); });
   }
 
-  void Poll() {
-    polled_.store(Clock::now(), std::memory_order_relaxed);
-    const Seat seat(*this, 1);
-    if (seat.taken()) io_.poll_one();
-  }
+  void Poll() { driver_.Poll(); }
 
   void Fail(absl::Status status, Done done) {
     asio::post(io_, [status = std::move(status), done = std::move(done)]() mutable {
@@ -127,70 +100,6 @@ class Channel::Impl {
     OutFrame frame;
     Done done;
   };
-
-  /// The right to drive: one thread at a time touches what stands below and runs io_. Nobody gets
-  /// it while the channel's thread sleeps in the kernel, which does it in its seat.
-  class Seat {
-   public:
-    /// Waits for it.
-    explicit Seat(Impl& channel) : channel_(channel), lock_(channel.seat_) { Sit(); }
-    /// Tries so many times. Not taken by a thread that is in it already: a callback's.
-    Seat(Impl& channel, int tries) : channel_(channel), lock_(channel.seat_, std::defer_lock) {
-      if (channel_.driver_.load(std::memory_order_relaxed) == std::this_thread::get_id()) return;
-      for (int i = 0; i < tries && !channel_.asleep_.load(std::memory_order_relaxed); ++i) {
-        if (lock_.try_lock()) {
-          Sit();
-          break;
-        }
-        Pause();
-      }
-    }
-    ~Seat() {
-      if (taken()) channel_.driver_.store({}, std::memory_order_relaxed);
-    }
-    Seat(const Seat&) = delete;
-    Seat& operator=(const Seat&) = delete;
-    bool taken() const { return lock_.owns_lock(); }
-
-   private:
-    void Sit() { channel_.driver_.store(std::this_thread::get_id(), std::memory_order_relaxed); }
-    Impl& channel_;
-    std::unique_lock<std::mutex> lock_;
-  };
-
-  // ---- the channel's thread
-
-  /// io_.run(), which after any work looks for more for a while before it sleeps, and leaves that
-  /// to threads that poll.
-  void RunIo() {
-    if (options_.spin.count() <= 0) {
-      asleep_.store(true, std::memory_order_relaxed);
-      const Seat seat(*this);
-      io_.run();
-      return;
-    }
-    Clock::time_point last_work = Clock::now();
-    while (!io_.stopped()) {
-      if (Clock::now() - polled_.load(std::memory_order_relaxed) < kStandBack) {
-        std::this_thread::sleep_for(kStandBack);
-        last_work = Clock::now();
-      } else if (RunTurn(Clock::now() - last_work < options_.spin)) {
-        last_work = Clock::now();
-      }
-      for (int i = 0; i < kPausesBetween; ++i) Pause();
-    }
-  }
-
-  /// Whether there was anything to do. Sleeps until there is, unless told to look only.
-  bool RunTurn(bool look_only) {
-    const Seat seat(*this);
-    if (io_.poll() != 0) return true;
-    if (look_only) return false;
-    asleep_.store(true, std::memory_order_relaxed);
-    io_.run_one();
-    asleep_.store(false, std::memory_order_relaxed);
-    return true;
-  }
 
   // ---- all below: in the seat
 
@@ -261,8 +170,7 @@ class Channel::Impl {
   void Break(std::shared_ptr<Link> link, const absl::Status& status) {
     if (link->broken) return;
     link->broken = true;
-    ErrorCode ignored;
-    link->socket.close(ignored);
+    link->stream.Close();
     link->timer.cancel();
     link->queue.clear();
     link_.reset();
@@ -324,14 +232,9 @@ class Channel::Impl {
       OutFrame& frame = link->queue.front();
       if (frame.sent == 0) frame.Seal(link->checked);
       ErrorCode error;
-      frame.sent += link->socket.write_some(frame.Rest(), error);
-      if (error == asio::error::would_block) {
-        link->waiting = true;
-        link->socket.async_wait(Link::Socket::wait_write, [this, link](const ErrorCode& failed) {
-          link->waiting = false;
-          if (!failed && !link->broken) Pump(link);
-        });
-      } else if (error) {
+      const size_t sent = link->stream.WriteSome(frame.Rest(), error);
+      frame.sent += sent;
+      if (error) {
         link->waiting = true;
         // Not here: it runs callbacks.
         asio::post(io_, [this, link, what = error.message()] {
@@ -339,14 +242,23 @@ class Channel::Impl {
         });
       } else if (frame.sent == frame.Bytes()) {
         link->queue.pop_front();
+      } else if (sent == 0) {
+        link->waiting = true;
+        asio::co_spawn(io_, PumpLater(link), asio::detached);
       }
     }
+  }
+
+  Awaitable<void> PumpLater(std::shared_ptr<Link> link) {
+    const bool writable = co_await link->stream.WaitWritable();
+    link->waiting = false;
+    if (writable && !link->broken) Pump(link);
   }
 
   // ---- connecting
 
   void Dial() {
-    link_ = std::make_shared<Link>(io_);
+    link_ = std::make_shared<Link>(io_, driver_.lookout());
     link_->timer.expires_after(options_.connect_timeout);
     link_->timer.async_wait([this, link = link_](const ErrorCode& stopped) {
       if (stopped || link->up) return;
@@ -364,13 +276,19 @@ class Channel::Impl {
       status = co_await link->Open(options_, info);
       if (status.ok() && !link->broken) {
         SetInfo(std::move(info));
+        if (link->stream.shared()) asio::co_spawn(io_, HearBells(link), asio::detached);
         GoUp(link);
         status = co_await ReadAnswers(link);
+        if (link->stream.corrupt()) status = Malformed("the ring's counters make no sense");
       }
     } catch (const std::exception& error) {  // Asio's, or out of memory
       status = absl::UnavailableError(absl::StrCat("the connection broke: ", error.what()));
     }
     Break(link, status);
+  }
+
+  static Awaitable<void> HearBells(std::shared_ptr<Link> link) {
+    co_await link->stream.HearBells();
   }
 
   void SetInfo(DaemonInfo info) {
@@ -405,16 +323,16 @@ class Channel::Impl {
                                     .payload_bytes_max = kAny};
     const absl::Status gone = absl::UnavailableError("the daemon closed the connection");
     for (;;) {
-      if (!co_await link->Fill(proto::kHeaderBytes)) co_return gone;
+      if (!co_await link->reader.Fill(proto::kHeaderBytes)) co_return gone;
       const auto header = link->TakeHeader(limits);
       if (!header.ok()) co_return Malformed(header.status().message());
       const bool last_words = header->request_id == 0;
       if (!last_words && !pending_.contains(header->request_id)) {  // late, or to a cancel
-        if (!co_await link->Discard(header->BodyBytes())) co_return gone;
+        if (!co_await link->reader.Discard(header->BodyBytes())) co_return gone;
         continue;
       }
       if (header->payload_bytes > options_.payload_bytes_max) {
-        if (!co_await link->Discard(header->BodyBytes())) co_return gone;
+        if (!co_await link->reader.Discard(header->BodyBytes())) co_return gone;
         Complete(header->request_id,
                  proto::FieldError(absl::StatusCode::kResourceExhausted, "payload_bytes_max",
                                    absl::StrCat("the answer has ", header->payload_bytes)));
@@ -436,13 +354,13 @@ class Channel::Impl {
     answer.bytes_received = proto::kHeaderBytes + header.BodyBytes();
     answer.metadata.resize(header.metadata_bytes);
     auto* metadata = reinterpret_cast<uint8_t*>(answer.metadata.data());
-    if (!co_await link.ReadInto(metadata, answer.metadata.size())) co_return false;
+    if (!co_await link.reader.ReadInto(metadata, answer.metadata.size())) co_return false;
     if (header.payload_bytes == 0) co_return true;
-    if (!co_await link.Discard(header.PaddingBytes())) co_return false;
+    if (!co_await link.reader.Discard(header.PaddingBytes())) co_return false;
     answer.payload_bytes = header.payload_bytes;
     answer.payload = AllocatePayload(answer.payload_bytes);
-    if (!co_await link.ReadInto(answer.payload.get(), answer.payload_bytes)) co_return false;
-    co_return co_await link.ReadInto(trailer.data(), trailer.size());
+    if (!co_await link.reader.ReadInto(answer.payload.get(), answer.payload_bytes)) co_return false;
+    co_return co_await link.reader.ReadInto(trailer.data(), trailer.size());
   }
 
   void Judge(const Link& link, const FrameHeader& header, Answer answer,
@@ -463,18 +381,12 @@ class Channel::Impl {
   }
 
   const ClientOptions options_;
-  std::mutex seat_;
-  std::atomic<std::thread::id> driver_{};  ///< who is in the seat
-  std::atomic<bool> asleep_{false};        ///< the channel's thread, in the seat
-  std::atomic<Clock::time_point> polled_{Clock::time_point()};
-
+  ChannelDriver driver_;
+  asio::io_context& io_;  ///< the driver's
   std::mutex inbox_mutex_;
   std::vector<Call> inbox_ ABSL_GUARDED_BY(inbox_mutex_);  ///< in order
   std::vector<Call> taken_;                                ///< out of the inbox
 
-  /// One thread at a time: what a handler posts is in the common queue when its turn ends.
-  asio::io_context io_{1};
-  asio::executor_work_guard<asio::io_context::executor_type> work_;
   std::shared_ptr<Link> link_;  ///< null while there is no connection
   std::vector<std::function<void(const absl::Status&)>> connect_waiters_;
   std::map<uint64_t, Pending> pending_;
@@ -486,8 +398,6 @@ class Channel::Impl {
 
   mutable std::mutex mutex_;
   DaemonInfo info_ ABSL_GUARDED_BY(mutex_);
-
-  std::thread thread_;  ///< last: all else is there when it starts
 };
 
 std::shared_ptr<uint8_t[]> AllocatePayload(size_t bytes) {

@@ -1,8 +1,8 @@
 // One connection to a daemon, shared by any number of calls at once.
 //
-// One thread at a time drives it: a thread of its own, or a caller. A caller's Start writes the
-// frame itself if nobody else is at it; its Poll reads answers and runs callbacks. While there are
-// callers that poll, a thread of its own that spins stands back. Requests carry an id, so answers
+// One thread at a time drives it (client/channel_driver.h): a thread of its own, or a caller. A
+// caller's Start writes the frame itself if nobody else is at it; its Poll reads answers and runs
+// callbacks. Requests carry an id, so answers
 // may come in any order; requests of one thread are sent in theirs. A call ends at its deadline at
 // the latest: the daemon is then told to give it up, and an answer that still comes is dropped.
 // When the connection breaks, all that is under way fails with unavailable, and the next call

@@ -3,12 +3,10 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <sys/socket.h>
-#include <sys/un.h>
 
 #include <algorithm>
 #include <boost/asio/ip/tcp.hpp>
 #include <boost/asio/local/stream_protocol.hpp>
-#include <boost/asio/write.hpp>
 #include <cstring>
 #include <limits>
 #include <tuple>
@@ -18,6 +16,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "proto/status_code.h"
+#include "transport/address.h"
 
 namespace kvseek::client {
 namespace {
@@ -27,8 +26,10 @@ using ErrorCode = boost::system::error_code;
 using Endpoint = asio::generic::stream_protocol::endpoint;
 using proto::FrameHeader;
 using proto::Op;
+using transport::Address;
+using Socket = transport::Stream::Socket;
 
-constexpr size_t kBufferBytes = size_t{64} << 10;
+constexpr uint32_t kWelcomeBytesMax = 64U << 10;
 constexpr unsigned kSilenceMaxMs =
     10000;  ///< TCP: unacknowledged for so long breaks the connection
 constexpr const char* kClientName = "kvseek-cpp " KVSEEK_VERSION;
@@ -38,38 +39,33 @@ absl::Status Unreachable(const std::string& address, const ErrorCode& error) {
   return absl::UnavailableError(absl::StrCat("cannot reach ", address, ": ", error.message()));
 }
 
-/// "unix:/path" or "tcp://host:port" to what can be connected to.
-asio::awaitable<absl::StatusOr<std::vector<Endpoint>>> Resolve(std::string address,
+/// To what can be connected to.
+asio::awaitable<absl::StatusOr<std::vector<Endpoint>>> Resolve(std::string text,
                                                                asio::any_io_executor executor) {
-  std::vector<Endpoint> endpoints;
-  if (absl::StartsWith(address, "unix:")) {
-    const std::string path = address.substr(5);
-    if (!path.empty() && path.size() < sizeof(sockaddr_un::sun_path)) {
-      endpoints.emplace_back(asio::local::stream_protocol::endpoint(path));
-      co_return endpoints;
-    }
-  }
-  const size_t colon = address.rfind(':');
-  if (!absl::StartsWith(address, "tcp://") || colon <= 6 || colon + 1 >= address.size()) {
+  const absl::StatusOr<Address> address = Address::Parse(text);
+  if (!address.ok()) {
     co_return proto::FieldError(absl::StatusCode::kInvalidArgument, "address",
-                                absl::StrCat("neither unix:/path nor tcp://host:port: ", address));
+                                address.status().message());
   }
-  std::string host = address.substr(6, colon - 6);
-  const std::string port = address.substr(colon + 1);
-  if (host.size() > 2 && host.front() == '[' && host.back() == ']') {
-    host = host.substr(1, host.size() - 2);
+  std::vector<Endpoint> endpoints;
+  if (address->kind != Address::Kind::kTcp) {
+    endpoints.emplace_back(asio::local::stream_protocol::endpoint(address->path));
+    co_return endpoints;
   }
   asio::ip::tcp::resolver resolver(executor);
-  const auto [error, found] = co_await resolver.async_resolve(host, port, kAsTuple);
-  if (error) co_return Unreachable(address, error);
+  const auto [error, found] =
+      co_await resolver.async_resolve(address->host, address->port, kAsTuple);
+  if (error) co_return Unreachable(text, error);
   for (const auto& entry : found) endpoints.emplace_back(entry.endpoint());
   co_return endpoints;
 }
 
+bool AsksShared(const ClientOptions& options) { return absl::StartsWith(options.address, "shm:"); }
+
 }  // namespace
 
 bool AsksUnchecked(const ClientOptions& options) {
-  return absl::StartsWith(options.address, "unix:");
+  return absl::StartsWith(options.address, "unix:") || AsksShared(options);
 }
 
 absl::Status Malformed(absl::string_view what) {
@@ -140,67 +136,19 @@ std::array<asio::const_buffer, 3> OutFrame::Rest() const {
   return parts;
 }
 
-// ---- reading
-
-Link::Link(asio::io_context& io) : socket(io), timer(io), buffer(new uint8_t[kBufferBytes]) {}
-
-Link::Awaitable<bool> Link::Fill(size_t bytes) {
-  if (kBufferBytes - begin < bytes || Buffered() == 0) {
-    std::memmove(buffer.get(), buffer.get() + begin, Buffered());
-    end = Buffered();
-    begin = 0;
-  }
-  while (Buffered() < bytes) {
-    const asio::mutable_buffer free(buffer.get() + end, kBufferBytes - end);
-    const auto [error, got] = co_await socket.async_read_some(free, kAsTuple);
-    if (error) co_return false;
-    end += got;
-  }
-  co_return true;
-}
-
-Link::Awaitable<bool> Link::ReadInto(uint8_t* out, size_t bytes) {
-  while (bytes != 0) {
-    const size_t ready = std::min(bytes, Buffered());
-    std::memcpy(out, buffer.get() + begin, ready);
-    begin += ready;
-    out += ready;
-    bytes -= ready;
-    if (bytes == 0) break;
-    if (bytes < kBufferBytes / 2) {
-      if (!co_await Fill(bytes)) co_return false;
-      continue;
-    }
-    const asio::mutable_buffer rest(out, bytes);
-    const auto [error, got] = co_await socket.async_read_some(rest, kAsTuple);
-    if (error) co_return false;
-    out += got;
-    bytes -= got;
-  }
-  co_return true;
-}
-
-Link::Awaitable<bool> Link::Discard(size_t bytes) {
-  while (bytes != 0) {
-    if (Buffered() == 0 && !co_await Fill(1)) co_return false;
-    const size_t ready = std::min(bytes, Buffered());
-    begin += ready;
-    bytes -= ready;
-  }
-  co_return true;
-}
-
-absl::StatusOr<FrameHeader> Link::TakeHeader(const proto::FrameLimits& frame_limits) {
-  auto header = proto::DecodeHeader({buffer.get() + begin, proto::kHeaderBytes}, frame_limits);
-  begin += proto::kHeaderBytes;
-  return header;
-}
-
 // ---- connecting
 
+Link::Link(asio::io_context& io, transport::Lookout& watch)
+    : lookout(watch), stream(transport::Stream::Socket(io)), reader(stream), timer(io) {}
+
+absl::StatusOr<FrameHeader> Link::TakeHeader(const proto::FrameLimits& frame_limits) {
+  return proto::DecodeHeader({reader.Take(proto::kHeaderBytes), proto::kHeaderBytes}, frame_limits);
+}
+
 Link::Awaitable<absl::Status> Link::ConnectSocket(const std::string& address) {
-  const auto endpoints = co_await Resolve(address, socket.get_executor());
+  const auto endpoints = co_await Resolve(address, stream.executor());
   if (!endpoints.ok()) co_return endpoints.status();
+  transport::Stream::Socket& socket = stream.socket();
   ErrorCode error = asio::error::host_not_found;
   for (const Endpoint& endpoint : *endpoints) {
     if (broken) co_return absl::CancelledError("closed while connecting");
@@ -225,21 +173,25 @@ Link::Awaitable<absl::Status> Link::SayHello(const ClientOptions& options, Daemo
   hello.set_version_min(proto::kVersion);
   hello.set_version_max(proto::kVersion);
   if (AsksUnchecked(options)) hello.add_features(proto::kUncheckedPayloads);
+  if (AsksShared(options)) {
+    hello.add_features(proto::kSharedMemory);
+    reader.ReadNothingAhead();  // the memory's descriptor follows the answer
+  }
   hello.set_token(options.token);
   hello.set_client(kClientName);
   FrameHeader request;
   request.request_id = kHelloId;
   const std::string frame = proto::EncodeFrame(request, hello.SerializeAsString(), {});
-  const asio::const_buffer out(frame.data(), frame.size());
+  std::vector<asio::const_buffer> out(1, asio::const_buffer(frame.data(), frame.size()));
   // Should this fail, the daemon may still have said why.
-  co_await asio::async_write(socket, out, kAsTuple);
+  co_await stream.Write(std::move(out));
 
-  if (!co_await Fill(proto::kHeaderBytes)) co_return absl::UnavailableError(kHungUp);
-  const auto header = TakeHeader({.metadata_bytes_max = kBufferBytes, .payload_bytes_max = 0});
+  if (!co_await reader.Fill(proto::kHeaderBytes)) co_return absl::UnavailableError(kHungUp);
+  const auto header = TakeHeader({.metadata_bytes_max = kWelcomeBytesMax, .payload_bytes_max = 0});
   if (!header.ok()) co_return Malformed(header.status().message());
   std::string metadata(header->metadata_bytes, '\0');
   auto* bytes = reinterpret_cast<uint8_t*>(metadata.data());
-  if (!co_await ReadInto(bytes, metadata.size())) co_return absl::UnavailableError(kHungUp);
+  if (!co_await reader.ReadInto(bytes, metadata.size())) co_return absl::UnavailableError(kHungUp);
   if ((header->flags & proto::kFlagError) != 0) co_return ReadError(metadata);
   proto::HelloResponse welcome;
   if (header->op != Op::kHello || header->request_id != kHelloId ||
@@ -254,6 +206,22 @@ Link::Awaitable<absl::Status> Link::SayHello(const ClientOptions& options, Daemo
   checked = !AsksUnchecked(options) ||
             std::ranges::count(welcome.features(), proto::kUncheckedPayloads) == 0;
   info = {welcome.boot_id(), welcome.server(), welcome.simd_level()};
+  if (!AsksShared(options)) co_return absl::OkStatus();
+  if (std::ranges::count(welcome.features(), proto::kSharedMemory) == 0) {
+    co_return absl::UnavailableError(
+        absl::StrCat(options.address, ": the daemon does not grant shared memory"));
+  }
+  co_return co_await Share(welcome.shared_memory());
+}
+
+Link::Awaitable<absl::Status> Link::Share(const proto::SharedMemory& sizes) {
+  const auto [error] = co_await stream.socket().async_wait(Socket::wait_read, kAsTuple);
+  if (error) co_return absl::UnavailableError(kHungUp);
+  auto rings = transport::SharedRings::ReceiveFrom(
+      stream.socket().native_handle(),
+      {.request_bytes = sizes.request_ring_bytes(), .answer_bytes = sizes.answer_ring_bytes()});
+  if (!rings.ok()) co_return rings.status();
+  stream.Share(*std::move(rings), lookout);
   co_return absl::OkStatus();
 }
 

@@ -1,17 +1,14 @@
-// One socket of a channel: connecting and hello, exact reads through a buffer, frames on their way
-// out. The one header of this folder that includes Asio; only the channel includes it, and only
-// whoever drives the channel uses it.
+// One stream of a channel: connecting and hello, frames on their way out. The one header of this
+// folder that includes Asio; only the channel includes it, and only whoever drives the channel uses
+// it.
 #ifndef KVSEEK_CLIENT_CHANNEL_LINK_H_
 #define KVSEEK_CLIENT_CHANNEL_LINK_H_
 
 #include <array>
-#include <boost/asio/as_tuple.hpp>
 #include <boost/asio/awaitable.hpp>
 #include <boost/asio/buffer.hpp>
-#include <boost/asio/generic/stream_protocol.hpp>
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/steady_timer.hpp>
-#include <boost/asio/use_awaitable.hpp>
 #include <cstdint>
 #include <deque>
 #include <memory>
@@ -23,11 +20,13 @@
 #include "client/kv_client.h"
 #include "proto/frame.h"
 #include "proto/kvseek.pb.h"
+#include "transport/lookout.h"
+#include "transport/stream.h"
+#include "transport/stream_reader.h"
 
 namespace kvseek::client {
 
-/// Errors come back as values.
-inline constexpr auto kAsTuple = boost::asio::as_tuple(boost::asio::use_awaitable);
+using transport::kAsTuple;
 inline constexpr uint64_t kHelloId = 1;  ///< request id of a hello; calls have larger ones
 
 /// A request's frame on its way out.
@@ -56,42 +55,37 @@ struct OutFrame {
 };
 
 struct Link {
-  using Socket = boost::asio::generic::stream_protocol::socket;
   template <typename T>
   using Awaitable = boost::asio::awaitable<T>;
 
-  explicit Link(boost::asio::io_context& io);
+  /// `lookout` outlives the link.
+  Link(boost::asio::io_context& io, transport::Lookout& lookout);
 
   /// Connects and says hello; fills `limits` and `info`. The caller watches the time, and closes
-  /// the socket to end it.
+  /// the stream to end it. If the stream is shared then, its bells are to be heard.
   Awaitable<absl::Status> Open(const ClientOptions& options, DaemonInfo& info);
-
-  // Reading; false when the stream has ended.
-  Awaitable<bool> Fill(size_t bytes);  ///< at least so many are in the buffer; up to 64 KiB
-  Awaitable<bool> ReadInto(uint8_t* out, size_t bytes);
-  Awaitable<bool> Discard(size_t bytes);
-  size_t Buffered() const { return end - begin; }
-  /// Takes a header out of the buffer, which holds one.
+  /// Takes a header out of the reader's buffer, which holds one.
   absl::StatusOr<proto::FrameHeader> TakeHeader(const proto::FrameLimits& limits);
 
-  Socket socket;
+  transport::Lookout& lookout;
+  transport::Stream stream;
+  transport::StreamReader reader;
   boost::asio::steady_timer timer;  ///< of connecting and hello
-  std::unique_ptr<uint8_t[]> buffer;
-  size_t begin = 0;  ///< of what has been read ahead
-  size_t end = 0;
   std::deque<OutFrame> queue;
   proto::Limits limits;  ///< the daemon's
   bool up = false;       ///< hello has been answered
   bool checked = true;   ///< payloads, by their trailers; what hello has agreed on
   bool broken = false;
-  bool waiting = false;  ///< until the socket takes more, or it is closed
+  bool waiting = false;  ///< until the stream takes more, or it is closed
 
  private:
   Awaitable<absl::Status> ConnectSocket(const std::string& address);
   Awaitable<absl::Status> SayHello(const ClientOptions& options, DaemonInfo& info);
+  /// The memory that follows the hello's answer.
+  Awaitable<absl::Status> Share(const proto::SharedMemory& sizes);
 };
 
-/// Whether hello asks for frames without checksums: on unix sockets.
+/// Whether hello asks for frames without checksums: not on TCP.
 bool AsksUnchecked(const ClientOptions& options);
 
 /// data_loss: the daemon does not keep to the protocol.

@@ -48,8 +48,10 @@ namespace kvseek {
 using kernels::DType;
 
 struct ClientOptions {
-  std::string address{};  ///< "unix:/path" or "tcp://host:port"
-  std::string token{};    ///< shared secret, if the daemon asks for one
+  /// "unix:/path", "tcp://host:port", or "shm:/path": shared memory with the daemon that listens on
+  /// that unix socket, unavailable if it grants none.
+  std::string address{};
+  std::string token{};  ///< shared secret, if the daemon asks for one
   std::chrono::milliseconds connect_timeout{2000};
   std::chrono::milliseconds default_deadline{10000};  ///< of calls that set none
   uint32_t payload_bytes_max = 1U << 30;              ///< of answers

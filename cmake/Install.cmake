@@ -10,7 +10,7 @@ if(TARGET kvseek)
 endif()
 
 install(TARGETS ${KVSEEK_PROGRAMS} RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
-install(TARGETS kvseek_client kvseek_proto kvseek_kernels EXPORT kvseekTargets
+install(TARGETS kvseek_client kvseek_transport kvseek_proto kvseek_kernels EXPORT kvseekTargets
   ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR})
 install(FILES ${CMAKE_SOURCE_DIR}/client/kv_client.h ${CMAKE_SOURCE_DIR}/client/head_plan.h
   DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/kvseek/client)

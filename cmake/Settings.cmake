@@ -24,6 +24,8 @@ target_include_directories(kvseek_settings INTERFACE ${CMAKE_SOURCE_DIR} ${CMAKE
 if(KVSEEK_SANITIZE)
   add_compile_options($<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${KVSEEK_SANITIZE}>
     $<$<COMPILE_LANGUAGE:CXX>:-fno-omit-frame-pointer> $<$<COMPILE_LANGUAGE:CXX>:-g1>)
+  # GCC 12 mistakes the two ends of a coroutine's frame for new and delete that do not belong together.
+  add_compile_options($<$<COMPILE_LANGUAGE:CXX>:-Wno-mismatched-new-delete>)
   add_link_options(-fsanitize=${KVSEEK_SANITIZE})
   if(KVSEEK_SANITIZE MATCHES "thread")
     # Asio has fences, which GCC warns of; and instrumented vectors look to it as if freed from within.

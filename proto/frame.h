@@ -61,6 +61,9 @@ inline constexpr uint16_t kFlagError = 1U << 1;
 /// Feature of a hello: trailers are zero and nobody looks at them. Asked for and granted on unix
 /// sockets only, which do not lose bits.
 inline constexpr char kUncheckedPayloads[] = "unchecked_payloads";
+/// Feature of a hello on a unix socket: all frames behind the hello's answer go through rings in
+/// memory that the daemon shares (docs/protocol.md), without checksums of payloads.
+inline constexpr char kSharedMemory[] = "shared_memory";
 
 struct FrameHeader {
   uint32_t magic = kMagic;     ///< offset 0

@@ -2,7 +2,7 @@
 # Measures the GPU side on a machine with a GPU: run in the repository's root, with build/device/bin of
 # scripts/device_build.sh (targets kvseekd gpu_bench decode_bench) in place.
 #   scripts/device_bench.sh OUT [kernels|latency|steps...]      default: all of them; results go to OUT/*.json
-# Environment: DAEMON_FLAGS for kvseekd; HOST_BYTES_MAX, what it may take for one case (default 90e9).
+# Environment: TRANSPORT, unix (default) or shm; DAEMON_FLAGS for kvseekd; HOST_BYTES_MAX, what it may take for one case (default 90e9).
 set -euo pipefail
 out=$(realpath -m "${1:?folder for the results}")
 shift
@@ -32,7 +32,7 @@ decode() {
   local name=$1
   shift
   start
-  "$bin/decode_bench" --daemon "unix:$socket" --host-bytes-max "${HOST_BYTES_MAX:-90e9}" \
+  "$bin/decode_bench" --daemon "${TRANSPORT:-unix}:$socket" --host-bytes-max "${HOST_BYTES_MAX:-90e9}" \
     --json "$out/decode_bench.$name.json" "$@"
 }
 

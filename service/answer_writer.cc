@@ -1,13 +1,7 @@
 #include "service/answer_writer.h"
 
-#include <sys/socket.h>
-#include <sys/uio.h>
-
 #include <algorithm>
-#include <boost/asio/as_tuple.hpp>
 #include <boost/asio/error.hpp>
-#include <boost/asio/use_awaitable.hpp>
-#include <boost/asio/write.hpp>
 #include <utility>
 
 #include "proto/status_code.h"
@@ -17,7 +11,6 @@ namespace {
 
 namespace asio = boost::asio;
 
-constexpr auto kAsTuple = asio::as_tuple(asio::use_awaitable);
 constexpr size_t kBatchBytes = 64 << 10;  ///< answers that fit are sent together
 constexpr size_t kBatchFrames = 16;
 
@@ -73,36 +66,22 @@ std::array<asio::const_buffer, 3> AnswerFrame::Rest() const {
 
 // ---- any thread
 
-AnswerWriter::AnswerWriter(Stream& stream, std::chrono::milliseconds frame_timeout)
+AnswerWriter::AnswerWriter(transport::Stream& stream, std::chrono::milliseconds frame_timeout)
     : stream_(stream),
-      descriptor_(stream.native_handle()),
       frame_timeout_(frame_timeout),
-      wake_(stream.get_executor(), asio::steady_timer::time_point::max()) {}
+      wake_(stream.executor(), asio::steady_timer::time_point::max()) {}
 
 bool AnswerWriter::Send(AnswerFrame frame) {
   const std::lock_guard lock(mutex_);
   if (takes_no_more_) return true;
   if (!writing_ && queue_.empty()) {
-    SendSome(frame);
+    boost::system::error_code for_write_next;
+    frame.sent += stream_.WriteSome(frame.Rest(), for_write_next);
     if (frame.Left() == 0) return true;
   }
   queued_bytes_ += frame.Left();
   queue_.push_back(std::move(frame));
   return false;
-}
-
-void AnswerWriter::SendSome(AnswerFrame& frame) const {
-  std::array<iovec, 3> parts{};
-  const auto rest = frame.Rest();
-  for (size_t i = 0; i < parts.size(); ++i) {
-    parts[i] = {.iov_base = const_cast<void*>(rest[i].data()), .iov_len = rest[i].size()};
-  }
-  msghdr message{};
-  message.msg_iov = parts.data();
-  message.msg_iovlen = parts.size();
-  // An error is WriteNext's to find again.
-  const ssize_t sent = sendmsg(descriptor_, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
-  if (sent > 0) frame.sent += static_cast<size_t>(sent);
 }
 
 // ---- the strand
@@ -134,7 +113,7 @@ asio::awaitable<AnswerWriter::Written> AnswerWriter::WriteNext() {
   size_t bytes = TakeBatch();
   while (bytes == 0) {
     if (!stream_.is_open()) co_return Written{asio::error::operation_aborted};
-    co_await wake_.async_wait(kAsTuple);
+    co_await wake_.async_wait(transport::kAsTuple);
     bytes = TakeBatch();
   }
   std::vector<asio::const_buffer> buffers;
@@ -145,7 +124,7 @@ asio::awaitable<AnswerWriter::Written> AnswerWriter::WriteNext() {
     }
   }
   deadline_ = std::chrono::steady_clock::now() + frame_timeout_;
-  const auto [error, sent] = co_await asio::async_write(stream_, buffers, kAsTuple);
+  const boost::system::error_code error = co_await stream_.Write(std::move(buffers));
   deadline_ = std::chrono::steady_clock::time_point::max();
   const Written written{error, batch_.size()};
   batch_.clear();
@@ -165,8 +144,7 @@ void AnswerWriter::Close() {
     // Under the lock: the system gives a closed descriptor's number to the next connection.
     const std::lock_guard lock(mutex_);
     takes_no_more_ = true;
-    boost::system::error_code ignored;
-    stream_.close(ignored);
+    stream_.Close();
   }
   Wake();
 }

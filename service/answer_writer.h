@@ -1,9 +1,9 @@
-// The write side of a connection: answers wait here in line and leave for the socket from where
+// The write side of a connection: answers wait here in line and leave for the stream from where
 // they are, without copying payloads.
 //
 //   lane    the thread that made an answer sends it itself, as long as nothing is before it: its
 //           lines are in that core's cache, and no other thread has to wake up first
-//   queue   what the socket did not take, and what came while something was being written: a
+//   queue   what the stream did not take, and what came while something was being written: a
 //           coroutine on the connection's strand writes it, several answers at a time
 //
 // Only one of both writes at a time, so a frame is never cut by another: what the lane has sent in
@@ -28,7 +28,7 @@
 #include "absl/status/status.h"
 #include "proto/frame.h"
 #include "service/request_handler.h"
-#include "service/stream.h"
+#include "transport/stream.h"
 
 namespace kvseek::service {
 
@@ -58,12 +58,12 @@ class AnswerWriter {
   };
 
   /// `stream` is open, and outlives the writer; nobody else writes to it or closes it.
-  AnswerWriter(Stream& stream, std::chrono::milliseconds frame_timeout);
+  AnswerWriter(transport::Stream& stream, std::chrono::milliseconds frame_timeout);
   AnswerWriter(const AnswerWriter&) = delete;
   AnswerWriter& operator=(const AnswerWriter&) = delete;
 
-  /// Sends at once what the socket takes, if nothing else is being written or waits; never blocks
-  /// on the socket. True: the frame is done with, sent whole or dropped since the writer takes no
+  /// Sends at once what the stream takes, if nothing else is being written or waits; never blocks
+  /// on the stream. True: the frame is done with, sent whole or dropped since the writer takes no
   /// more. False: the queue has it, or the rest of it; the caller lets the strand call Wake.
   bool Send(AnswerFrame frame) ABSL_LOCKS_EXCLUDED(mutex_);
 
@@ -87,13 +87,10 @@ class AnswerWriter {
   bool Overdue(std::chrono::steady_clock::time_point now) const { return now > deadline_; }
 
  private:
-  /// One non-blocking system call; counts what it took.
-  void SendSome(AnswerFrame& frame) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   /// Takes frames out of the queue into batch_; returns their bytes, 0: there are none.
   size_t TakeBatch() ABSL_LOCKS_EXCLUDED(mutex_);
 
-  Stream& stream_;
-  const int descriptor_;  ///< of stream_: Asio's sockets are for one thread
+  transport::Stream& stream_;
   const std::chrono::milliseconds frame_timeout_;
   boost::asio::steady_timer wake_;  ///< only ever wakes by cancel
   std::chrono::steady_clock::time_point deadline_ = std::chrono::steady_clock::time_point::max();

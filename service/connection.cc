@@ -3,14 +3,11 @@
 #include <spdlog/spdlog.h>
 
 #include <algorithm>
-#include <boost/asio/as_tuple.hpp>
 #include <boost/asio/buffer.hpp>
 #include <boost/asio/co_spawn.hpp>
 #include <boost/asio/detached.hpp>
 #include <boost/asio/dispatch.hpp>
 #include <boost/asio/executor_work_guard.hpp>
-#include <boost/asio/use_awaitable.hpp>
-#include <boost/asio/write.hpp>
 #include <cstring>
 #include <exception>
 #include <utility>
@@ -18,6 +15,7 @@
 #include "absl/cleanup/cleanup.h"
 #include "absl/strings/str_cat.h"
 #include "proto/status_code.h"
+#include "service/listener.h"
 
 namespace kvseek::service {
 namespace {
@@ -28,8 +26,9 @@ using proto::FieldError;
 using proto::FrameHeader;
 using proto::Op;
 using std::chrono::milliseconds;
+using transport::kAsTuple;
+using transport::Stream;
 
-constexpr auto kAsTuple = asio::as_tuple(asio::use_awaitable);
 constexpr milliseconds kGoodbye{1000};  ///< a peer may take so long to read a last Error
 constexpr proto::FrameLimits kHelloLimits{.metadata_bytes_max = 16 << 10, .payload_bytes_max = 0};
 
@@ -45,34 +44,35 @@ bool SameSecret(const std::string& given, const std::string& expected) {
 
 }  // namespace
 
-Connection::Connection(Stream stream, const ConnectionContext& context)
+Connection::Connection(Stream::Socket socket, const ConnectionContext& context)
     : context_(context),
-      stream_(std::move(stream)),
-      wake_reader_(stream_.get_executor(), asio::steady_timer::time_point::max()),
-      watchdog_(stream_.get_executor()),
-      writer_(stream_, context_.options.frame_timeout),
-      buffer_(new uint8_t[kBufferBytes]) {
-  TuneStream(stream_);
+      stream_(std::move(socket)),
+      reader_(stream_),
+      wake_reader_(stream_.executor(), asio::steady_timer::time_point::max()),
+      watchdog_(stream_.executor()),
+      writer_(stream_, context_.options.frame_timeout) {
+  TuneSocket(stream_.socket());
   read_deadline_ = Clock::now() + context_.options.hello_timeout;
 }
 
+Connection::~Connection() { context_.shared_memory->Release(shared_bytes_); }
+
 void Connection::Start() {
-  asio::co_spawn(stream_.get_executor(), Read(shared_from_this()), asio::detached);
-  asio::co_spawn(stream_.get_executor(), Write(shared_from_this()), asio::detached);
-  asio::co_spawn(stream_.get_executor(), Watch(shared_from_this()), asio::detached);
+  asio::co_spawn(stream_.executor(), Read(shared_from_this()), asio::detached);
+  asio::co_spawn(stream_.executor(), Write(shared_from_this()), asio::detached);
+  asio::co_spawn(stream_.executor(), Watch(shared_from_this()), asio::detached);
 }
 
 void Connection::Stop() {
-  asio::dispatch(stream_.get_executor(), [self = shared_from_this()] {
+  asio::dispatch(stream_.executor(), [self = shared_from_this()] {
     self->stopping_ = true;
-    ErrorCode ignored;
-    self->stream_.shutdown(asio::socket_base::shutdown_receive, ignored);
+    self->stream_.ShutdownReceive();
     self->wake_reader_.cancel();
   });
 }
 
 void Connection::Abort() {
-  asio::dispatch(stream_.get_executor(), [self = shared_from_this()] { self->Close(); });
+  asio::dispatch(stream_.executor(), [self = shared_from_this()] { self->Close(); });
 }
 
 void Connection::Close() {
@@ -137,59 +137,12 @@ Connection::Awaitable<void> Connection::Watch(std::shared_ptr<Connection> self) 
       }
       c.timed_out_ = true;
       c.read_deadline_ = now + kGoodbye;
-      ErrorCode ignored;
-      c.stream_.shutdown(asio::socket_base::shutdown_receive, ignored);
+      c.stream_.ShutdownReceive();
     }
   }
 }
 
 // ---- requests
-
-Connection::Awaitable<bool> Connection::Fill(size_t bytes) {
-  if (kBufferBytes - buffer_begin_ < bytes || Buffered() == 0) {
-    std::memmove(buffer_.get(), buffer_.get() + buffer_begin_, Buffered());
-    buffer_end_ = Buffered();
-    buffer_begin_ = 0;
-  }
-  while (Buffered() < bytes) {
-    const asio::mutable_buffer free(buffer_.get() + buffer_end_, kBufferBytes - buffer_end_);
-    const auto [error, got] = co_await stream_.async_read_some(free, kAsTuple);
-    if (error) co_return false;
-    buffer_end_ += got;
-  }
-  co_return true;
-}
-
-Connection::Awaitable<bool> Connection::ReadInto(uint8_t* out, size_t bytes) {
-  while (bytes != 0) {
-    const size_t ready = std::min(bytes, Buffered());
-    std::memcpy(out, buffer_.get() + buffer_begin_, ready);
-    buffer_begin_ += ready;
-    out += ready;
-    bytes -= ready;
-    if (bytes == 0) break;
-    if (bytes < kBufferBytes / 2) {
-      if (!co_await Fill(bytes)) co_return false;
-      continue;
-    }
-    const asio::mutable_buffer rest(out, bytes);
-    const auto [error, got] = co_await stream_.async_read_some(rest, kAsTuple);
-    if (error) co_return false;
-    out += got;
-    bytes -= got;
-  }
-  co_return true;
-}
-
-Connection::Awaitable<bool> Connection::Discard(size_t bytes) {
-  while (bytes != 0) {
-    if (Buffered() == 0 && !co_await Fill(1)) co_return false;
-    const size_t ready = std::min(bytes, Buffered());
-    buffer_begin_ += ready;
-    bytes -= ready;
-  }
-  co_return true;
-}
 
 Connection::Awaitable<bool> Connection::WaitForRoom(bool is_cancel) {
   // A cancel may pass a full house, or it would come too late; but not without end.
@@ -206,8 +159,8 @@ Connection::Awaitable<bool> Connection::WaitForBytes(uint64_t bytes) {
   if (bytes == 0 || context_.gate->TryTake(bytes)) co_return true;
   bytes_taken_ = false;
   read_deadline_ = Clock::time_point::max();
-  auto let_in = [self = shared_from_this(), work = asio::make_work_guard(stream_.get_executor())] {
-    asio::dispatch(self->stream_.get_executor(), [self] {
+  auto let_in = [self = shared_from_this(), work = asio::make_work_guard(stream_.executor())] {
+    asio::dispatch(self->stream_.executor(), [self] {
       self->bytes_taken_ = true;
       self->wake_reader_.cancel();
     });
@@ -224,13 +177,13 @@ Connection::Awaitable<bool> Connection::ReadBody(
     std::array<uint8_t, proto::kTrailerBytes>& trailer) {
   request.metadata.resize(header.metadata_bytes);
   auto* metadata = reinterpret_cast<uint8_t*>(request.metadata.data());
-  if (!co_await ReadInto(metadata, request.metadata.size())) co_return false;
+  if (!co_await reader_.ReadInto(metadata, request.metadata.size())) co_return false;
   if (header.payload_bytes == 0) co_return true;
-  if (!co_await Discard(header.PaddingBytes())) co_return false;
+  if (!co_await reader_.Discard(header.PaddingBytes())) co_return false;
   request.payload.bytes = header.payload_bytes;
   request.payload.data = index::MakeAligned<uint8_t>(header.payload_bytes);
-  if (!co_await ReadInto(request.payload.data.get(), header.payload_bytes)) co_return false;
-  co_return co_await ReadInto(trailer.data(), trailer.size());
+  if (!co_await reader_.ReadInto(request.payload.data.get(), header.payload_bytes)) co_return false;
+  co_return co_await reader_.ReadInto(trailer.data(), trailer.size());
 }
 
 Connection::Awaitable<bool> Connection::ReadRequest(FrameHeader header) {
@@ -249,7 +202,7 @@ Connection::Awaitable<bool> Connection::ReadRequest(FrameHeader header) {
     refused = FieldError(absl::StatusCode::kInvalidArgument, "request_id", "is under way already");
   }
   if (!refused.ok()) {
-    if (!co_await Discard(header.BodyBytes())) co_return false;
+    if (!co_await reader_.Discard(header.BodyBytes())) co_return false;
     Answer(AnswerFrame::MakeError(header.op, header.request_id, refused));
     co_return true;
   }
@@ -302,12 +255,12 @@ void Connection::Accept(const FrameHeader& header, Request request, uint64_t hel
   // has nothing left of either.
   context_.dispatch(
       std::move(request),
-      [work = asio::make_work_guard(stream_.get_executor()), self = shared_from_this(),
-       op = header.op, id = header.request_id, held_bytes](Response response) mutable {
+      [work = asio::make_work_guard(stream_.executor()), self = shared_from_this(), op = header.op,
+       id = header.request_id, held_bytes](Response response) mutable {
         self->under_way_.Remove(id);
         const bool left =
             self->writer_.Send(AnswerFrame::Make(op, id, std::move(response), self->checked_));
-        const auto executor = self->stream_.get_executor();
+        const auto executor = self->stream_.executor();
         asio::dispatch(executor, [work = std::move(work), self = std::move(self), held_bytes,
                                   left] { self->Finish(held_bytes, left); });
       });
@@ -339,14 +292,13 @@ std::optional<Connection::Ending> Connection::CheckHello(const FrameHeader& head
 }
 
 Connection::Awaitable<std::optional<Connection::Ending>> Connection::Greet() {
-  if (!co_await Fill(proto::kHeaderBytes)) co_return Ending{};
+  if (!co_await reader_.Fill(proto::kHeaderBytes)) co_return Ending{};
   const auto header =
-      proto::DecodeHeader({buffer_.get() + buffer_begin_, proto::kHeaderBytes}, kHelloLimits);
+      proto::DecodeHeader({reader_.Take(proto::kHeaderBytes), proto::kHeaderBytes}, kHelloLimits);
   if (!header.ok()) co_return Ending{header.status()};
-  buffer_begin_ += proto::kHeaderBytes;
   std::string metadata(header->metadata_bytes, '\0');
   auto* bytes = reinterpret_cast<uint8_t*>(metadata.data());
-  if (!co_await ReadInto(bytes, metadata.size())) co_return Ending{};
+  if (!co_await reader_.ReadInto(bytes, metadata.size())) co_return Ending{};
   proto::HelloRequest hello;
   std::optional<Ending> refused = CheckHello(*header, metadata, hello);
   if (refused.has_value()) co_return refused;
@@ -363,12 +315,54 @@ Connection::Awaitable<std::optional<Connection::Ending>> Connection::Greet() {
   limits.set_batch_items_max(options.batch_items_max);
   limits.set_inflight_requests_max(options.inflight_requests_max);
   limits.set_lease_ms_max(static_cast<uint64_t>(options.lease_max.count()));
-  checked_ = !(IsUnix(stream_) && std::ranges::count(hello.features(), proto::kUncheckedPayloads));
+  const auto asks_for = [&](const char* feature) {
+    return stream_.IsUnix() && std::ranges::count(hello.features(), feature) != 0;
+  };
+  std::unique_ptr<transport::SharedRings> rings;
+  if (asks_for(proto::kSharedMemory)) rings = MakeRings();
+  if (rings != nullptr) {
+    welcome.add_features(proto::kSharedMemory);
+    welcome.mutable_shared_memory()->set_request_ring_bytes(options.shared_ring_bytes);
+    welcome.mutable_shared_memory()->set_answer_ring_bytes(options.shared_ring_bytes);
+  }
+  checked_ = rings == nullptr && !asks_for(proto::kUncheckedPayloads);
   if (!checked_) welcome.add_features(proto::kUncheckedPayloads);
   Response response;
   response.metadata = welcome.SerializeAsString();
   Answer(AnswerFrame::Make(Op::kHello, header->request_id, std::move(response), checked_));
+  if (rings != nullptr) co_return co_await Share(std::move(rings));
   co_return std::nullopt;
+}
+
+std::unique_ptr<transport::SharedRings> Connection::MakeRings() {
+  const uint64_t each = context_.options.shared_ring_bytes;
+  const transport::RingSizes sizes{.request_bytes = each, .answer_bytes = each};
+  if (sizes.MemoryBytes() > context_.options.shared_memory_bytes_max ||
+      !context_.shared_memory->TryTake(sizes.MemoryBytes())) {
+    spdlog::warn("no shared memory for a connection: the others have all of it");
+    return nullptr;
+  }
+  shared_bytes_ = sizes.MemoryBytes();
+  auto rings = transport::SharedRings::Create(sizes);
+  if (rings.ok()) return *std::move(rings);
+  spdlog::warn("no shared memory for a connection: {}", rings.status().ToString());
+  return nullptr;
+}
+
+Connection::Awaitable<std::optional<Connection::Ending>> Connection::Share(
+    std::unique_ptr<transport::SharedRings> rings) {
+  while (!closed_ && !writer_.Idle()) co_await wake_reader_.async_wait(kAsTuple);
+  if (closed_ || reader_.buffered() != 0 || !rings->SendTo(stream_.socket().native_handle()).ok()) {
+    co_return Ending{};
+  }
+  stream_.Share(std::move(rings), *context_.lookout);
+  reader_.ReadNothingAhead();
+  asio::co_spawn(stream_.executor(), HearBells(shared_from_this()), asio::detached);
+  co_return std::nullopt;
+}
+
+Connection::Awaitable<void> Connection::HearBells(std::shared_ptr<Connection> self) {
+  co_await self->stream_.HearBells();
 }
 
 Connection::Awaitable<Connection::Ending> Connection::ReadFrames() {
@@ -378,13 +372,12 @@ Connection::Awaitable<Connection::Ending> Connection::ReadFrames() {
                                   .payload_bytes_max = context_.options.payload_bytes_max};
   while (!stopping_ && !closed_) {
     read_deadline_ = Clock::time_point::max();
-    if (Buffered() == 0 && !co_await Fill(1)) co_return Ending{};
+    if (reader_.buffered() == 0 && !co_await reader_.Fill(1)) co_return Ending{};
     read_deadline_ = Clock::now() + context_.options.frame_timeout;
-    if (!co_await Fill(proto::kHeaderBytes)) co_return Ending{};
+    if (!co_await reader_.Fill(proto::kHeaderBytes)) co_return Ending{};
     const auto header =
-        proto::DecodeHeader({buffer_.get() + buffer_begin_, proto::kHeaderBytes}, limits);
+        proto::DecodeHeader({reader_.Take(proto::kHeaderBytes), proto::kHeaderBytes}, limits);
     if (!header.ok()) co_return Ending{header.status()};
-    buffer_begin_ += proto::kHeaderBytes;
     if (header->request_id == 0) {
       co_return Ending{
           FieldError(absl::StatusCode::kInvalidArgument, "request_id", "must not be 0")};
@@ -403,12 +396,9 @@ Connection::Awaitable<void> Connection::SayGoodbye(Ending ending) {
   // Closing with bytes unread would make the system drop what the peer has not read yet.
   read_deadline_ = Clock::now() + kGoodbye;
   timed_out_ = true;
-  ErrorCode error;
-  stream_.shutdown(asio::socket_base::shutdown_send, error);
-  while (!error) {
-    const asio::mutable_buffer rest(buffer_.get(), kBufferBytes);
-    std::tie(error, std::ignore) = co_await stream_.async_read_some(rest, kAsTuple);
-  }
+  stream_.ShutdownSend();
+  bool more = true;
+  while (more) more = co_await reader_.Discard(1);
 }
 
 Connection::Awaitable<void> Connection::Read(std::shared_ptr<Connection> self) {
@@ -423,6 +413,9 @@ Connection::Awaitable<void> Connection::Read(std::shared_ptr<Connection> self) {
   if (c.timed_out_ && !c.stopping_ && ending.notice.ok()) {
     ending.notice = absl::DeadlineExceededError("the frame did not arrive in time");
   }
+  if (c.stream_.corrupt() && ending.notice.ok()) {
+    ending.notice = absl::DataLossError("the ring's counters make no sense");
+  }
   c.read_deadline_ = Clock::time_point::max();
   if (c.stopping_) {
     while (!c.closed_ && c.outstanding_ != 0) co_await c.wake_reader_.async_wait(kAsTuple);
@@ -433,25 +426,21 @@ Connection::Awaitable<void> Connection::Read(std::shared_ptr<Connection> self) {
   c.Close();
 }
 
-asio::awaitable<void> Refuse(Stream accepted, absl::Status reason) {
-  const auto shared = std::make_shared<Stream>(std::move(accepted));
-  Stream& stream = *shared;
+asio::awaitable<void> Refuse(std::shared_ptr<Stream> stream, absl::Status reason) {
   FrameHeader header;
   header.flags = proto::kFlagResponse | proto::kFlagError;
   const std::string frame =
       proto::EncodeFrame(header, proto::ToError(reason).SerializeAsString(), {});
-  asio::steady_timer timer(stream.get_executor(), kGoodbye);
-  timer.async_wait([shared](const ErrorCode& stopped) {
-    ErrorCode ignored;
-    if (!stopped) shared->close(ignored);
+  asio::steady_timer timer(stream->executor(), kGoodbye);
+  timer.async_wait([stream](const ErrorCode& stopped) {
+    if (!stopped) stream->Close();
   });
-  const asio::const_buffer out(frame.data(), frame.size());
-  auto [error, count] = co_await asio::async_write(stream, out, kAsTuple);
-  if (!error) stream.shutdown(asio::socket_base::shutdown_send, error);
+  std::vector<asio::const_buffer> out(1, asio::const_buffer(frame.data(), frame.size()));
+  const ErrorCode error = co_await stream->Write(std::move(out));
+  size_t got = error ? 0 : 1;
+  if (!error) stream->ShutdownSend();
   std::array<uint8_t, 4096> rest{};
-  while (!error) {
-    std::tie(error, count) = co_await stream.async_read_some(asio::buffer(rest), kAsTuple);
-  }
+  while (got != 0) got = co_await stream->ReadSome(asio::buffer(rest));
 }
 
 }  // namespace kvseek::service

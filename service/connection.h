@@ -31,7 +31,9 @@
 #include "service/options.h"
 #include "service/requests_under_way.h"
 #include "service/server.h"
-#include "service/stream.h"
+#include "transport/lookout.h"
+#include "transport/stream.h"
+#include "transport/stream_reader.h"
 
 namespace kvseek::service {
 
@@ -43,13 +45,16 @@ struct ConnectionContext {
   ServerIdentity identity;
   Dispatch dispatch;
   ByteGate* gate = nullptr;
+  ByteGate* shared_memory = nullptr;  ///< bounds the rings of all connections
+  transport::Lookout* lookout = nullptr;
   std::function<void(Connection*)> closed;  ///< called once, on the connection's strand
 };
 
 class Connection : public std::enable_shared_from_this<Connection> {
  public:
-  /// `stream`'s executor is the connection's strand.
-  Connection(Stream stream, const ConnectionContext& context);
+  /// `socket`'s executor is the connection's strand.
+  Connection(transport::Stream::Socket socket, const ConnectionContext& context);
+  ~Connection();
 
   void Start();
   /// Reads no more; ends when what is under way has been answered. Any thread.
@@ -72,55 +77,52 @@ class Connection : public std::enable_shared_from_this<Connection> {
   static Awaitable<void> Read(std::shared_ptr<Connection> self);
   static Awaitable<void> Write(std::shared_ptr<Connection> self);
   static Awaitable<void> Watch(std::shared_ptr<Connection> self);
+  static Awaitable<void> HearBells(std::shared_ptr<Connection> self);
 
   // The reader. Awaitable<bool>: false when the stream has ended.
   Awaitable<Ending> ReadFrames();
   Awaitable<std::optional<Ending>> Greet();
+  /// Rings, if there is memory for them; else none.
+  std::unique_ptr<transport::SharedRings> MakeRings();
+  /// Once the hello's answer has left: hands the rings over, and goes over to them.
+  Awaitable<std::optional<Ending>> Share(std::unique_ptr<transport::SharedRings> rings);
   Awaitable<bool> ReadRequest(proto::FrameHeader header);
   Awaitable<bool> ReadBody(const proto::FrameHeader& header, Request& request,
                            std::array<uint8_t, proto::kTrailerBytes>& trailer);
   Awaitable<bool> WaitForRoom(bool is_cancel);
   Awaitable<bool> WaitForBytes(uint64_t bytes);
   Awaitable<void> SayGoodbye(Ending ending);
-  Awaitable<bool> Fill(size_t bytes);
-  Awaitable<bool> ReadInto(uint8_t* out, size_t bytes);
-  Awaitable<bool> Discard(size_t bytes);
   /// Fills `hello` if it returns nothing.
   std::optional<Ending> CheckHello(const proto::FrameHeader& header, const std::string& metadata,
                                    proto::HelloRequest& hello) const;
   void Accept(const proto::FrameHeader& header, Request request, uint64_t held_bytes);
   void Cancel(const proto::FrameHeader& header, const std::string& metadata);
-  size_t Buffered() const { return buffer_end_ - buffer_begin_; }
 
   void Answer(AnswerFrame frame);
   /// The books of a request whose answer was given to writer_.Send, which returned `left`.
   void Finish(uint64_t held_bytes, bool left);
   void Close();
 
-  static constexpr size_t kBufferBytes = size_t{64} << 10;
-
   const ConnectionContext& context_;
-  Stream stream_;
+  transport::Stream stream_;
+  transport::StreamReader reader_;
   boost::asio::steady_timer wake_reader_;  ///< only ever wakes by cancel
   boost::asio::steady_timer watchdog_;
   AnswerWriter writer_;
   Clock::time_point read_deadline_ = Clock::time_point::max();
 
-  std::unique_ptr<uint8_t[]> buffer_;
-  size_t buffer_begin_ = 0;
-  size_t buffer_end_ = 0;
-
   RequestsUnderWay under_way_;
-  size_t outstanding_ = 0;    ///< requests read whose answers have not left yet
-  bool checked_ = true;       ///< payloads, by their trailers; what hello has agreed on
-  bool bytes_taken_ = false;  ///< the gate has let the waiting reader through
-  bool stopping_ = false;     ///< reads no more, but answers
+  uint64_t shared_bytes_ = 0;  ///< of its rings
+  size_t outstanding_ = 0;     ///< requests read whose answers have not left yet
+  bool checked_ = true;        ///< payloads, by their trailers; what hello has agreed on
+  bool bytes_taken_ = false;   ///< the gate has let the waiting reader through
+  bool stopping_ = false;      ///< reads no more, but answers
   bool timed_out_ = false;
   bool closed_ = false;
 };
 
 /// Tells a peer that is not served why, and closes. Lasts a second at most.
-boost::asio::awaitable<void> Refuse(Stream stream, absl::Status reason);
+boost::asio::awaitable<void> Refuse(std::shared_ptr<transport::Stream> stream, absl::Status reason);
 
 }  // namespace kvseek::service
 

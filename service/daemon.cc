@@ -20,6 +20,7 @@
 #include "service/request_handler.h"
 #include "service/server.h"
 #include "service/session_store.h"
+#include "transport/shared_rings.h"
 
 namespace kvseek::service {
 namespace {
@@ -38,6 +39,9 @@ absl::Status CheckOptions(const DaemonOptions& options) {
   status.Update(check(options.build_threads >= 0, "build_threads", "must not be negative"));
   status.Update(check(options.queue_limit > 0, "queue_limit", "must be at least 1"));
   status.Update(check(options.connections_max > 0, "connections_max", "must be at least 1"));
+  const transport::RingSizes rings{.request_bytes = options.shared_ring_bytes,
+                                   .answer_bytes = options.shared_ring_bytes};
+  status.Update(check(rings.Sensible(), "shared_ring_bytes", "a power of two from 4 KiB to 1 GiB"));
   status.Update(
       check(options.inflight_requests_max > 0, "inflight_requests_max", "must be at least 1"));
   status.Update(check(options.scan_bits == 1 || options.scan_bits == 2, "scan_bits", "1 or 2"));

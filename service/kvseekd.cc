@@ -56,6 +56,11 @@ void Declare(CLI::App& app, Arguments& arguments) {
                  "Memory for keys, values and codes of all sessions, e.g. 64GiB")
       ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true))
       ->capture_default_str();
+  app.add_option("--shared-memory", options.shared_memory_bytes_max,
+                 "Memory for the connections of clients on this host that ask for it (shm:), "
+                 "2 MiB each; 0: none is granted")
+      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true))
+      ->capture_default_str();
   app.add_option("--workers", options.workers, "Compute threads; 0: one a core")
       ->check(CLI::Range(0, 4096))
       ->capture_default_str();

@@ -49,6 +49,11 @@ struct DaemonOptions {
   uint32_t connections_max = 1024;
   uint32_t inflight_requests_max = 256;             ///< of one connection; past it reading stops
   uint64_t inflight_bytes_max = uint64_t{1} << 30;  ///< request payloads held by all connections
+  /// Of a shared-memory connection's rings, each way, a power of two. Larger frames go through in
+  /// pieces; a small ring stays in the caches of both sides.
+  uint64_t shared_ring_bytes = uint64_t{1} << 20;
+  /// Rings of all connections; past it clients that ask for one are not granted it. 0: none is.
+  uint64_t shared_memory_bytes_max = uint64_t{256} << 20;
   uint32_t metadata_bytes_max = 1U << 20;
   uint32_t payload_bytes_max = 256U << 20;
   std::chrono::milliseconds hello_timeout{5000};  ///< a connection that says nothing is closed

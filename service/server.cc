@@ -4,7 +4,6 @@
 #include <spdlog/spdlog.h>
 
 #include <algorithm>
-#include <boost/asio/as_tuple.hpp>
 #include <boost/asio/co_spawn.hpp>
 #include <boost/asio/detached.hpp>
 #include <boost/asio/executor_work_guard.hpp>
@@ -12,7 +11,6 @@
 #include <boost/asio/post.hpp>
 #include <boost/asio/steady_timer.hpp>
 #include <boost/asio/strand.hpp>
-#include <boost/asio/use_awaitable.hpp>
 #include <chrono>
 #include <condition_variable>
 #include <exception>
@@ -23,13 +21,16 @@
 #include "absl/container/flat_hash_map.h"
 #include "proto/status_code.h"
 #include "service/connection.h"
+#include "service/listener.h"
+#include "transport/lookout.h"
 
 namespace kvseek::service {
 namespace {
 
 namespace asio = boost::asio;
-constexpr auto kAsTuple = asio::as_tuple(asio::use_awaitable);
+using transport::kAsTuple;
 constexpr std::chrono::milliseconds kAcceptPause{100};  ///< when the system is out of descriptors
+constexpr int kLooksBetween = 64;                       ///< at rings, for one at sockets
 constexpr int kRefusalsMax = 64;  ///< refused peers that are told why at once; more are just closed
 
 }  // namespace
@@ -37,11 +38,16 @@ constexpr int kRefusalsMax = 64;  ///< refused peers that are told why at once; 
 class Server::Impl {
  public:
   Impl(const DaemonOptions& options, ServerIdentity identity, Dispatch dispatch)
-      : gate_(options.inflight_bytes_max), work_(asio::make_work_guard(io_)) {
+      : gate_(options.inflight_bytes_max),
+        shared_memory_(options.shared_memory_bytes_max),
+        lookout_(/*resumes_here=*/options.io_threads <= 1),
+        work_(asio::make_work_guard(io_)) {
     context_.options = options;
     context_.identity = std::move(identity);
     context_.dispatch = std::move(dispatch);
     context_.gate = &gate_;
+    context_.shared_memory = &shared_memory_;
+    context_.lookout = &lookout_;
     context_.closed = [this](Connection* connection) {
       const std::lock_guard lock(mutex_);
       connections_.erase(connection);
@@ -115,18 +121,30 @@ class Server::Impl {
 
   /// io_.run(), which after any work looks for more for a while before it sleeps.
   void RunLooking() {
-    const auto spin = context_.options.io_spin;
-    if (spin.count() == 0) {
+    if (context_.options.io_spin.count() == 0) {
       io_.run();
       return;
     }
-    auto last_work = std::chrono::steady_clock::now();
     while (!io_.stopped()) {
-      if (io_.poll() == 0) {
-        if (std::chrono::steady_clock::now() - last_work < spin) continue;
-        io_.run_one();
+      LookForWork();
+      io_.run_one();
+    }
+  }
+
+  /// Returns when there has been none for io_spin. At rings it looks more often than at sockets,
+  /// since that costs no system call.
+  void LookForWork() {
+    const transport::Lookout::Watch watch(lookout_);
+    auto last_work = std::chrono::steady_clock::now();
+    auto now = last_work;
+    while (!io_.stopped() && now - last_work < context_.options.io_spin) {
+      bool found = false;
+      for (int i = 0; i < kLooksBetween && !found && lookout_.HasStreams(); ++i) {
+        found = lookout_.Look();
       }
-      last_work = std::chrono::steady_clock::now();
+      if (io_.poll() != 0) found = true;
+      now = std::chrono::steady_clock::now();
+      if (found) last_work = now;
     }
   }
 
@@ -138,11 +156,16 @@ class Server::Impl {
     return all;
   }
 
+  /// A connection's strand. One thread is one without further ado.
+  asio::any_io_executor MakeExecutor() {
+    if (context_.options.io_threads <= 1) return io_.get_executor();
+    return asio::make_strand(io_);
+  }
+
   asio::awaitable<void> AcceptAll(Listener& listener) {
     asio::steady_timer pause(listener.acceptor().get_executor());
     while (listener.acceptor().is_open()) {
-      const asio::any_io_executor strand = asio::make_strand(io_);
-      auto [error, stream] = co_await listener.acceptor().async_accept(strand, kAsTuple);
+      auto [error, socket] = co_await listener.acceptor().async_accept(MakeExecutor(), kAsTuple);
       if (error == asio::error::operation_aborted) break;
       if (error) {
         spdlog::warn("accept on {}: {}", listener.address(), error.message());
@@ -150,15 +173,15 @@ class Server::Impl {
         co_await pause.async_wait(kAsTuple);
         continue;
       }
-      Admit(std::move(stream));
+      Admit(std::move(socket));
     }
   }
 
-  void Admit(Stream stream) {
+  void Admit(transport::Stream::Socket socket) {
     std::unique_lock lock(mutex_);
     if (stopped_) return;
     if (connections_.size() < context_.options.connections_max) {
-      const auto connection = std::make_shared<Connection>(std::move(stream), context_);
+      const auto connection = std::make_shared<Connection>(std::move(socket), context_);
       connections_.emplace(connection.get(), connection);
       lock.unlock();
       connection->Start();
@@ -170,16 +193,18 @@ class Server::Impl {
       refusals_.fetch_sub(1);
       return;
     }
-    const asio::any_io_executor executor = stream.get_executor();
+    const asio::any_io_executor executor = socket.get_executor();
     const absl::Status reason =
         proto::Exhausted("connections_max", "too many connections",
                          static_cast<uint64_t>(context_.options.retry_after.count()));
-    asio::co_spawn(executor, Refuse(std::move(stream), reason),
+    asio::co_spawn(executor, Refuse(std::make_shared<transport::Stream>(std::move(socket)), reason),
                    [this](const std::exception_ptr&) { refusals_.fetch_sub(1); });
   }
 
   ConnectionContext context_;
   ByteGate gate_;
+  ByteGate shared_memory_;
+  transport::Lookout lookout_;
   asio::io_context io_;
   asio::executor_work_guard<asio::io_context::executor_type> work_;
   std::vector<std::unique_ptr<Listener>> listeners_;

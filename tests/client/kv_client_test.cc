@@ -41,7 +41,7 @@ TEST_F(KvClientTest, UnreachableIsUnavailableAtOnce) {
 }
 
 TEST_F(KvClientTest, AddressesThatAreNone) {
-  for (const char* address : {"", "unix:", "tcp://", "tcp://host", "tcp://:1",
+  for (const char* address : {"", "unix:", "shm:", "tcp://", "tcp://host", "tcp://:1",
                               "tcp://host:", "http://host:1", "/tmp/socket"}) {
     ClientOptions bad = options();
     bad.address = address;
@@ -64,6 +64,77 @@ TEST_F(KvClientTest, DaemonThatNeverSaysHello) {
 TEST_F(KvClientTest, DaemonThatAnswersHelloWithGarbage) {
   FakeServer server(path(), [](RawSocket& socket) { socket.Send(std::string(1000, 'g')); });
   EXPECT_EQ(KvClient::Connect(options()).status().code(), absl::StatusCode::kDataLoss);
+}
+
+TEST_F(KvClientTest, SharedMemoryIsGrantedOrNothing) {
+  ClientOptions shared = options();
+  shared.address = "shm:" + path();
+  EXPECT_EQ(KvClient::Connect(shared).status().code(), absl::StatusCode::kUnavailable);
+  {
+    FakeServer server(path(), [](RawSocket& socket) {
+      FakeServer::Welcome(socket, 1U << 20, proto::kUncheckedPayloads);
+      socket.Ended();
+    });
+    const absl::Status status = KvClient::Connect(shared).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable);
+    EXPECT_THAT(std::string(status.message()), testing::HasSubstr("shared memory"));
+  }
+  unlink(path().c_str());
+  {
+    FakeServer server(path(), [](RawSocket& socket) {  // bytes, but no memory
+      FakeServer::Welcome(socket, 1U << 20, proto::kSharedMemory);
+      socket.Send("x");
+      socket.Ended();
+    });
+    EXPECT_EQ(KvClient::Connect(shared).status().code(), absl::StatusCode::kDataLoss);
+  }
+  unlink(path().c_str());
+  {
+    FakeServer server(path(), [](RawSocket& socket) {  // nothing at all
+      FakeServer::Welcome(socket, 1U << 20, proto::kSharedMemory);
+      socket.Ended();
+    });
+    EXPECT_EQ(KvClient::Connect(shared).status().code(), absl::StatusCode::kDeadlineExceeded);
+  }
+  unlink(path().c_str());
+  {
+    FakeServer server(path(), [](RawSocket& socket) {  // not the sizes that it said
+      FakeServer::Welcome(socket, 1U << 20, proto::kSharedMemory);
+      auto rings = transport::SharedRings::Create({.request_bytes = 8192, .answer_bytes = 4096});
+      EXPECT_TRUE(rings.ok() && socket.Share(*std::move(rings)));
+      socket.Ended();
+    });
+    EXPECT_EQ(KvClient::Connect(shared).status().code(), absl::StatusCode::kDataLoss);
+  }
+}
+
+TEST_F(KvClientTest, DaemonThatMisbehavesInSharedMemory) {
+  ClientOptions shared = options();
+  shared.address = "shm:" + path();
+  int connections = 0;
+  FakeServer server(path(), [&](RawSocket& socket) {
+    FakeServer::Welcome(socket, 1U << 20, proto::kSharedMemory);
+    auto rings = transport::SharedRings::Create({.request_bytes = 4096, .answer_bytes = 4096});
+    ASSERT_TRUE(rings.ok() && socket.Share(*std::move(rings)));
+    const auto request = socket.ReadFrame();
+    if (!request.has_value()) return;
+    const std::string answer = HealthAnswer(request->header.request_id);
+    if (connections == 0) socket.Send(answer);
+    if (connections == 1) socket.Send(std::string(1000, 'g'));
+    if (connections == 2) socket.Send(answer.substr(0, answer.size() - 1));  // and gone
+    if (connections == 3) socket.Ended(milliseconds(1000));
+    ++connections;
+  });
+  const auto client = Connect(shared);
+  ASSERT_NE(client, nullptr);
+  EXPECT_TRUE(client->Health().ok());
+  for (const absl::StatusCode code : {absl::StatusCode::kDataLoss, absl::StatusCode::kUnavailable,
+                                      absl::StatusCode::kDeadlineExceeded}) {
+    absl::Status status = client->Health();
+    // The first connection's end may be noticed by the call, or before it.
+    if (status.code() != code) status = client->Health();
+    EXPECT_EQ(status.code(), code) << status;
+  }
 }
 
 TEST_F(KvClientTest, DaemonThatHangsUpAtHello) {

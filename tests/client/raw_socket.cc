@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <array>
+#include <cerrno>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
@@ -50,10 +51,14 @@ RawSocket::RawSocket(int descriptor) : descriptor_(descriptor) {
 }
 
 RawSocket::RawSocket(RawSocket&& other) noexcept
-    : descriptor_(std::exchange(other.descriptor_, -1)) {}
+    : descriptor_(std::exchange(other.descriptor_, -1)),
+      asks_shared_(other.asks_shared_),
+      rings_(std::move(other.rings_)) {}
 
 RawSocket& RawSocket::operator=(RawSocket&& other) noexcept {
   std::swap(descriptor_, other.descriptor_);
+  std::swap(asks_shared_, other.asks_shared_);
+  std::swap(rings_, other.rings_);
   return *this;
 }
 
@@ -62,9 +67,10 @@ void RawSocket::Close() {
 }
 
 RawSocket RawSocket::Connect(const std::string& address) {
-  if (address.rfind("unix:", 0) == 0) {
+  if (address.rfind("unix:", 0) == 0 || address.rfind("shm:", 0) == 0) {
     RawSocket raw(socket(AF_UNIX, SOCK_STREAM, 0));
-    const sockaddr_un to = UnixAddress(address.substr(5));
+    raw.asks_shared_ = address[0] == 's';
+    const sockaddr_un to = UnixAddress(address.substr(address.find(':') + 1));
     if (connect(raw.descriptor_, reinterpret_cast<const sockaddr*>(&to), sizeof(to)) != 0) {
       raw.Close();
     }
@@ -81,8 +87,29 @@ RawSocket RawSocket::Connect(const std::string& address) {
   return raw;
 }
 
+bool RawSocket::Share(std::unique_ptr<transport::SharedRings> rings) {
+  if (!rings->SendTo(descriptor_).ok()) return false;
+  rings_ = std::move(rings);
+  return true;
+}
+
+bool RawSocket::SocketIsAlive() const {
+  std::array<char, 64> bells{};
+  const ssize_t got = recv(descriptor_, bells.data(), bells.size(), MSG_DONTWAIT);
+  return got > 0 || (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK));
+}
+
 bool RawSocket::Send(const std::string& bytes) {
   size_t sent = 0;
+  const auto give_up = std::chrono::steady_clock::now() + std::chrono::seconds(kPatience.tv_sec);
+  while (rings_ != nullptr && sent < bytes.size()) {
+    const size_t step = rings_->out().Write(bytes.data() + sent, bytes.size() - sent);
+    sent += step;
+    if (rings_->out().Publish()) send(descriptor_, "", 1, MSG_NOSIGNAL | MSG_DONTWAIT);
+    const bool alive = SocketIsAlive() && std::chrono::steady_clock::now() < give_up;
+    if (step == 0 && !alive) return false;
+    if (step == 0) usleep(50);
+  }
   while (sent < bytes.size()) {
     const ssize_t step = send(descriptor_, bytes.data() + sent, bytes.size() - sent, MSG_NOSIGNAL);
     if (step <= 0) return false;
@@ -115,7 +142,33 @@ bool RawSocket::SendHello(const std::string& token) {
   return SendFrame(proto::Op::kHello, 1, hello.SerializeAsString());
 }
 
+bool RawSocket::GreetShared(const proto::HelloRequest& hello) {
+  if (!SendFrame(proto::Op::kHello, 1, hello.SerializeAsString())) return false;
+  const std::optional<RawFrame> answer = ReadFrame();
+  proto::HelloResponse welcome;
+  if (!answer.has_value() || answer->IsError() || !welcome.ParseFromString(answer->metadata) ||
+      !welcome.has_shared_memory()) {
+    return false;
+  }
+  pollfd wait{.fd = descriptor_, .events = POLLIN, .revents = 0};
+  if (poll(&wait, 1, 10'000) <= 0) return false;
+  auto rings = transport::SharedRings::ReceiveFrom(
+      descriptor_, {.request_bytes = welcome.shared_memory().request_ring_bytes(),
+                    .answer_bytes = welcome.shared_memory().answer_ring_bytes()});
+  if (!rings.ok()) return false;
+  rings_ = *std::move(rings);
+  return true;
+}
+
 bool RawSocket::Greet(const std::string& token) {
+  if (asks_shared_) {
+    proto::HelloRequest hello;
+    hello.set_version_min(1);
+    hello.set_version_max(proto::kVersion);
+    hello.set_token(token);
+    hello.add_features(proto::kSharedMemory);
+    return GreetShared(hello);
+  }
   if (!SendHello(token)) return false;
   const std::optional<RawFrame> answer = ReadFrame();
   return answer.has_value() && !answer->IsError() && answer->header.op == proto::Op::kHello;
@@ -123,6 +176,16 @@ bool RawSocket::Greet(const std::string& token) {
 
 bool RawSocket::ReadBytes(void* out, size_t bytes) {
   auto* to = static_cast<char*>(out);
+  const auto give_up = std::chrono::steady_clock::now() + std::chrono::seconds(kPatience.tv_sec);
+  while (rings_ != nullptr && bytes != 0) {
+    const bool alive = SocketIsAlive() && std::chrono::steady_clock::now() < give_up;
+    const size_t step = rings_->in().Read(to, bytes);
+    to += step;
+    bytes -= step;
+    if (rings_->in().Free(true)) send(descriptor_, "", 1, MSG_NOSIGNAL | MSG_DONTWAIT);
+    if (step == 0 && !alive) return false;
+    if (step == 0) usleep(50);
+  }
   while (bytes != 0) {
     const ssize_t step = recv(descriptor_, to, bytes, 0);
     if (step <= 0) return false;
@@ -150,13 +213,20 @@ std::optional<RawFrame> RawSocket::ReadFrame(bool checked) {
     return std::nullopt;
   }
   const auto* payload = reinterpret_cast<const uint8_t*>(frame.payload.data());
-  if (checked && !proto::VerifyPayload({payload, frame.payload.size()}, frame.trailer).ok()) {
+  if (checked && rings_ == nullptr &&
+      !proto::VerifyPayload({payload, frame.payload.size()}, frame.trailer).ok()) {
     return std::nullopt;
   }
   return frame;
 }
 
 bool RawSocket::Ended(std::chrono::milliseconds patience) {
+  const auto give_up = std::chrono::steady_clock::now() + patience;
+  while (rings_ != nullptr && SocketIsAlive() && !rings_->in().Ready()) {
+    if (std::chrono::steady_clock::now() > give_up) return false;
+    usleep(50);
+  }
+  if (rings_ != nullptr) return !rings_->in().Ready();
   pollfd wait{.fd = descriptor_, .events = POLLIN, .revents = 0};
   if (poll(&wait, 1, static_cast<int>(patience.count())) <= 0) return false;
   char byte = 0;
@@ -195,6 +265,10 @@ bool FakeServer::Welcome(RawSocket& socket, uint32_t payload_bytes_max,
   welcome.set_boot_id(7);
   welcome.set_server("fake");
   if (!feature.empty()) welcome.add_features(feature);
+  if (feature == proto::kSharedMemory) {
+    welcome.mutable_shared_memory()->set_request_ring_bytes(4096);
+    welcome.mutable_shared_memory()->set_answer_ring_bytes(4096);
+  }
   welcome.mutable_limits()->set_payload_bytes_max(payload_bytes_max);
   welcome.mutable_limits()->set_metadata_bytes_max(1U << 20);
   return socket.SendFrame(proto::Op::kHello, hello->header.request_id, welcome.SerializeAsString(),

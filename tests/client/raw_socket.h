@@ -1,5 +1,5 @@
-// A peer that speaks the wire protocol by hand, well or badly, over a blocking socket: what tests
-// of both sides play the other side with.
+// A peer that speaks the wire protocol by hand, well or badly, over a blocking socket or shared
+// memory: what tests of both sides play the other side with.
 #ifndef KVSEEK_TESTS_CLIENT_RAW_SOCKET_H_
 #define KVSEEK_TESTS_CLIENT_RAW_SOCKET_H_
 
@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <string>
 #include <thread>
@@ -14,6 +15,7 @@
 #include "google/protobuf/message_lite.h"
 #include "proto/frame.h"
 #include "proto/kvseek.pb.h"
+#include "transport/shared_rings.h"
 
 namespace kvseek::test {
 
@@ -41,7 +43,8 @@ struct RawFrame {
   proto::Error Error() const;
 };
 
-/// Movable, owns its descriptor. Reads give up after ten seconds.
+/// Movable, owns its descriptor. Reads give up after ten seconds. One thread may send while another
+/// one reads.
 class RawSocket {
  public:
   RawSocket() = default;
@@ -50,7 +53,8 @@ class RawSocket {
   RawSocket& operator=(RawSocket&& other) noexcept;
   ~RawSocket() { Close(); }
 
-  /// Connects to "unix:/path" or "tcp://127.0.0.1:port".
+  /// Connects to "unix:/path", "tcp://127.0.0.1:port" or "shm:/path": a unix socket, whose Greet
+  /// goes over to shared memory.
   static RawSocket Connect(const std::string& address);
 
   bool Send(const std::string& bytes);
@@ -65,11 +69,19 @@ class RawSocket {
   /// Whether the stream ends here, within `patience`.
   bool Ended(std::chrono::milliseconds patience = std::chrono::seconds(10));
   void Close();
+  /// The daemon's side: hands `rings` over and goes over to them.
+  bool Share(std::unique_ptr<transport::SharedRings> rings);
   bool is_open() const { return descriptor_ >= 0; }
+  int descriptor() const { return descriptor_; }
 
  private:
   bool ReadBytes(void* out, size_t bytes);
+  bool GreetShared(const proto::HelloRequest& hello);
+  /// Drops the bells; false: the stream has ended.
+  bool SocketIsAlive() const;
   int descriptor_ = -1;
+  bool asks_shared_ = false;
+  std::unique_ptr<transport::SharedRings> rings_;
 };
 
 /// Encodes a request's or an answer's frame.
@@ -86,7 +98,8 @@ class FakeServer {
   FakeServer(const FakeServer&) = delete;
   FakeServer& operator=(const FakeServer&) = delete;
 
-  /// Reads a hello and accepts it. Grants `feature`, asked for or not, unless it is "".
+  /// Reads a hello and accepts it. Grants `feature`, asked for or not, unless it is ""; rings are
+  /// said to have 4 KiB.
   static bool Welcome(RawSocket& socket, uint32_t payload_bytes_max = 1U << 20,
                       const std::string& feature = "");
 

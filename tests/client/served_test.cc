@@ -113,7 +113,7 @@ const Layer& TestLayer(uint32_t layer) {
 }
 
 struct Setting {
-  bool tcp;
+  std::string transport;
   int workers;
   IndexKind index;
   std::chrono::microseconds spin{0};  ///< of every thread that can
@@ -123,13 +123,15 @@ class ServedTest : public testing::TestWithParam<Setting> {
  protected:
   void SetUp() override {
     service::DaemonOptions options;
-    options.listen = {GetParam().tcp ? "tcp://127.0.0.1:0" : "unix:" + dir_.path() + "/s"};
+    options.listen = {GetParam().transport == "tcp" ? "tcp://127.0.0.1:0"
+                                                    : "unix:" + dir_.path() + "/s"};
+    options.shared_ring_bytes = 64 << 10;  // so that frames are larger
     options.workers = GetParam().workers;
     options.io_spin = options.worker_spin = GetParam().spin;
     auto daemon = service::Daemon::Start(options);
     ASSERT_TRUE(daemon.ok()) << daemon.status();
     daemon_ = *std::move(daemon);
-    auto client = KvClient::Connect({.address = daemon_->addresses()[0],
+    auto client = KvClient::Connect({.address = address(),
                                      .default_deadline = std::chrono::seconds(30),
                                      .spin = GetParam().spin});
     ASSERT_TRUE(client.ok()) << client.status();
@@ -208,6 +210,11 @@ class ServedTest : public testing::TestWithParam<Setting> {
     EXPECT_EQ(report.index, GetParam().index);
   }
 
+  std::string address() const {
+    if (GetParam().transport == "shm") return "shm:" + dir_.path() + "/s";
+    return daemon_->addresses()[0];
+  }
+
   test::TempDir dir_;
   std::unique_ptr<service::Daemon> daemon_;
   std::unique_ptr<KvClient> client_;
@@ -217,12 +224,14 @@ class ServedTest : public testing::TestWithParam<Setting> {
 
 INSTANTIATE_TEST_SUITE_P(
     Transports, ServedTest,
-    testing::Values(Setting{false, 1, IndexKind::kLadder}, Setting{false, 4, IndexKind::kLadder},
-                    Setting{true, 1, IndexKind::kLadder}, Setting{true, 4, IndexKind::kExact},
-                    Setting{false, 4, IndexKind::kExact},
-                    Setting{false, 2, IndexKind::kLadder, std::chrono::microseconds(500)}),
+    testing::Values(Setting{"unix", 1, IndexKind::kLadder}, Setting{"unix", 4, IndexKind::kLadder},
+                    Setting{"tcp", 1, IndexKind::kLadder}, Setting{"tcp", 4, IndexKind::kExact},
+                    Setting{"unix", 4, IndexKind::kExact},
+                    Setting{"unix", 2, IndexKind::kLadder, std::chrono::microseconds(500)},
+                    Setting{"shm", 1, IndexKind::kLadder}, Setting{"shm", 4, IndexKind::kExact},
+                    Setting{"shm", 2, IndexKind::kLadder, std::chrono::microseconds(500)}),
     [](const auto& at) {
-      return std::string(at.param.tcp ? "Tcp" : "Unix") + std::to_string(at.param.workers) +
+      return at.param.transport + std::to_string(at.param.workers) +
              (at.param.index == IndexKind::kExact ? "Exact" : "Ladder") +
              (at.param.spin.count() > 0 ? "Spinning" : "");
     });
@@ -405,8 +414,8 @@ TEST_P(ServedTest, ManyClientsAtOnceGetTheSameBits) {
   threads.reserve(6);
   for (int i = 0; i < 6; ++i) {
     threads.emplace_back([&] {
-      const auto client = KvClient::Connect(
-          {.address = daemon_->addresses()[0], .default_deadline = std::chrono::seconds(30)});
+      const auto client =
+          KvClient::Connect({.address = address(), .default_deadline = std::chrono::seconds(30)});
       ASSERT_TRUE(client.ok()) << client.status();
       for (int call = 0; call < 5; ++call) {
         const auto served = (*client)->Attend(request);

@@ -135,8 +135,9 @@ TEST(ProtocolDocTest, UncheckedFrameEndsAsTheTextSays) {
 
 TEST(ProtocolDocTest, FeaturesAreTheKnownOnes) {
   const auto rows = RowsAfter("<!-- features -->");
-  ASSERT_EQ(rows.size(), 1U);
+  ASSERT_EQ(rows.size(), 2U);
   EXPECT_EQ(rows[0][1], kUncheckedPayloads);
+  EXPECT_EQ(rows[1][1], kSharedMemory);
 }
 
 TEST(ProtocolDocTest, HeaderTableIsTheCodec) {

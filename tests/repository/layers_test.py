@@ -12,13 +12,14 @@ import sys
 LAYERS = {
     "kernels": set(),
     "proto": set(),
+    "transport": set(),
     "index": {"kernels"},
-    "service": {"index", "kernels", "proto"},
-    "client": {"kernels", "proto"},
-    "cli": {"client", "service", "index", "kernels", "proto"},
+    "service": {"index", "kernels", "proto", "transport"},
+    "client": {"kernels", "proto", "transport"},
+    "cli": {"client", "service", "index", "kernels", "proto", "transport"},
     "examples": {"client", "kernels"},
-    "bench": {"cli", "client", "service", "index", "kernels", "proto", "tests"},
-    "tests": {"bench", "cli", "client", "service", "index", "kernels", "proto"},
+    "bench": {"cli", "client", "service", "index", "kernels", "proto", "transport", "tests"},
+    "tests": {"bench", "cli", "client", "service", "index", "kernels", "proto", "transport"},
 }
 OURS = set(LAYERS)
 
@@ -30,7 +31,7 @@ LIBRARIES = {
     r"google/protobuf/": {"proto", "service", "client", "tests"},
     r"xxhash\.h": {"proto"},
     r"(faiss/|omp\.h)": {"index", "bench"},
-    r"boost/": {"service", "client", "tests"},
+    r"boost/": {"service", "client", "transport", "tests"},
     r"spdlog/": {"service", "cli"},
     r"CLI/": {"service", "cli", "bench"},
     r"nlohmann/": {"cli", "tests", "bench"},
@@ -39,7 +40,7 @@ LIBRARIES = {
 }
 # Asio is a matter of the network files alone.
 BOOST_FILES = re.compile(
-    r"^(service/(stream|answer_writer|connection|server|daemon|listener)|client/(channel|kv_client|connector))\S*\.(cc|h)$|^tests/"
+    r"^(service/(answer_writer|connection|server|daemon|listener)|client/(channel|kv_client|connector)|transport/)\S*\.(cc|h)$|^tests/"
 )
 # FAISS runs k-means for the cluster index, and stands beside ours in benchmarks.
 FAISS_FILES = re.compile(r"^(index/kmeans\.cc$|bench/)")

@@ -71,7 +71,7 @@ class AnswerWriterTest : public testing::Test {
   auto OnStrand(Work work) {
     std::packaged_task<decltype(work())()> task(std::move(work));
     auto result = task.get_future();
-    asio::post(stream_->get_executor(), [&task] { task(); });
+    asio::post(stream_->executor(), [&task] { task(); });
     return result.get();
   }
   void SetUp() override {
@@ -80,7 +80,8 @@ class AnswerWriterTest : public testing::Test {
     setsockopt(ends[0], SOL_SOCKET, SO_SNDBUF, &kSendBufferBytes, sizeof(kSendBufferBytes));
     descriptor_ = ends[0];
     peer_descriptor_ = ends[1];
-    stream_.emplace(asio::make_strand(io_), asio::generic::stream_protocol(AF_UNIX, 0), ends[0]);
+    stream_.emplace(transport::Stream::Socket(asio::make_strand(io_),
+                                              asio::generic::stream_protocol(AF_UNIX, 0), ends[0]));
     peer_ = RawSocket(ends[1]);
     writer_.emplace(*stream_, milliseconds(100));
   }
@@ -94,7 +95,7 @@ class AnswerWriterTest : public testing::Test {
   /// Starts the strand and the coroutine; before, only the lane moves anything.
   void Run() {
     asio::co_spawn(
-        stream_->get_executor(),
+        stream_->executor(),
         [this]() -> asio::awaitable<void> {
           for (;;) {
             const AnswerWriter::Written written = co_await writer_->WriteNext();
@@ -108,7 +109,7 @@ class AnswerWriterTest : public testing::Test {
   /// As a connection's worker does it.
   bool Send(AnswerFrame frame) {
     const bool left = writer_->Send(std::move(frame));
-    if (!left) asio::post(stream_->get_executor(), [this] { writer_->Wake(); });
+    if (!left) asio::post(stream_->executor(), [this] { writer_->Wake(); });
     return left;
   }
   /// Reads from the stream, whatever frames they belong to.
@@ -134,7 +135,7 @@ class AnswerWriterTest : public testing::Test {
   asio::executor_work_guard<asio::io_context::executor_type> work_ = asio::make_work_guard(io_);
   int descriptor_ = -1;
   int peer_descriptor_ = -1;
-  std::optional<Stream> stream_;
+  std::optional<transport::Stream> stream_;
   RawSocket peer_;
   std::optional<AnswerWriter> writer_;
   std::atomic<size_t> written_{0};
@@ -174,7 +175,7 @@ TEST_F(AnswerWriterTest, NothingCutsAFrameThatTheCoroutineWrites) {
   Run();
   std::promise<void> held;
   std::promise<void> go_on;
-  asio::post(stream_->get_executor(), [&] {  // the coroutine waits by now for the peer to read
+  asio::post(stream_->executor(), [&] {  // the coroutine waits by now for the peer to read
     held.set_value();
     go_on.get_future().wait();
   });

@@ -5,6 +5,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <array>
 #include <chrono>
 #include <condition_variable>
 #include <cstring>
@@ -92,11 +93,26 @@ class Script {
   std::vector<Held> held_;
 };
 
-/// The parameter: over TCP or a unix socket.
-class ScriptedServerTest : public testing::TestWithParam<bool> {
+enum class Transport { kUnix, kTcp, kShared, kSharedSpinning };
+
+inline auto AllTransports() {
+  return testing::Values(Transport::kUnix, Transport::kTcp, Transport::kShared,
+                         Transport::kSharedSpinning);
+}
+inline std::string NameOf(const testing::TestParamInfo<Transport>& at) {
+  constexpr std::array kNames = {"Unix", "Tcp", "Shared", "SharedSpinning"};
+  return kNames[static_cast<size_t>(at.param)];
+}
+
+class ScriptedServerTest : public testing::TestWithParam<Transport> {
  protected:
+  void SetUp() override { options_.shared_ring_bytes = 16 << 10; }  // so that frames are larger
   void Start() {
-    options_.listen = {GetParam() ? "tcp://127.0.0.1:0" : "unix:" + dir_.path() + "/s"};
+    options_.listen = {GetParam() == Transport::kTcp ? "tcp://127.0.0.1:0"
+                                                     : "unix:" + dir_.path() + "/s"};
+    if (GetParam() == Transport::kSharedSpinning) {
+      options_.io_spin = std::chrono::microseconds(200);
+    }
     auto server = Server::Start(options_, {.boot_id = 5, .server = "test", .simd_level = "none"},
                                 script_.dispatch());
     ASSERT_TRUE(server.ok()) << server.status();
@@ -106,7 +122,13 @@ class ScriptedServerTest : public testing::TestWithParam<bool> {
     script_.AnswerAll();
     if (server_ != nullptr) server_->Stop();
   }
-  test::RawSocket Dial() { return test::RawSocket::Connect(server_->addresses()[0]); }
+  static bool IsShared() {
+    return GetParam() == Transport::kShared || GetParam() == Transport::kSharedSpinning;
+  }
+  test::RawSocket Dial() {
+    const std::string& address = server_->addresses()[0];
+    return test::RawSocket::Connect(IsShared() ? "shm:" + dir_.path() + "/s" : address);
+  }
   test::RawSocket Greeted() {
     test::RawSocket socket = Dial();
     EXPECT_TRUE(socket.Greet(options_.token));

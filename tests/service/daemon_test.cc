@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include <fstream>
+#include <future>
 #include <sstream>
 #include <thread>
 
@@ -58,6 +59,11 @@ TEST_F(DaemonTest, OptionsThatMakeNoSense) {
   options = Options();
   options.listen.clear();
   EXPECT_EQ(Daemon::Start(options).status().code(), absl::StatusCode::kInvalidArgument);
+  for (const uint64_t bytes : {uint64_t{1}, uint64_t{5000}, uint64_t{1} << 31}) {
+    options = Options();
+    options.shared_ring_bytes = bytes;
+    EXPECT_EQ(Daemon::Start(options).status().code(), absl::StatusCode::kInvalidArgument) << bytes;
+  }
 }
 
 TEST_F(DaemonTest, UnusedSessionsAreClosedAfterTheirLease) {
@@ -182,6 +188,12 @@ class Program {
     return line;
   }
   void Signal(int signal) const { kill(pid_, signal); }
+  /// Stands still when this returns.
+  void Halt() const {
+    int status = 0;
+    kill(pid_, SIGSTOP);
+    waitpid(pid_, &status, WUNTRACED);
+  }
   /// Its exit code; -1 if it was killed.
   int Wait() {
     int status = 0;
@@ -212,6 +224,32 @@ TEST_F(DaemonTest, ProgramSaysWhenItIsReadyAndStopsOnASignal) {
     program.Signal(signal);
     EXPECT_EQ(program.Wait(), 0);
     EXPECT_NE(access((dir_.path() + "/s").c_str(), F_OK), 0);
+  }
+}
+
+TEST_F(DaemonTest, AKilledProgramIsNoticedAtOnceHoweverItsClientWaits) {
+  for (const std::string scheme : {"unix:", "shm:"}) {
+    for (const int spin_us : {0, 500, 10'000'000}) {
+      SCOPED_TRACE(scheme + std::to_string(spin_us));
+      Program program({"--listen", address(), "--workers", "1", "--memory", "64MiB",
+                       "--print-ready", "--io-spin-us", spin_us == 0 ? "0" : "500"});
+      program.ReadLine();
+      const auto client = KvClient::Connect(
+          {.address = scheme + dir_.path() + "/s", .spin = std::chrono::microseconds(spin_us)});
+      ASSERT_TRUE(client.ok()) << client.status();
+      const auto session = (*client)->Open(kShape, {});
+      ASSERT_TRUE(session.ok()) << session.status();
+      program.Halt();
+      std::promise<absl::Status> ended;
+      const std::vector<uint16_t> rows(8, kernels::FloatToBf16(1.0F));
+      (*client)->AppendAsync(*session, 0, 0, 1, rows, rows, {},
+                             [&](const auto& held) { ended.set_value(held.status()); });
+      auto status = ended.get_future();
+      EXPECT_EQ(status.wait_for(milliseconds(20)), std::future_status::timeout);
+      program.Signal(SIGKILL);
+      ASSERT_EQ(status.wait_for(milliseconds(1000)), std::future_status::ready);
+      EXPECT_EQ(status.get().code(), absl::StatusCode::kUnavailable);
+    }
   }
 }
 

@@ -24,8 +24,7 @@ using Clock = std::chrono::steady_clock;
 
 class RequestsUnderWayTest : public ScriptedServerTest {};
 
-INSTANTIATE_TEST_SUITE_P(Transports, RequestsUnderWayTest, testing::Values(false, true),
-                         [](const auto& at) { return at.param ? "Tcp" : "Unix"; });
+INSTANTIATE_TEST_SUITE_P(Transports, RequestsUnderWayTest, AllTransports(), NameOf);
 
 TEST_P(RequestsUnderWayTest, AnswersComeInAnyOrder) {
   Start();

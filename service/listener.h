@@ -1,8 +1,6 @@
-// Byte streams of the server: unix sockets and TCP behind one socket type. Only this header and
-// those that include it (connection.h, answer_writer.h) know Asio, and only the network's files
-// these.
-#ifndef KVSEEK_SERVICE_STREAM_H_
-#define KVSEEK_SERVICE_STREAM_H_
+// Listening sockets of the server: unix sockets and TCP behind one socket type.
+#ifndef KVSEEK_SERVICE_LISTENER_H_
+#define KVSEEK_SERVICE_LISTENER_H_
 
 #include <sys/types.h>
 
@@ -14,22 +12,12 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "transport/address.h"
+#include "transport/stream.h"
 
 namespace kvseek::service {
 
-using Stream = boost::asio::generic::stream_protocol::socket;
 using Acceptor = boost::asio::basic_socket_acceptor<boost::asio::generic::stream_protocol>;
-
-/// "unix:/path", "tcp://host:port" or "tcp://[v6 address]:port", taken apart.
-struct Address {
-  bool is_unix = false;
-  std::string path;  ///< unix
-  std::string host;  ///< tcp
-  std::string port;
-
-  /// invalid_argument for anything else.
-  static absl::StatusOr<Address> Parse(const std::string& text);
-};
 
 /// A listening socket. Used by one thread at a time.
 class Listener {
@@ -54,7 +42,7 @@ class Listener {
  private:
   explicit Listener(const boost::asio::any_io_executor& executor) : acceptor_(executor) {}
   absl::Status OpenUnix(const std::string& path);
-  absl::Status OpenTcp(const Address& address);
+  absl::Status OpenTcp(const transport::Address& address);
 
   Acceptor acceptor_;
   std::string address_;
@@ -63,12 +51,9 @@ class Listener {
   ino_t inode_ = 0;
 };
 
-/// Whether it is a unix socket.
-bool IsUnix(const Stream& stream);
-
-/// Settings of an accepted stream: no Nagle delay on TCP.
-void TuneStream(Stream& stream);
+/// Settings of an accepted socket: no Nagle delay on TCP.
+void TuneSocket(transport::Stream::Socket& socket);
 
 }  // namespace kvseek::service
 
-#endif  // KVSEEK_SERVICE_STREAM_H_
+#endif  // KVSEEK_SERVICE_LISTENER_H_

@@ -1,9 +1,8 @@
-#include "service/stream.h"
+#include "service/listener.h"
 
 #include <netinet/in.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include <boost/asio/ip/tcp.hpp>
@@ -12,16 +11,14 @@
 #include <cstring>
 
 #include "absl/strings/match.h"
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 
 namespace kvseek::service {
 namespace {
 
 namespace asio = boost::asio;
+using transport::Address;
 using ErrorCode = boost::system::error_code;
-
-constexpr size_t kUnixPathMax = sizeof(sockaddr_un::sun_path) - 1;
 
 absl::Status SystemError(const std::string& what, const ErrorCode& error) {
   const std::string message = absl::StrCat(what, ": ", error.message());
@@ -54,39 +51,18 @@ absl::Status RemoveStale(const std::string& path, const asio::any_io_executor& e
 
 }  // namespace
 
-absl::StatusOr<Address> Address::Parse(const std::string& text) {
-  Address address;
-  if (absl::StartsWith(text, "unix:")) {
-    address.is_unix = true;
-    address.path = text.substr(5);
-    if (address.path.empty() || address.path.size() > kUnixPathMax) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("address: a socket path has 1 to ", kUnixPathMax, " bytes: ", text));
-    }
-    return address;
-  }
-  const size_t colon = text.rfind(':');
-  uint32_t port = 0;
-  if (!absl::StartsWith(text, "tcp://") || colon == std::string::npos || colon <= 6 ||
-      !absl::SimpleAtoi(text.substr(colon + 1), &port) || port > 65535) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("address: neither unix:/path nor tcp://host:port: ", text));
-  }
-  address.host = text.substr(6, colon - 6);
-  address.port = std::to_string(port);
-  if (address.host.size() > 2 && address.host.front() == '[' && address.host.back() == ']') {
-    address.host = address.host.substr(1, address.host.size() - 2);
-  }
-  return address;
-}
-
 absl::StatusOr<std::unique_ptr<Listener>> Listener::Open(const asio::any_io_executor& executor,
                                                          const std::string& address) {
   absl::StatusOr<Address> parsed = Address::Parse(address);
   if (!parsed.ok()) return parsed.status();
+  if (parsed->kind == Address::Kind::kShared) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("address: shared memory is asked for over a unix socket: ", address));
+  }
   std::unique_ptr<Listener> listener(new Listener(executor));
-  const absl::Status opened =
-      parsed->is_unix ? listener->OpenUnix(parsed->path) : listener->OpenTcp(*parsed);
+  const absl::Status opened = parsed->kind == Address::Kind::kUnix
+                                  ? listener->OpenUnix(parsed->path)
+                                  : listener->OpenTcp(*parsed);
   if (!opened.ok()) return opened;
   return listener;
 }
@@ -159,15 +135,9 @@ void Listener::Close() {
 
 Listener::~Listener() { Close(); }
 
-bool IsUnix(const Stream& stream) {
-  ErrorCode error;
-  const auto endpoint = stream.local_endpoint(error);
-  return !error && endpoint.protocol().family() == AF_UNIX;
-}
-
-void TuneStream(Stream& stream) {
+void TuneSocket(transport::Stream::Socket& socket) {
   ErrorCode not_tcp;
-  stream.set_option(asio::ip::tcp::no_delay(true), not_tcp);
+  socket.set_option(asio::ip::tcp::no_delay(true), not_tcp);
 }
 
 }  // namespace kvseek::service
