@@ -72,7 +72,8 @@ int SelectProducts(const int16_t* sums, int sums_stride, const uint8_t* codes, i
                    const uint8_t* next_codes = nullptr) noexcept;
 
 /// sums[h * 8 + c] += sum over keys of weight * component c of the key's sketch, in steps.
-/// REQUIRES: layout.sketch; weights as SelectProducts writes them.
+/// Some levels round weights to a 256th of about a head's largest. REQUIRES: layout.sketch; weights
+/// as SelectProducts writes them; at most 64 blocks.
 void AddSketches(const uint8_t* codes, int blocks, const ProductLayout& layout,
                  const uint16_t* weights, int weights_stride, int heads, float* sums) noexcept;
 
