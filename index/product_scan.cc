@@ -58,8 +58,8 @@ void ProductScan::Scan(int64_t block, int blocks, const uint8_t* next, int16_t* 
 void ProductScan::Estimate(int64_t block, int blocks, const int16_t* sums, float* estimates,
                            int stride) const {
   kernels::ProductHead heads[kMaxGroup];
-  const std::vector<float> reference(static_cast<size_t>(queries_.group), 0.0F);
-  FillHeads(block, {{}, reference.data()}, heads);
+  constexpr float kReference[kMaxGroup] = {};
+  FillHeads(block, {{}, kReference}, heads);
   kernels::EstimateProducts(sums, blocks * kScanBlock, Block(block), blocks, layout_, heads,
                             queries_.group, estimates, nullptr, nullptr, stride);
 }
