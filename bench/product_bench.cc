@@ -15,6 +15,7 @@
 #include "kernels/cpu/product_codes.h"
 #include "kernels/cpu/product_scan.h"
 #include "kernels/cpu/simd_level.h"
+#include "kernels/cpu/value_sketch.h"
 #include "tests/kernels/reference.h"
 
 namespace kvseek::kernels {

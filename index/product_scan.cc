@@ -6,6 +6,7 @@
 
 #include "kernels/cpu/attention.h"
 #include "kernels/cpu/prefetch.h"
+#include "kernels/cpu/value_sketch.h"
 
 namespace kvseek::index {
 namespace {

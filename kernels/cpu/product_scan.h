@@ -1,6 +1,5 @@
-// The scan over product codes: an estimate of every key's score, the choice of candidates, the
-// weight of every key that is not chosen, and the sums of the unchosen values' sketches. Layout and
-// terms: product_codes.h.
+// The scan over product codes: an estimate of every key's score, the choice of candidates, and the
+// weight of every key that is not chosen. Layout and terms: product_codes.h.
 //
 // A code's centroids are the means of the keys that share it, so the estimate s^ is the mean of
 // these keys' scores, and their deviation sigma is what the level says. Candidates are chosen by
@@ -70,12 +69,6 @@ int SelectProducts(const int16_t* sums, int sums_stride, const uint8_t* codes, i
                    uint32_t first_index, uint32_t* chosen, uint16_t* weights, int weights_stride,
                    float* block_weights, int blocks_stride,
                    const uint8_t* next_codes = nullptr) noexcept;
-
-/// sums[h * 8 + c] += sum over keys of weight * component c of the key's sketch, in steps.
-/// Some levels round weights to a 256th of about a head's largest. REQUIRES: layout.sketch; weights
-/// as SelectProducts writes them; at most 64 blocks.
-void AddSketches(const uint8_t* codes, int blocks, const ProductLayout& layout,
-                 const uint16_t* weights, int weights_stride, int heads, float* sums) noexcept;
 
 }  // namespace kvseek::kernels
 
