@@ -23,11 +23,9 @@ namespace kvseek::kernels {
 struct ProductTables {
   float base;  ///< natural-log units, as all below
   float unit;  ///< 0: all keys score as their centres
-  /// Entry c: what a key of level c has in its upper estimate less what it has in its weight,
-  /// sigma - min(sigma^2, 2) / 4, is low + step * excess[c].
-  float low;
-  float step;
-  uint8_t excess[kCentroids];
+  /// Of each level: what a key has in its upper estimate less what it has in its weight, sigma -
+  /// min(sigma^2, 2) / 4.
+  float excess[kCentroids];
   float sigma[kCentroids];  ///< of each level
 };
 
