@@ -52,7 +52,7 @@
 //   codebook: the fields of ProductCodebook, the last two with a sketch only
 //     starts           u32 (sub-spaces + 1)
 //     key map          fp32 (key_dim, key_dim)
-//     query map        fp32 (key_dim, key_dim)
+//     query map        bf16 (key_dim, key_dim)
 //     centroids        fp32 (key_dim, 64)
 //     errors           fp32 (64)
 //     components       fp32 (8, value_dim)

@@ -6,10 +6,10 @@
 
 #include <algorithm>
 #include <limits>
-#include <utility>
 
 #include "index/scratch.h"
 #include "kernels/cpu/attention.h"
+#include "kernels/cpu/product_codes.h"
 
 namespace kvseek::index {
 namespace {
@@ -68,9 +68,40 @@ class NearestCentroid final : public faiss::Index {
   std::vector<float> half_squares_;  ///< |c|^2 / 2
 };
 
-/// Runs the iterations; `nearest` holds the last centroids afterwards, which are returned too.
-std::vector<float> Train(absl::Span<const float> points, int dim, int clusters,
-                         NearestCentroid& nearest) {
+/// The same for 64 centroids of any dimension.
+class NearestOf64 final : public faiss::Index {
+ public:
+  explicit NearestOf64(int dim)
+      : faiss::Index(dim), centroids_(static_cast<size_t>(dim) * kernels::kCentroids) {}
+
+  void add(int64_t n, const float* x) override {
+    for (int64_t c = 0; c < n; ++c) {
+      for (int i = 0; i < d; ++i) {
+        centroids_[static_cast<size_t>(i * kernels::kCentroids + c)] = x[c * d + i];
+      }
+    }
+    ntotal = n;
+  }
+
+  void search(int64_t n, const float* x, int64_t, float* distances, int64_t* labels,
+              const faiss::SearchParameters*) const override {
+    std::vector<uint8_t> nearest(static_cast<size_t>(n));
+    std::fill_n(distances, n, 0.0F);
+    kernels::NearestCentroids(x, d, static_cast<int>(n), centroids_.data(), d, nearest.data(), 1,
+                              distances);
+    std::copy(nearest.begin(), nearest.end(), labels);
+  }
+
+  void reset() override { ntotal = 0; }
+
+  const std::vector<float>& centroids() const { return centroids_; }
+
+ private:
+  std::vector<float> centroids_;  ///< (d, 64)
+};
+
+/// Runs the iterations; `nearest` holds the last centroids afterwards.
+void Train(absl::Span<const float> points, int dim, int clusters, faiss::Index& nearest) {
   const auto n = static_cast<int64_t>(points.size()) / dim;
   faiss::ClusteringParameters parameters;
   parameters.niter = kIterations;
@@ -82,7 +113,6 @@ std::vector<float> Train(absl::Span<const float> points, int dim, int clusters,
   omp_set_num_threads(1);
   clustering.train(n, points.data(), nearest);
   omp_set_num_threads(threads);
-  return std::move(clustering.centroids);
 }
 
 }  // namespace
@@ -99,22 +129,10 @@ std::vector<uint16_t> AssignToClusters(absl::Span<const float> points, int dim, 
   return cluster_of;
 }
 
-std::vector<float> TrainCentroids(absl::Span<const float> points, int dim, int clusters) {
-  const auto count = points.size() / static_cast<size_t>(dim);
-  const int padded = (dim + 7) / 8 * 8;
-  std::vector<float> rows(count * static_cast<size_t>(padded));
-  for (size_t i = 0; i < count; ++i) {
-    std::copy_n(points.data() + i * static_cast<size_t>(dim), dim,
-                rows.data() + i * static_cast<size_t>(padded));
-  }
-  NearestCentroid nearest(padded);
-  const std::vector<float> trained = Train(rows, padded, clusters, nearest);
-  std::vector<float> centroids;
-  for (int c = 0; c < clusters; ++c) {
-    const float* const row = trained.data() + static_cast<ptrdiff_t>(c) * padded;
-    centroids.insert(centroids.end(), row, row + dim);
-  }
-  return centroids;
+std::vector<float> TrainCentroids(absl::Span<const float> points, int dim) {
+  NearestOf64 nearest(dim);
+  Train(points, dim, kernels::kCentroids, nearest);
+  return nearest.centroids();
 }
 
 int CompactNumbers(std::vector<uint16_t>& numbers) {

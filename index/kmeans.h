@@ -14,9 +14,9 @@ namespace kvseek::index {
 /// nearest. The same bits for the same points at the same SIMD level. One thread.
 std::vector<uint16_t> AssignToClusters(absl::Span<const float> points, int dim, int clusters);
 
-/// The centroids, (clusters, dim), where `points` are as above but dim may be any. Clusters that
-/// lose all their points are refilled from the largest.
-std::vector<float> TrainCentroids(absl::Span<const float> points, int dim, int clusters);
+/// 64 centroids, (dim, 64), their coordinates side by side. `points` is (n, dim), n >= 64, of any
+/// dim. Clusters that lose all their points are refilled from the largest. Bits as above.
+std::vector<float> TrainCentroids(absl::Span<const float> points, int dim);
 
 /// Leaves out the numbers that no point has; returns how many are left.
 int CompactNumbers(std::vector<uint16_t>& numbers);

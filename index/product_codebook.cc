@@ -9,6 +9,7 @@
 #include "index/query_space.h"
 #include "index/scratch.h"
 #include "kernels/cpu/attention.h"
+#include "kernels/cpu/convert.h"
 #include "kernels/dtype.h"
 
 namespace kvseek::index {
@@ -30,51 +31,49 @@ constexpr int kBatch = 64;               // keys that are mapped at a time
 
 using Segments = absl::Span<const std::shared_ptr<const Segment>>;
 
-/// The segment's mean value as a sketch takes it off.
-std::vector<uint16_t> ValueMean(const KvShape& shape, const Segment& segment) {
+/// The segment's mean value as a sketch takes it off: rounded to bf16.
+std::vector<float> ValueMean(const KvShape& shape, const Segment& segment) {
   std::vector<float> mean(static_cast<size_t>(shape.value_dim));
   kernels::MeanRow(segment.values(), shape.dtype, kSegmentTokens, shape.value_dim, mean.data());
-  std::vector<uint16_t> rounded;
-  for (const float x : mean) rounded.push_back(kernels::FloatToBf16(x));
-  return rounded;
+  for (float& x : mean) x = kernels::Bf16ToFloat(kernels::FloatToBf16(x));
+  return mean;
 }
 
-/// out (dim) := row `token` of `rows` less `mean`.
-template <typename Mean>
-void Residual(const uint16_t* rows, kernels::DType dtype, size_t dim, size_t token,
-              const Mean& mean, float* out) {
-  for (size_t i = 0; i < dim; ++i) {
-    out[i] = kernels::LoadElement(rows, dtype, token * dim + i) - mean(i);
+/// out (count, dim) := rows (count, dim) less `mean` (dim).
+void TakeOff(const uint16_t* rows, kernels::DType dtype, const float* mean, size_t dim,
+             size_t count, float* out) {
+  kernels::ConvertToFloat(rows, dtype, count * dim, out);
+  for (size_t i = 0; i < count; ++i, out += dim) {
+    for (size_t d = 0; d < dim; ++d) out[d] -= mean[d];
   }
 }
 
-/// Evenly spread keys of the segments, each less its segment's centre.
+/// About kSampleMax keys, as many of each segment, evenly spread, less the segment's centre.
 FloatRows SampleKeys(const KvShape& shape, Segments segments) {
   const auto dim = static_cast<size_t>(shape.key_dim);
-  const size_t all = segments.size() * kSegmentTokens;
-  const size_t count = std::min(all, kSampleMax);
-  FloatRows rows{dim, std::vector<float>(count * dim)};
-  for (size_t i = 0; i < count; ++i) {
-    const size_t at = i * all / count;
-    const Segment& segment = *segments[at / kSegmentTokens];
-    Residual(
-        segment.keys(), shape.dtype, dim, at % kSegmentTokens,
-        [&](size_t d) { return segment.centre()[d]; }, rows.elements.data() + i * dim);
+  const size_t each = std::min<size_t>(kSampleMax / segments.size(), kSegmentTokens);
+  FloatRows rows{dim, std::vector<float>(segments.size() * each * dim)};
+  float* out = rows.elements.data();
+  for (const auto& segment : segments) {
+    for (size_t i = 0; i < each; ++i, out += dim) {
+      const size_t at = i * kSegmentTokens / each;
+      TakeOff(segment->keys() + at * dim, shape.dtype, segment->centre(), dim, 1, out);
+    }
   }
   return rows;
 }
 
+/// The same of values.
 FloatRows SampleValues(const KvShape& shape, Segments segments) {
   const auto dim = static_cast<size_t>(shape.value_dim);
   const size_t each = std::min<size_t>(kSampleMax / segments.size(), kSegmentTokens);
   FloatRows rows{dim, std::vector<float>(segments.size() * each * dim)};
   float* out = rows.elements.data();
   for (const auto& segment : segments) {
-    const std::vector<uint16_t> mean = ValueMean(shape, *segment);
+    const std::vector<float> mean = ValueMean(shape, *segment);
     for (size_t i = 0; i < each; ++i, out += dim) {
-      Residual(
-          segment->values(), shape.dtype, dim, i * kSegmentTokens / each,
-          [&](size_t d) { return kernels::Bf16ToFloat(mean[d]); }, out);
+      const size_t at = i * kSegmentTokens / each;
+      TakeOff(segment->values() + at * dim, shape.dtype, mean.data(), dim, 1, out);
     }
   }
   return rows;
@@ -127,7 +126,7 @@ std::vector<std::vector<size_t>> SpreadComponents(const std::vector<double>& var
 void SetMaps(const Eigen& eigen, const CholeskyFactor& queries, ProductCodebook& book) {
   const auto dim = static_cast<size_t>(queries.dim());
   book.key_map.assign(dim * dim, 0.0F);
-  book.query_map.assign(dim * dim, 0.0F);
+  book.query_map.assign(dim * dim, 0);
   std::vector<float> inverse(dim * dim);  // row j: L^-1 applied to unit vector j
   for (size_t j = 0; j < dim; ++j) {
     inverse[j * dim + j] = 1.0F;
@@ -146,7 +145,7 @@ void SetMaps(const Eigen& eigen, const CholeskyFactor& queries, ProductCodebook&
           query += e[i] * double{inverse[k * dim + i]};
         }
         book.key_map[row * dim + k] = static_cast<float>(key);
-        book.query_map[row * dim + k] = static_cast<float>(query);
+        book.query_map[row * dim + k] = kernels::FloatToBf16(static_cast<float>(query));
       }
       ++row;
     }
@@ -168,11 +167,9 @@ void SetCentroids(const FloatRows& points, ProductCodebook& book) {
     for (size_t i = 0; i < points.count(); ++i) {
       std::copy_n(points.row(i) + first, size, part.data() + i * size);
     }
-    const std::vector<float> trained = TrainCentroids(part, static_cast<int>(size), kCentroids);
+    const std::vector<float> trained = TrainCentroids(part, static_cast<int>(size));
     float* const centroids = book.centroids.data() + first * kCentroids;
-    for (size_t c = 0; c < kCentroids; ++c) {
-      for (size_t d = 0; d < size; ++d) centroids[d * kCentroids + c] = trained[c * size + d];
-    }
+    std::copy(trained.begin(), trained.end(), centroids);
     kernels::NearestCentroids(points.row(0) + first, static_cast<int>(dim),
                               static_cast<int>(points.count()), centroids, static_cast<int>(size),
                               symbols.data(), 1, squares.data());
@@ -200,14 +197,10 @@ void SetSketch(const FloatRows& values, ProductCodebook& book) {
 
 /// Nibbles (1024, 8) of a segment's values.
 std::vector<uint8_t> SketchNibbles(const KvShape& shape, const Segment& segment,
-                                   const uint16_t* mean, const ProductCodebook& book) {
-  const auto dim = static_cast<size_t>(shape.value_dim);
-  std::vector<float> residuals(kSegmentTokens * dim);
-  for (size_t i = 0; i < kSegmentTokens; ++i) {
-    Residual(
-        segment.values(), shape.dtype, dim, i,
-        [&](size_t d) { return kernels::Bf16ToFloat(mean[d]); }, residuals.data() + i * dim);
-  }
+                                   const std::vector<float>& mean, const ProductCodebook& book) {
+  std::vector<float> residuals(kSegmentTokens * static_cast<size_t>(shape.value_dim));
+  TakeOff(segment.values(), shape.dtype, mean.data(), mean.size(), kSegmentTokens,
+          residuals.data());
   std::vector<float> along(size_t{kSketchDim} * kSegmentTokens);
   kernels::ScoreFloatRows(book.components.data(), kSketchDim, residuals.data(), kSegmentTokens,
                           shape.value_dim, along.data(), kSegmentTokens);
@@ -246,11 +239,7 @@ void ProductCodebook::Encode(const KvShape& shape, const Segment& segment, uint8
   const auto dim = static_cast<size_t>(shape.key_dim);
   const int symbols_each = layout.Symbols();
   std::vector<float> residuals(kSegmentTokens * dim);
-  for (size_t i = 0; i < kSegmentTokens; ++i) {
-    Residual(
-        segment.keys(), shape.dtype, dim, i, [&](size_t d) { return segment.centre()[d]; },
-        residuals.data() + i * dim);
-  }
+  TakeOff(segment.keys(), shape.dtype, segment.centre(), dim, kSegmentTokens, residuals.data());
   std::vector<float> points(residuals.size());
   Map(key_map, residuals.data(), kSegmentTokens, shape.key_dim, points.data());
   std::vector<uint8_t> symbols(size_t{kSegmentTokens} * static_cast<size_t>(symbols_each));
@@ -271,9 +260,9 @@ void ProductCodebook::Encode(const KvShape& shape, const Segment& segment, uint8
   }
   std::vector<uint8_t> nibbles;
   if (layout.sketch) {
-    const std::vector<uint16_t> mean = ValueMean(shape, segment);
-    std::copy(mean.begin(), mean.end(), value_mean);
-    nibbles = SketchNibbles(shape, segment, value_mean, *this);
+    const std::vector<float> mean = ValueMean(shape, segment);
+    std::transform(mean.begin(), mean.end(), value_mean, kernels::FloatToBf16);
+    nibbles = SketchNibbles(shape, segment, mean, *this);
   }
   kernels::PackProductBlocks(symbols.data(), nibbles.data(), kBlocks, layout, codes);
 }
@@ -287,9 +276,9 @@ void ProductCodebook::SetSketchRows() {
 
 size_t ProductCodebook::Bytes() const {
   return sizeof(ProductCodebook) + starts.size() * sizeof(uint32_t) +
-         sizeof(float) * (key_map.size() + query_map.size() + centroids.size() + errors.size() +
-                          components.size() + steps.size()) +
-         sketch_rows.size() * sizeof(uint16_t);
+         sizeof(float) * (key_map.size() + centroids.size() + errors.size() + components.size() +
+                          steps.size()) +
+         sizeof(uint16_t) * (query_map.size() + sketch_rows.size());
 }
 
 }  // namespace kvseek::index

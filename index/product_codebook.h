@@ -30,7 +30,7 @@ struct ProductCodebook {
   int trained_segments = 0;
   std::vector<uint32_t> starts;       ///< (subspaces + 1): sub-space g: [starts[g], starts[g + 1])
   std::vector<float> key_map;         ///< (key_dim, key_dim), a row for each coordinate: E^T L^T
-  std::vector<float> query_map;       ///< the same for queries: E^T L^-1
+  std::vector<uint16_t> query_map;    ///< the same for queries, bf16: E^T L^-1
   std::vector<float> centroids;       ///< (key_dim, 64): the centroids' coordinates side by side
   std::vector<float> errors;          ///< (64), ascending: the distance from its code of each level
   std::vector<float> components;      ///< (8, value_dim), orthonormal; empty without a sketch

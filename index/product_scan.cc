@@ -6,6 +6,7 @@
 
 #include "kernels/cpu/attention.h"
 #include "kernels/cpu/prefetch.h"
+#include "kernels/cpu/value_sketch.h"
 
 namespace kvseek::index {
 namespace {
@@ -33,9 +34,9 @@ ProductScan::ProductScan(const ProductIndex& index, const KvView& view, const Sc
   for (int64_t s = first_stretch_; s <= last_segment / kStretchSegments; ++s) {
     const ProductCodebook& book = *index.stretches()[static_cast<size_t>(s)]->codebook;
     if (&book != last) {
-      kernels::ScoreFloatRows(queries.scaled, queries.group, book.query_map.data(),
-                              view.shape.key_dim, view.shape.key_dim, seen.get(),
-                              view.shape.key_dim);
+      kernels::ScoreRows(queries.scaled, queries.group, book.query_map.data(),
+                         kernels::DType::kBf16, view.shape.key_dim, view.shape.key_dim, seen.get(),
+                         view.shape.key_dim);
       Tables tables;
       tables.entries =
           MakeAligned<int8_t>(group * static_cast<size_t>(layout_.Symbols()) * kernels::kTableSize);
@@ -58,8 +59,8 @@ void ProductScan::Scan(int64_t block, int blocks, const uint8_t* next, int16_t* 
 void ProductScan::Estimate(int64_t block, int blocks, const int16_t* sums, float* estimates,
                            int stride) const {
   kernels::ProductHead heads[kMaxGroup];
-  const std::vector<float> reference(static_cast<size_t>(queries_.group), 0.0F);
-  FillHeads(block, {{}, reference.data()}, heads);
+  constexpr float kReference[kMaxGroup] = {};
+  FillHeads(block, {{}, kReference}, heads);
   kernels::EstimateProducts(sums, blocks * kScanBlock, Block(block), blocks, layout_, heads,
                             queries_.group, estimates, nullptr, nullptr, stride);
 }
@@ -136,8 +137,9 @@ int64_t ProductScan::BytesRead(int64_t blocks, int64_t sampled) const {
   const auto value_bytes = static_cast<int64_t>(view_.shape.ValueRowBytes());
   const int64_t dim = view_.shape.key_dim;
   const int64_t means = layout_.sketch ? (blocks + kSegmentBlocks - 1) / kSegmentBlocks : blocks;
-  const int64_t floats = dim * dim + dim * kernels::kCentroids + kernels::kCentroids;
-  const int64_t book = floats * static_cast<int64_t>(sizeof(float)) +
+  const int64_t floats = dim * kernels::kCentroids + kernels::kCentroids;
+  const int64_t book = dim * dim * static_cast<int64_t>(sizeof(uint16_t)) +
+                       floats * static_cast<int64_t>(sizeof(float)) +
                        (layout_.sketch ? kSketchDim * value_bytes : 0);
   return blocks * BlockBytes() + sampled * layout_.SketchOffset() + means * value_bytes +
          static_cast<int64_t>(tables_.size()) * book;

@@ -44,8 +44,8 @@ void SignScan::Scan(int64_t block, int blocks, const uint8_t* next, int16_t* sum
 void SignScan::Estimate(int64_t block, int blocks, const int16_t* sums, float* estimates,
                         int stride) const {
   kernels::ScanHead heads[kMaxGroup];
-  const std::vector<float> reference(static_cast<size_t>(queries_.group), 0.0F);
-  FillHeads(block / kSegmentBlocks, {{}, reference.data()}, heads);
+  constexpr float kReference[kMaxGroup] = {};
+  FillHeads(block / kSegmentBlocks, {{}, kReference}, heads);
   kernels::EstimateScores(sums, blocks * kScanBlock, Block(block), blocks, symbols_,
                           view_.shape.scan_bits, heads, queries_.group, estimates, stride, nullptr);
 }

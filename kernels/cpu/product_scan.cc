@@ -36,11 +36,11 @@ inline constexpr float kBitsMax = kLogBias + kLogStep * kExponentMax;
 
 /// Integers for SelectProducts. A key is chosen if its sum exceeds `bound`; its weight's bits are,
 /// shifted left by `shift`,
-///   (16 * sum * slope + 2^14 >> 15) + offset - (128 * excess * step >> 16)
+///   (16 * sum * slope + 2^14 >> 15) + rest[level]
 /// between 0 and `most`.
 struct SelectHead {
   SelectHead() = default;
-  explicit SelectHead(const ProductHead& head) : excess(head.tables->excess) {
+  explicit SelectHead(const ProductHead& head) : shift(0) {
     const ProductTables& tables = *head.tables;
     const float base = head.centre + tables.base;
     if (tables.unit > 0.0F) {
@@ -48,7 +48,7 @@ struct SelectHead {
     } else {
       bound = base > head.threshold ? int16_t{-32768} : int16_t{32767};
     }
-    float bits = kLogStep * tables.unit;  // of one unit of sum
+    const float bits = kLogStep * tables.unit;  // of one unit of sum
     float scale = 1.0F;
     while (shift < 7 && bits * scale >= 16.0F) {
       ++shift;
@@ -56,21 +56,22 @@ struct SelectHead {
     }
     constexpr float kFixed = 32768.0F / (1 << kSumShift);
     slope = Rounded(kFixed * scale * bits);
-    offset = Rounded(scale * (kLogStep * (base - tables.low - head.reference) + kLogBias));
-    step = Rounded(scale * 512.0F * kLogStep * tables.step);
     most = Rounded(scale * kBitsMax);
+    offset = scale * (kLogStep * (base - head.reference) + kLogBias);
+    excess_step = scale * kLogStep;
   }
   static int16_t Rounded(float x) {
     return static_cast<int16_t>(std::lrint(std::clamp(x, -32768.0F, 32767.0F)));
   }
 
-  const uint8_t* excess;
-  int shift = 0;
+  int shift;
   int16_t bound;
   int16_t slope;
-  int16_t offset;
-  int16_t step;
   int16_t most;
+  float offset;
+  float excess_step;
+  alignas(64) int16_t rest[kCentroids];
+  alignas(64) uint8_t rest_bytes[2][kCentroids];  ///< low and high, where levels look up bytes
 };
 
 }  // namespace
@@ -127,17 +128,11 @@ void BuildProductTablesImpl(const float* queries, int heads, int dim, const floa
     float square = 0.0F;
     for (int i = 0; i < dim; ++i) square += queries[i] * queries[i];
     const float deviation = std::sqrt(square / static_cast<float>(dim));
-    float least = 0.0F;
-    float most = 0.0F;
     for (int c = 0; c < kCentroids; ++c) {
       const float sigma = deviation * errors[c];
       table.sigma[c] = scores[layout.subspaces * kCentroids + c] = sigma;
-      const float excess = sigma - Correction(sigma);
-      least = c == 0 ? excess : std::min(least, excess);
-      most = c == 0 ? excess : std::max(most, excess);
+      table.excess[c] = sigma - Correction(sigma);
     }
-    table.low = least;
-    table.step = (most - least) / 255.0F;
     float half_range = 0.0F;
     table.base = 0.0F;
     for (int g = 0; g < symbols; ++g) {
@@ -150,15 +145,9 @@ void BuildProductTablesImpl(const float* queries, int heads, int dim, const floa
     table.unit = half_range / static_cast<float>(kTableMax);
     // Below that the inverse is infinite.
     if (table.unit < 1e-37F) table.unit = 0.0F;
-    if (table.step < 1e-37F) table.step = 0.0F;
     const float inverse = table.unit == 0.0F ? 0.0F : 1.0F / table.unit;
     for (int g = 0; g < symbols; ++g) {
       QuantiseTable(scores + g * kCentroids, middles[g], inverse, entries + g * kTableSize);
-    }
-    for (int c = 0; c < kCentroids; ++c) {
-      const float excess = table.sigma[c] - Correction(table.sigma[c]) - table.low;
-      table.excess[c] =
-          table.step == 0.0F ? uint8_t{0} : static_cast<uint8_t>(std::lrint(excess / table.step));
     }
   }
 }
@@ -200,10 +189,30 @@ void EstimateProductsImpl(const int16_t* sums, int sums_stride, const uint8_t* c
       const ptrdiff_t at = static_cast<ptrdiff_t>(h) * stride + i;
       if (deviations != nullptr) deviations[at] = tables.sigma[level];
       if (weights == nullptr) continue;
-      const float excess = tables.low + tables.step * static_cast<float>(tables.excess[level]);
-      weights[at] = std::exp(std::min(kExponentMax, out[i] - excess - head.reference));
+      const float exponent = out[i] - tables.excess[level] - head.reference;
+      weights[at] = std::exp(std::min(kExponentMax, exponent));
     }
   }
+}
+
+/// head.rest := offset - excess_step * excess, in 16 bits.
+HWY_INLINE void FillRest(const float* excess, SelectHead& head) {
+  const DF d;
+  const hn::Rebind<int16_t, DF> d16;
+  const auto low = hn::Set(d, -32768.0F);
+  const auto high = hn::Set(d, 32767.0F);
+  for (int c = 0; c < kCentroids; c += kLanes) {
+    const auto rest = hn::NegMulAdd(hn::LoadU(d, excess + c), hn::Set(d, head.excess_step),
+                                    hn::Set(d, head.offset));
+    const auto bounded = hn::NearestInt(hn::Max(hn::Min(rest, high), low));
+    hn::Store(hn::DemoteTo(d16, bounded), d16, head.rest + c);
+  }
+#if HWY_TARGET > HWY_AVX3 && HWY_TARGET != HWY_SCALAR
+  for (int c = 0; c < kCentroids; ++c) {
+    head.rest_bytes[0][c] = static_cast<uint8_t>(head.rest[c]);
+    head.rest_bytes[1][c] = static_cast<uint8_t>(head.rest[c] >> 8);
+  }
+#endif
 }
 
 #if HWY_TARGET == HWY_SCALAR || HWY_TARGET == HWY_EMU128 || HWY_HAVE_SCALABLE
@@ -215,37 +224,64 @@ struct Levels {
       level[key] = SymbolOf(block, layout.Symbols(), layout.subspaces, key);
     }
   }
-  /// out[key] := table[level of key].
-  void LookUpIn(const uint8_t* table, uint8_t* out) const {
-    for (int key = 0; key < kScanBlock; ++key) out[key] = table[level[key]];
+  /// out[key] := head.rest[level of key].
+  void LookUpRest(const SelectHead& head, int16_t* out) const {
+    for (int key = 0; key < kScanBlock; ++key) out[key] = head.rest[level[key]];
   }
   int level[kScanBlock];
 };
 
 #else
 
+/// Rows of bytes whose low six bits are the levels of a block's keys, kByteLanes of them from i on.
+HWY_INLINE V8 LevelBytes(const uint8_t* block, const ProductLayout& layout, int i) {
+  const D8 d8;
+  const int symbols = layout.Symbols();
+  const uint8_t* const rows = block + (PlaneRows(symbols) - 1) * kScanBlock + i;
+  const auto last = hn::LoadU(d8, rows);
+  if (symbols % 4 != 0) return last;
+  return FourthSymbol(hn::LoadU(d8, rows - 2 * kScanBlock), hn::LoadU(d8, rows - kScanBlock), last);
+}
+
+#if HWY_TARGET <= HWY_AVX3
+
 struct Levels {
   Levels(const uint8_t* block, const ProductLayout& layout) {
-    const D8 d8;
-    const int symbols = layout.Symbols();
-    const uint8_t* const rows = block + (PlaneRows(symbols) - 1) * kScanBlock;
+    const __m512i bytes = LevelBytes(block, layout, 0).raw;
+    level[0] = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(bytes));
+    level[1] = _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(bytes, 1));
+  }
+  void LookUpRest(const SelectHead& head, int16_t* out) const {
+    const __m512i low = _mm512_load_si512(head.rest);
+    const __m512i high = _mm512_load_si512(head.rest + 32);
+    // The instruction ignores all but six bits of an index.
+    _mm512_store_si512(out, _mm512_permutex2var_epi16(low, level[0], high));
+    _mm512_store_si512(out + 32, _mm512_permutex2var_epi16(low, level[1], high));
+  }
+  __m512i level[2];
+};
+
+#else
+
+struct Levels {
+  Levels(const uint8_t* block, const ProductLayout& layout) {
     for (int i = 0; i < kScanBlock; i += kByteLanes) {
-      const auto last = hn::LoadU(d8, rows + i);
-      level[i / kByteLanes] =
-          MakeIndex(symbols % 4 != 0 ? last
-                                     : FourthSymbol(hn::LoadU(d8, rows - 2 * kScanBlock + i),
-                                                    hn::LoadU(d8, rows - kScanBlock + i), last));
+      level[i / kByteLanes] = MakeIndex(LevelBytes(block, layout, i));
     }
   }
-  void LookUpIn(const uint8_t* table, uint8_t* out) const {
+  void LookUpRest(const SelectHead& head, int16_t* out) const {
     const D8 d8;
+    auto* const bytes = reinterpret_cast<uint8_t*>(out);
     for (int i = 0; i < kScanBlock; i += kByteLanes) {
-      hn::StoreU(LookUp(table, level[i / kByteLanes]), d8, out + i);
+      const Index& index = level[i / kByteLanes];
+      hn::StoreInterleaved2(LookUp(head.rest_bytes[0], index), LookUp(head.rest_bytes[1], index),
+                            d8, bytes + 2 * i);
     }
   }
   Index level[kScanBlock / kByteLanes];
 };
 
+#endif
 #endif
 
 /// Sums of neighbouring bf16 numbers.
@@ -282,24 +318,20 @@ HWY_INLINE uint64_t ChooseInBlock(const int16_t* sums, int sums_stride, const Se
 }
 
 /// Weights of one head's keys of a block; returns their sum, lane by lane.
-HWY_INLINE hn::Vec<DF> WeighBlock(const int16_t* sums, const SelectHead& head,
-                                  const uint8_t* excess, const int16_t* kept, uint16_t* weights) {
+HWY_INLINE hn::Vec<DF> WeighBlock(const int16_t* sums, const SelectHead& head, const int16_t* rest,
+                                  const int16_t* kept, uint16_t* weights) {
   const DF d;
   const hn::CappedTag<int16_t, 32> d16;
   const hn::RebindToUnsigned<decltype(d16)> du16;
-  const hn::Rebind<uint8_t, decltype(d16)> d8;
   constexpr int kLanes16 = static_cast<int>(hn::MaxLanes(decltype(d16)()));
   const auto slope = hn::Set(d16, head.slope);
-  const auto offset = hn::Set(d16, head.offset);
-  const auto step = hn::Set(d16, head.step);
   const auto most = hn::Set(d16, head.most);
   auto total = hn::Zero(d);
   for (int i = 0; i < kScanBlock; i += kLanes16) {
     const auto sum = hn::ShiftLeft<kSumShift>(hn::LoadU(d16, sums + i));
-    const auto upper = hn::SaturatedAdd(hn::MulFixedPoint15(sum, slope), offset);
-    const auto down =
-        hn::MulHigh(hn::ShiftLeft<7>(hn::PromoteTo(d16, hn::LoadU(d8, excess + i))), step);
-    const auto bits = hn::Max(hn::Min(hn::SaturatedSub(upper, down), most), hn::Zero(d16));
+    const auto exponent =
+        hn::SaturatedAdd(hn::MulFixedPoint15(sum, slope), hn::Load(d16, rest + i));
+    const auto bits = hn::Max(hn::Min(exponent, most), hn::Zero(d16));
     const auto weight =
         hn::BitCast(du16, hn::And(hn::ShiftLeftSame(bits, head.shift), hn::LoadU(d16, kept + i)));
     hn::StoreU(weight, du16, weights + i);
@@ -316,7 +348,10 @@ int SelectProductsImpl(const int16_t* sums, int sums_stride, const uint8_t* code
   const DF d;
   const int block_bytes = layout.BlockBytes();
   SelectHead select[kHeadsMax];
-  for (int h = 0; h < count; ++h) select[h] = SelectHead(heads[h]);
+  for (int h = 0; h < count; ++h) {
+    select[h] = SelectHead(heads[h]);
+    FillRest(heads[h].tables->excess, select[h]);
+  }
   uint32_t* next_chosen = chosen;
   for (int b = 0; b < blocks; ++b, codes += block_bytes) {
     if (next_codes != nullptr) {  // the half that ScanProducts left
@@ -333,12 +368,11 @@ int SelectProductsImpl(const int16_t* sums, int sums_stride, const uint8_t* code
       hn::Vec<DF> totals[4] = {hn::Zero(d), hn::Zero(d), hn::Zero(d), hn::Zero(d)};
       const int some = std::min(4, count - h);
       for (int j = 0; j < some; ++j) {
-        HWY_ALIGN uint8_t excess[kScanBlock];
-        levels.LookUpIn(select[h + j].excess, excess);
-        totals[j] =
-            WeighBlock(sums + static_cast<ptrdiff_t>(h + j) * sums_stride + b * kScanBlock,
-                       select[h + j], excess, kept,
-                       weights + static_cast<ptrdiff_t>(h + j) * weights_stride + b * kScanBlock);
+        HWY_ALIGN int16_t rest[kScanBlock];
+        levels.LookUpRest(select[h + j], rest);
+        totals[j] = WeighBlock(
+            sums + static_cast<ptrdiff_t>(h + j) * sums_stride + b * kScanBlock, select[h + j],
+            rest, kept, weights + static_cast<ptrdiff_t>(h + j) * weights_stride + b * kScanBlock);
       }
       float sums_of_four[4];
       SumFour(d, totals, sums_of_four);
@@ -348,69 +382,6 @@ int SelectProductsImpl(const int16_t* sums, int sums_stride, const uint8_t* code
     }
   }
   return static_cast<int>(next_chosen - chosen);
-}
-
-/// Half of the components, those of the low or the high nibbles, for kHeads heads.
-template <int kHeads>
-HWY_INLINE void AddHalfSketches(const uint8_t* codes, int blocks, int block_bytes, int shift,
-                                const uint16_t* weights, int weights_stride, float* sums) {
-  const DF d;
-  const hn::RebindToSigned<DF> di;
-  const hn::RebindToUnsigned<DF> du;
-  const hn::Rebind<uint16_t, DF> d16;
-  const hn::Rebind<uint8_t, DF> d8;
-  constexpr int kHalf = kSketchDim / 2;
-  hn::Vec<DF> totals[kHeads][kHalf];
-  for (int h = 0; h < kHeads; ++h) {
-    for (int c = 0; c < kHalf; ++c) totals[h][c] = hn::Zero(d);
-  }
-  for (int b = 0; b < blocks; ++b, codes += block_bytes, weights += kScanBlock) {
-    for (int i = 0; i < kScanBlock; i += kLanes) {
-      hn::Vec<DF> components[kHalf];
-      for (int c = 0; c < kHalf; ++c) {
-        const auto byte = hn::PromoteTo(di, hn::LoadU(d8, codes + c * kScanBlock + i));
-        const auto nibble = hn::And(hn::ShiftRightSame(byte, shift), hn::Set(di, 15));
-        components[c] = hn::Sub(hn::ConvertTo(d, nibble), hn::Set(d, kSketchBias));
-      }
-      for (int h = 0; h < kHeads; ++h) {
-        const auto bits = hn::LoadU(d16, weights + static_cast<ptrdiff_t>(h) * weights_stride + i);
-        const auto weight = hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(du, bits)));
-        for (int c = 0; c < kHalf; ++c) {
-          totals[h][c] = hn::MulAdd(weight, components[c], totals[h][c]);
-        }
-      }
-    }
-  }
-  for (int h = 0; h < kHeads; ++h) {
-    float four[kHalf];
-    SumFour(d, totals[h], four);
-    for (int c = 0; c < kHalf; ++c) sums[h * kSketchDim + c] += four[c];
-  }
-}
-
-void AddSketchesImpl(const uint8_t* codes, int blocks, const ProductLayout& layout,
-                     const uint16_t* weights, int weights_stride, int heads, float* sums) {
-  codes += layout.SketchOffset();
-  const int block_bytes = layout.BlockBytes();
-  for (int h = 0; h < heads;) {
-    const auto add = [&](auto kernel) {
-      for (int half = 0; half < 2; ++half) {
-        kernel(codes, blocks, block_bytes, 4 * half,
-               weights + static_cast<ptrdiff_t>(h) * weights_stride, weights_stride,
-               sums + h * kSketchDim + half * kSketchDim / 2);
-      }
-    };
-    if (heads - h >= 4 && kLanes >= 16) {
-      add(AddHalfSketches<4>);
-      h += 4;
-    } else if (heads - h >= 2) {
-      add(AddHalfSketches<2>);
-      h += 2;
-    } else {
-      add(AddHalfSketches<1>);
-      ++h;
-    }
-  }
 }
 
 }  // namespace HWY_NAMESPACE
@@ -424,7 +395,6 @@ HWY_EXPORT(BuildProductTablesImpl);
 HWY_EXPORT(ScanProductsImpl);
 HWY_EXPORT(EstimateProductsImpl);
 HWY_EXPORT(SelectProductsImpl);
-HWY_EXPORT(AddSketchesImpl);
 
 void BuildProductTables(const float* queries, int heads, int dim, const float* centroids,
                         const uint32_t* starts, const float* errors, const ProductLayout& layout,
@@ -457,13 +427,6 @@ int SelectProducts(const int16_t* sums, int sums_stride, const uint8_t* codes, i
   return HWY_DYNAMIC_DISPATCH(SelectProductsImpl)(
       sums, sums_stride, codes, blocks, layout, heads, count, first_index, chosen, weights,
       weights_stride, block_weights, blocks_stride, next_codes);
-}
-
-void AddSketches(const uint8_t* codes, int blocks, const ProductLayout& layout,
-                 const uint16_t* weights, int weights_stride, int heads, float* sums) noexcept {
-  assert(layout.sketch);
-  HWY_DYNAMIC_DISPATCH(AddSketchesImpl)
-  (codes, blocks, layout, weights, weights_stride, heads, sums);
 }
 
 }  // namespace kvseek::kernels

@@ -1,6 +1,5 @@
-// The scan over product codes: an estimate of every key's score, the choice of candidates, the
-// weight of every key that is not chosen, and the sums of the unchosen values' sketches. Layout and
-// terms: product_codes.h.
+// The scan over product codes: an estimate of every key's score, the choice of candidates, and the
+// weight of every key that is not chosen. Layout and terms: product_codes.h.
 //
 // A code's centroids are the means of the keys that share it, so the estimate s^ is the mean of
 // these keys' scores, and their deviation sigma is what the level says. Candidates are chosen by
@@ -24,11 +23,9 @@ namespace kvseek::kernels {
 struct ProductTables {
   float base;  ///< natural-log units, as all below
   float unit;  ///< 0: all keys score as their centres
-  /// Entry c: what a key of level c has in its upper estimate less what it has in its weight,
-  /// sigma - min(sigma^2, 2) / 4, is low + step * excess[c].
-  float low;
-  float step;
-  uint8_t excess[kCentroids];
+  /// Of each level: what a key has in its upper estimate less what it has in its weight, sigma -
+  /// min(sigma^2, 2) / 4.
+  float excess[kCentroids];
   float sigma[kCentroids];  ///< of each level
 };
 
@@ -70,11 +67,6 @@ int SelectProducts(const int16_t* sums, int sums_stride, const uint8_t* codes, i
                    uint32_t first_index, uint32_t* chosen, uint16_t* weights, int weights_stride,
                    float* block_weights, int blocks_stride,
                    const uint8_t* next_codes = nullptr) noexcept;
-
-/// sums[h * 8 + c] += sum over keys of weight * component c of the key's sketch, in steps.
-/// REQUIRES: layout.sketch; weights as SelectProducts writes them.
-void AddSketches(const uint8_t* codes, int blocks, const ProductLayout& layout,
-                 const uint16_t* weights, int weights_stride, int heads, float* sums) noexcept;
 
 }  // namespace kvseek::kernels
 

@@ -65,6 +65,8 @@ TEST(ProgramTest, WrongFlagsAreUsageErrors) {
   ExpectUsageError("eval" + Head15(), "--queries");
   ExpectUsageError("eval" + Head15() + Queries() + " --index magic", "magic");
   ExpectUsageError("eval" + Head15() + Queries() + " --scan sign3", "--scan");
+  ExpectUsageError("eval" + Head15() + Queries() + " --sketch 4", "--sketch");
+  ExpectUsageError("eval" + Head15() + Queries() + " --scan pq22 --via unix:/none", "--via");
   ExpectUsageError("eval" + Head15() + Queries() + " --candidates 0", "--candidates");
   ExpectUsageError("eval" + Head15() + Queries() + " --candidates x", "--candidates");
   ExpectUsageError("eval" + Head15() + Queries() + " --index oracle --exact 0", "--exact");

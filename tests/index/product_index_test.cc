@@ -189,7 +189,7 @@ TEST(ProductIndexTest, LevelsAgree) {
   for (const std::string& level : kernels::SupportedSimdLevels()) {
     ASSERT_TRUE(kernels::ForceSimdLevel(level));
     const SearchResult result = built->Search(head.view(), WholeRange(trace, 0), options, scratch);
-    EXPECT_LE(MeanError(trace, result, usual), 0.01) << level;
+    EXPECT_LE(MeanError(trace, result, usual), 0.03) << level;
     for (size_t h = 0; h < usual.lse.size(); ++h) {
       EXPECT_NEAR(result.lse[h], usual.lse[h], 0.01) << level;
     }

@@ -252,33 +252,5 @@ TEST_P(ProductScanTest, NoQueryScoresNothing) {
   }
 }
 
-TEST_P(ProductScanTest, SketchesAddUp) {
-  for (const int heads : {1, 2, 3, 4, 5, 6, 7, 13}) {
-    const Subject subject(11, true, 3, heads);
-    const auto random = reference::RandomFloats(8, static_cast<size_t>(heads) * 192, 1.0F);
-    Aligned<uint16_t> weights(random.size());
-    for (size_t i = 0; i < random.size(); ++i) {
-      weights.first[i] = i % 7 == 0 ? uint16_t{0} : FloatToBf16(std::exp(3.0F * random[i]));
-    }
-    std::vector<float> sums(static_cast<size_t>(heads) * 8, 1.0F);
-    AddSketches(subject.codes.first, 3, subject.layout, weights.first, 192, heads, sums.data());
-    for (int h = 0; h < heads; ++h) {
-      for (int c = 0; c < 8; ++c) {
-        double sum = 1.0;
-        double size = 1.0;
-        for (int key = 0; key < 192; ++key) {
-          const uint8_t* const block = subject.codes.first + key / 64 * subject.layout.BlockBytes();
-          const int byte = block[subject.layout.SketchOffset() + c % 4 * 64 + key % 64];
-          const double part =
-              Bf16ToFloat(weights.first[h * 192 + key]) * ((c < 4 ? byte & 15 : byte >> 4) - 7.5);
-          sum += part;
-          size += std::abs(part);
-        }
-        EXPECT_NEAR(sums[static_cast<size_t>(h * 8 + c)], sum, 1e-5 * size);
-      }
-    }
-  }
-}
-
 }  // namespace
 }  // namespace kvseek::kernels

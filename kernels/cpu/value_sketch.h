@@ -1,0 +1,20 @@
+// Sums of weighted value sketches: what stands for the values of the keys that a scan does not
+// choose (product_scan.h). Layout: product_codes.h.
+#ifndef KVSEEK_KERNELS_CPU_VALUE_SKETCH_H_
+#define KVSEEK_KERNELS_CPU_VALUE_SKETCH_H_
+
+#include <cstdint>
+
+#include "kernels/cpu/product_codes.h"
+
+namespace kvseek::kernels {
+
+/// sums[h * 8 + c] += sum over keys of weight * component c of the key's sketch, in steps.
+/// Some levels round weights to a 256th of about a head's largest. REQUIRES: layout.sketch; weights
+/// as SelectProducts (product_scan.h) writes them; at most 64 blocks.
+void AddSketches(const uint8_t* codes, int blocks, const ProductLayout& layout,
+                 const uint16_t* weights, int weights_stride, int heads, float* sums) noexcept;
+
+}  // namespace kvseek::kernels
+
+#endif  // KVSEEK_KERNELS_CPU_VALUE_SKETCH_H_
