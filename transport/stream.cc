@@ -39,7 +39,7 @@ Stream::Awaitable<void> Stream::Waiter::Wait(Stream& stream) {
     const auto held = std::make_shared<decltype(continuation)>(std::move(continuation));
     resume_ = [held, executor = stream.executor_](bool here) {
       if (here) {
-        std::move(*held)();
+        std::move (*held)();
       } else {
         asio::post(executor, std::move(*held));
       }
