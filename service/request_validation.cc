@@ -458,7 +458,6 @@ absl::StatusOr<CheckedItem> RequestValidator::CheckItem(const proto::QueryItem& 
   CheckedItem item;
   item.layer_number = message.layer();
   item.layer = (*session)->State(message.layer());
-  item.layer_number = message.layer();
   item.session = *std::move(session);
   item.tokens = message.tokens();
   status = CheckHeads(message, field, item);

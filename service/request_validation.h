@@ -57,9 +57,9 @@ struct CheckedItem {
 struct CheckedSearch {
   std::vector<CheckedItem> items;
   index::SearchOptions options;  ///< k < 0: Attend; candidates are those of each head
-  index::ReuseOptions reuse{.every =
-                                0};  ///< every 0: nothing is reused or kept; keep 0: see AddReuse
-  HeadSetting asked;                 ///< what the request says
+  /// every 0: nothing is reused or kept; keep 0: see AddReuse.
+  index::ReuseOptions reuse{.every = 0};
+  HeadSetting asked;  ///< what the request says
   bool with_rows = false;
   bool with_state = true;
   kernels::DType state_dtype = kernels::DType::kFp32;  ///< or kFp16

@@ -36,6 +36,23 @@ uint8_t* Map(int descriptor, uint64_t bytes) {
   return memory == MAP_FAILED ? nullptr : static_cast<uint8_t*>(memory);
 }
 
+/// A message of one byte with room for one descriptor beside it.
+struct DescriptorMessage {
+  DescriptorMessage() {
+    message.msg_iov = &part;
+    message.msg_iovlen = 1;
+    message.msg_control = control.data();
+    message.msg_controllen = control.size();
+  }
+  DescriptorMessage(const DescriptorMessage&) = delete;
+  DescriptorMessage& operator=(const DescriptorMessage&) = delete;
+
+  char byte = 0;
+  iovec part{.iov_base = &byte, .iov_len = 1};
+  alignas(cmsghdr) std::array<char, CMSG_SPACE(sizeof(int))> control{};
+  msghdr message{};
+};
+
 bool InRange(uint64_t bytes) {
   return std::has_single_bit(bytes) && bytes >= kRingBytesMin && bytes <= kRingBytesMax;
 }
@@ -149,20 +166,13 @@ absl::StatusOr<std::unique_ptr<SharedRings>> SharedRings::Create(const RingSizes
 
 absl::Status SharedRings::SendTo(int socket) {
   assert(descriptor_ >= 0);
-  char byte = 0;
-  iovec part{.iov_base = &byte, .iov_len = 1};
-  alignas(cmsghdr) std::array<char, CMSG_SPACE(sizeof(int))> control{};
-  msghdr message{};
-  message.msg_iov = &part;
-  message.msg_iovlen = 1;
-  message.msg_control = control.data();
-  message.msg_controllen = control.size();
-  cmsghdr* const header = CMSG_FIRSTHDR(&message);
+  DescriptorMessage carrier;
+  cmsghdr* const header = CMSG_FIRSTHDR(&carrier.message);
   header->cmsg_level = SOL_SOCKET;
   header->cmsg_type = SCM_RIGHTS;
   header->cmsg_len = CMSG_LEN(sizeof(int));
   std::memcpy(CMSG_DATA(header), &descriptor_, sizeof(int));
-  if (sendmsg(socket, &message, MSG_NOSIGNAL | MSG_DONTWAIT) != 1) {
+  if (sendmsg(socket, &carrier.message, MSG_NOSIGNAL | MSG_DONTWAIT) != 1) {
     return absl::UnavailableError(absl::StrCat("shared memory: ", std::strerror(errno)));
   }
   close(std::exchange(descriptor_, -1));
@@ -171,17 +181,10 @@ absl::Status SharedRings::SendTo(int socket) {
 
 absl::StatusOr<std::unique_ptr<SharedRings>> SharedRings::ReceiveFrom(int socket,
                                                                       const RingSizes& sizes) {
-  char byte = 0;
-  iovec part{.iov_base = &byte, .iov_len = 1};
-  alignas(cmsghdr) std::array<char, CMSG_SPACE(sizeof(int))> control{};
-  msghdr message{};
-  message.msg_iov = &part;
-  message.msg_iovlen = 1;
-  message.msg_control = control.data();
-  message.msg_controllen = control.size();
-  const ssize_t got = recvmsg(socket, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+  DescriptorMessage carrier;
+  const ssize_t got = recvmsg(socket, &carrier.message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
   if (got <= 0) return absl::UnavailableError("the daemon closed the connection at hello");
-  const cmsghdr* const header = CMSG_FIRSTHDR(&message);
+  const cmsghdr* const header = CMSG_FIRSTHDR(&carrier.message);
   if (header == nullptr || header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS ||
       header->cmsg_len != CMSG_LEN(sizeof(int))) {
     return absl::DataLossError("shared memory: no descriptor came");
