@@ -19,6 +19,7 @@
 #include "kernels/cpu/ladder_codes.h"
 #include "kernels/cpu/ladder_fine.h"
 #include "kernels/cpu/ladder_scan.h"
+#include "kernels/cpu/ladder_select.h"
 #include "kernels/cpu/simd_level.h"
 #include "tests/kernels/ladder_reference.h"
 #include "tests/kernels/reference.h"

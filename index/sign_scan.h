@@ -10,6 +10,7 @@
 #include "index/scan_code.h"
 #include "index/scratch.h"
 #include "kernels/cpu/ladder_scan.h"
+#include "kernels/cpu/ladder_select.h"
 
 namespace kvseek::index {
 

@@ -1,4 +1,5 @@
-// What the ladder's kernels do across the lanes of a vector, per SIMD level: sums, masks as bits.
+// What the ladder's kernels do across the lanes of a vector, per SIMD level: sums, masks as bits
+// and as indices.
 #if defined(KVSEEK_KERNELS_CPU_LADDER_LANES_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef KVSEEK_KERNELS_CPU_LADDER_LANES_INL_H_
 #undef KVSEEK_KERNELS_CPU_LADDER_LANES_INL_H_
@@ -6,9 +7,12 @@
 #define KVSEEK_KERNELS_CPU_LADDER_LANES_INL_H_
 #endif
 
+#include <bit>
 #include <cstdint>
+#include <cstring>
 
 #include "hwy/highway.h"
+#include "kernels/cpu/ladder_codes.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace kvseek::kernels {
@@ -63,6 +67,64 @@ HWY_INLINE void PutMaskBits(D d, M mask, int first, uint8_t* bits) {
     hn::StoreMaskBits(d, mask, few);
     bits[first / 8] = static_cast<uint8_t>(bits[first / 8] | (few[0] << (first % 8)));
   }
+}
+
+/// Keys of one block that some head chooses, as bits. `any`: masks of its vectors.
+template <class D, class M>
+HWY_INLINE uint64_t MaskBits(D d, const M* any) {
+  constexpr int kLanesOfD = static_cast<int>(ladder_lanes::hn::MaxLanes(D()));
+#if HWY_TARGET <= HWY_AVX3
+  (void)d;
+  uint64_t bits = 0;
+  for (int v = 0; v < kScanBlock / kLanesOfD; ++v) {
+    bits |= static_cast<uint64_t>(any[v].raw) << (v * kLanesOfD);
+  }
+#else
+  uint8_t bytes[kScanBlock / 8] = {};
+  for (int v = 0; v < kScanBlock / kLanesOfD; ++v) PutMaskBits(d, any[v], v * kLanesOfD, bytes);
+  uint64_t bits;
+  std::memcpy(&bits, bytes, sizeof(bits));
+#endif
+  return bits;
+}
+
+/// Writes first_index + i for every set bit i; returns how many there are.
+HWY_INLINE int PutIndices(uint64_t bits, uint32_t first_index, uint32_t* chosen) {
+  const int count = std::popcount(bits);
+#if HWY_TARGET <= HWY_AVX3
+  // Without branches: how many there are cannot be foreseen.
+  __m512i indices =
+      _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first_index)),
+                       _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  for (int v = 0; v < 4; ++v, bits >>= 16) {
+    const auto mask = static_cast<__mmask16>(bits);
+    const int some = std::popcount(static_cast<uint32_t>(mask));
+    _mm512_mask_storeu_epi32(chosen, static_cast<__mmask16>((1U << some) - 1U),
+                             _mm512_maskz_compress_epi32(mask, indices));
+    chosen += some;
+    indices = _mm512_add_epi32(indices, _mm512_set1_epi32(16));
+  }
+#else
+  for (; bits != 0; bits &= bits - 1) {
+    *chosen++ = first_index + static_cast<uint32_t>(std::countr_zero(bits));
+  }
+#endif
+  return count;
+}
+
+/// Sums of neighbouring numbers of bf16, which are in the 16-bit lanes of `bits`, in lanes of D.
+template <class D, class V16>
+HWY_INLINE ladder_lanes::hn::Vec<D> SumPairs(D d, V16 bits) {
+  namespace hn = ladder_lanes::hn;
+  const hn::RebindToUnsigned<D> d32;
+#if HWY_TARGET == HWY_SCALAR
+  const hn::Rebind<uint16_t, D> d16;
+  return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(d32, hn::BitCast(d16, bits))));
+#else
+  const auto pairs = hn::BitCast(d32, bits);
+  return hn::Add(hn::BitCast(d, hn::ShiftLeft<16>(pairs)),
+                 hn::BitCast(d, hn::And(pairs, hn::Set(d32, 0xFFFF0000U))));
+#endif
 }
 
 }  // namespace HWY_NAMESPACE

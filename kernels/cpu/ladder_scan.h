@@ -1,5 +1,5 @@
-// The ladder's scan rung: an estimate of every key's score from its 1- or 2-bit code, the choice of
-// candidates, and the weight of everything that is not chosen. Layout and terms: ladder_codes.h.
+// The ladder's scan rung: the sums that estimate every key's score from its 1- or 2-bit code; what
+// is made of them stands in ladder_select.h. Layout and terms: ladder_codes.h.
 //
 // All functions are pure, noexcept and allocate nothing.
 #ifndef KVSEEK_KERNELS_CPU_LADDER_SCAN_H_
@@ -27,32 +27,6 @@ void BuildTables(const float* rotated_queries, int heads, int padded_dim, int8_t
 void ScanCodes(const uint8_t* codes, int blocks, int symbols, int planes, const int8_t* tables,
                int heads, int16_t* sums, int sums_stride,
                const uint8_t* next_codes = nullptr) noexcept;
-
-/// What turns sums into scores, for one head and one segment. Natural-log units, softmax scale
-/// included.
-struct ScanHead {
-  float centre;     ///< scale * <c, q>
-  float slope;      ///< scale * (value of one unit of sum): estimate = centre + slope * gain * sum
-  float noise;      ///< scale * |q| * segment noise: an estimate's deviation is noise * gain
-  float threshold;  ///< a key is chosen when its estimate exceeds this in any head
-  float reference;  ///< a weight is exp(min(80, estimate - (noise * gain)^2 / 2 - reference))
-};
-
-/// estimates[h * estimates_stride + key] for every key of `blocks` blocks (scores before
-/// correction); and, where `weights` is not null, the corrected weights beside them (same stride).
-/// For sampling, audits and tests.
-void EstimateScores(const int16_t* sums, int sums_stride, const uint8_t* codes, int blocks,
-                    int symbols, int planes, const ScanHead* scan_heads, int heads,
-                    float* estimates, int estimates_stride, float* weights) noexcept;
-
-/// The same without writing scores: appends first_index + key of every chosen key to `chosen`
-/// (ascending; room for blocks * 64 more is needed), and writes for every block and head the summed
-/// weight of the keys not chosen: block_weights[h * weights_stride + block]. Returns how many were
-/// chosen. `next_codes`: see ScanCodes.
-int SelectAndWeigh(const int16_t* sums, int sums_stride, const uint8_t* codes, int blocks,
-                   int symbols, int planes, const ScanHead* scan_heads, int heads,
-                   uint32_t first_index, uint32_t* chosen, float* block_weights, int weights_stride,
-                   const uint8_t* next_codes = nullptr) noexcept;
 
 }  // namespace kvseek::kernels
 

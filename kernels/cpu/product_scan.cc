@@ -1,11 +1,11 @@
 #include "kernels/cpu/product_scan.h"
 
 #include <algorithm>
-#include <bit>
 #include <cassert>
 #include <cmath>
 #include <cstddef>
-#include <cstring>
+
+#include "kernels/cpu/log_bits.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/product_scan.cc"
@@ -19,25 +19,20 @@
 namespace kvseek::kernels {
 namespace {
 
-inline constexpr float kExponentMax = 80.0F;
 inline constexpr float kVarianceMax = 2.0F;  // what the weight's correction counts at most
 inline constexpr int kHeadsMax = 64;
-// A float's upper half, taken for a number, is linear in the logarithm between powers of two: 128
-// for each, 127 * 128 for 1. Read as a float it is too large by up to 6 %; `kLogBias` makes that
-// nothing on average over a mantissa.
-inline constexpr float kLogStep = 128.0F * 1.44269504F;
-inline constexpr float kLogBias = 127.0F * 128.0F - 7.3F;
+inline constexpr float kLogBias = static_cast<float>(kLogOne) - kLogExcess;
 
 /// The correction of a weight's exponent, upwards.
 inline float Correction(float sigma) { return std::min(sigma * sigma, kVarianceMax) / 4.0F; }
 
 inline constexpr int kSumShift = 4;  // a sum, times 16, fits 16 bits
-inline constexpr float kBitsMax = kLogBias + kLogStep * kExponentMax;
+inline constexpr float kBitsMax = kLogBias + kLogNat * kExponentMax;
 
 /// Integers for SelectProducts. A key is chosen if its sum exceeds `bound`; its weight's bits are,
 /// shifted left by `shift`,
 ///   (16 * sum * slope + 2^14 >> 15) + rest[level]
-/// between 0 and `most`.
+/// at most `most`, and 0 from `least` down.
 struct SelectHead {
   SelectHead() = default;
   explicit SelectHead(const ProductHead& head) : shift(0) {
@@ -48,7 +43,7 @@ struct SelectHead {
     } else {
       bound = base > head.threshold ? int16_t{-32768} : int16_t{32767};
     }
-    const float bits = kLogStep * tables.unit;  // of one unit of sum
+    const float bits = kLogNat * tables.unit;  // of one unit of sum
     float scale = 1.0F;
     while (shift < 7 && bits * scale >= 16.0F) {
       ++shift;
@@ -57,8 +52,9 @@ struct SelectHead {
     constexpr float kFixed = 32768.0F / (1 << kSumShift);
     slope = Rounded(kFixed * scale * bits);
     most = Rounded(scale * kBitsMax);
-    offset = scale * (kLogStep * (base - head.reference) + kLogBias);
-    excess_step = scale * kLogStep;
+    least = Rounded(scale * static_cast<float>(kLogLeast));
+    offset = scale * (kLogNat * (base - head.reference) + kLogBias);
+    excess_step = scale * kLogNat;
   }
   static int16_t Rounded(float x) {
     return static_cast<int16_t>(std::lrint(std::clamp(x, -32768.0F, 32767.0F)));
@@ -68,6 +64,7 @@ struct SelectHead {
   int16_t bound;
   int16_t slope;
   int16_t most;
+  int16_t least;
   float offset;
   float excess_step;
   alignas(64) int16_t rest[kCentroids];
@@ -284,37 +281,22 @@ struct Levels {
 #endif
 #endif
 
-/// Sums of neighbouring bf16 numbers.
-template <class V16>
-HWY_INLINE hn::Vec<DF> SumPairs(DF d, V16 numbers) {
-  const hn::RebindToUnsigned<DF> du;
-#if HWY_TARGET == HWY_SCALAR
-  return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(du, numbers)));
-#else
-  const auto pairs = hn::BitCast(du, numbers);
-  return hn::Add(hn::BitCast(d, hn::ShiftLeft<16>(pairs)),
-                 hn::BitCast(d, hn::And(pairs, hn::Set(du, 0xffff0000U))));
-#endif
-}
-
 /// kept[key] := all bits set if no head's sum exceeds its bound, else 0; returns the chosen ones.
 HWY_INLINE uint64_t ChooseInBlock(const int16_t* sums, int sums_stride, const SelectHead* heads,
                                   int count, int16_t* kept) {
   const hn::CappedTag<int16_t, 32> d16;
   constexpr int kLanes16 = static_cast<int>(hn::MaxLanes(decltype(d16)()));
-  uint8_t bytes[kScanBlock / 8] = {};
-  for (int i = 0; i < kScanBlock; i += kLanes16) {
-    auto any = hn::MaskFromVec(hn::Zero(d16));
+  hn::Mask<decltype(d16)> any[kScanBlock / kLanes16];
+  for (int v = 0; v < kScanBlock / kLanes16; ++v) {
+    any[v] = hn::MaskFromVec(hn::Zero(d16));
     for (int h = 0; h < count; ++h) {
-      const auto sum = hn::LoadU(d16, sums + static_cast<ptrdiff_t>(h) * sums_stride + i);
-      any = hn::Or(any, hn::Gt(sum, hn::Set(d16, heads[h].bound)));
+      const auto sum =
+          hn::LoadU(d16, sums + static_cast<ptrdiff_t>(h) * sums_stride + v * kLanes16);
+      any[v] = hn::Or(any[v], hn::Gt(sum, hn::Set(d16, heads[h].bound)));
     }
-    PutMaskBits(d16, any, i, bytes);
-    hn::Store(hn::VecFromMask(d16, hn::Not(any)), d16, kept + i);
+    hn::Store(hn::VecFromMask(d16, hn::Not(any[v])), d16, kept + v * kLanes16);
   }
-  uint64_t bits;
-  std::memcpy(&bits, bytes, sizeof(bits));
-  return bits;
+  return MaskBits(d16, any);
 }
 
 /// Weights of one head's keys of a block; returns their sum, lane by lane.
@@ -326,12 +308,13 @@ HWY_INLINE hn::Vec<DF> WeighBlock(const int16_t* sums, const SelectHead& head, c
   constexpr int kLanes16 = static_cast<int>(hn::MaxLanes(decltype(d16)()));
   const auto slope = hn::Set(d16, head.slope);
   const auto most = hn::Set(d16, head.most);
+  const auto least = hn::Set(d16, head.least);
   auto total = hn::Zero(d);
   for (int i = 0; i < kScanBlock; i += kLanes16) {
     const auto sum = hn::ShiftLeft<kSumShift>(hn::LoadU(d16, sums + i));
     const auto exponent =
         hn::SaturatedAdd(hn::MulFixedPoint15(sum, slope), hn::Load(d16, rest + i));
-    const auto bits = hn::Max(hn::Min(exponent, most), hn::Zero(d16));
+    const auto bits = hn::IfThenElseZero(hn::Gt(exponent, least), hn::Min(exponent, most));
     const auto weight =
         hn::BitCast(du16, hn::And(hn::ShiftLeftSame(bits, head.shift), hn::LoadU(d16, kept + i)));
     hn::StoreU(weight, du16, weights + i);
@@ -359,10 +342,9 @@ int SelectProductsImpl(const int16_t* sums, int sums_stride, const uint8_t* code
       for (int i = block_bytes / 2; i < block_bytes; i += 64) __builtin_prefetch(block + i, 0, 2);
     }
     HWY_ALIGN int16_t kept[kScanBlock];
-    uint64_t bits = ChooseInBlock(sums + b * kScanBlock, sums_stride, select, count, kept);
-    for (; bits != 0; bits &= bits - 1) {
-      *next_chosen++ = first_index + static_cast<uint32_t>(b * kScanBlock + std::countr_zero(bits));
-    }
+    const uint64_t bits = ChooseInBlock(sums + b * kScanBlock, sums_stride, select, count, kept);
+    next_chosen +=
+        PutIndices(bits, first_index + static_cast<uint32_t>(b * kScanBlock), next_chosen);
     const Levels levels(codes, layout);
     for (int h = 0; h < count; h += 4) {
       hn::Vec<DF> totals[4] = {hn::Zero(d), hn::Zero(d), hn::Zero(d), hn::Zero(d)};

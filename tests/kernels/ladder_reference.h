@@ -11,6 +11,7 @@
 #include "kernels/cpu/ladder_codes.h"
 #include "kernels/cpu/ladder_fine.h"
 #include "kernels/cpu/ladder_scan.h"
+#include "kernels/cpu/ladder_select.h"
 
 namespace kvseek::reference {
 

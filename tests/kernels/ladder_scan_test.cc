@@ -10,6 +10,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/ladder_codes.h"
+#include "kernels/cpu/ladder_select.h"
 #include "tests/kernels/ladder_reference.h"
 #include "tests/kernels/reference.h"
 #include "tests/kernels/simd_level_fixture.h"
