@@ -17,12 +17,14 @@
 #include "proto/kvseek.pb.h"
 #include "proto/status_code.h"
 #include "service/compute_pool.h"
+#include "service/field_checks.h"
 #include "service/index_builder.h"
 #include "service/query_operations.h"
 #include "service/request_audits.h"
 #include "service/request_counters.h"
 #include "service/request_validation.h"
 #include "service/search_executor.h"
+#include "service/search_validation.h"
 #include "service/session.h"
 #include "service/session_store.h"
 
@@ -57,6 +59,7 @@ class RequestHandler::Impl {
         builder_(builder),
         facts_(std::move(facts)),
         validator_(options_, store_),
+        search_validator_(options_, store_),
         started_(Clock::now()) {}
   ~Impl();
 
@@ -129,6 +132,7 @@ class RequestHandler::Impl {
   IndexBuilder& builder_;
   const ServerFacts facts_;
   const RequestValidator validator_;
+  const SearchValidator search_validator_;
   const TimePoint started_;
   RequestCounters counters_;
   RequestAudits audits_{options_, store_.budget()};
@@ -277,7 +281,7 @@ absl::StatusOr<Response> RequestHandler::Impl::Fork(const proto::ForkRequest& me
     return status;
   }
   const TimePoint now = Clock::now();
-  auto parent = validator_.FindSession(message, now);
+  auto parent = FindSession(store_, message, now);
   if (!parent.ok()) return parent.status();
   const auto tokens =
       message.has_tokens() ? std::optional<uint64_t>(message.tokens()) : std::nullopt;
@@ -291,7 +295,7 @@ absl::StatusOr<Response> RequestHandler::Impl::Fork(const proto::ForkRequest& me
 }
 
 absl::StatusOr<Response> RequestHandler::Impl::Truncate(const proto::TruncateRequest& message) {
-  auto session = validator_.FindSession(message, Clock::now());
+  auto session = FindSession(store_, message, Clock::now());
   if (!session.ok()) return session.status();
   if (absl::Status status = (*session)->Truncate(message.tokens(), store_.budget()); !status.ok()) {
     return status;
@@ -394,7 +398,7 @@ void RequestHandler::Impl::Search(const CallPtr& call) {
   pool_.Submit(MakeJob(call, [this, call](Scratch& scratch) {
     auto message = ParseMetadata<Message>(call->request().metadata);
     if (!message.ok()) return call->Finish(message.status());
-    auto checked = validator_.Check(*message, call->payload(), Clock::now());
+    auto checked = search_validator_.Check(*message, call->payload(), Clock::now());
     if (!checked.ok()) return call->Finish(checked.status());
     if (absl::Status status = CheckAnswerFits(*checked, options_); !status.ok()) {
       return call->Finish(std::move(status));
