@@ -3,7 +3,7 @@
 //
 //   append_bench [--transport shm|unix] [--via ADDRESS] [--shape llama3-8b] [--layers N]
 //                [--tokens 131072] [--chunk 1024] [--under-way 16] [--connections 1]
-//                [--rounds 8] [--steps 64] [--gap-us 500] [--spin-us 0] [--workers 0]
+//                [--rounds 8] [--steps 64] [--gap-us 500] [--spin-us 0] [--workers 0] [--prefault]
 //                [--format text|json]
 //
 // Prefill: chunks in the order of a chunked prefill (all layers of a chunk, then the next chunk),
@@ -13,7 +13,8 @@
 // round has --steps of them around the end of a segment: the step that seals one in every head of
 // every layer is counted apart. The numbers come from memory made before the clock starts.
 //
-// Without --via a kvseekd is started for it, with --workers and, as --spin-us, spinning threads.
+// Without --via a kvseekd is started for it, with --workers, with threads that spin for --spin-us
+// as the client's do, and with --prefault with all of its memory touched before.
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <atomic>
@@ -58,6 +59,7 @@ struct Flags {
   uint32_t steps = 64;
   uint32_t gap_us = 500;
   int workers = 0;
+  bool prefault = false;
   std::string format = "text";
 };
 
@@ -251,8 +253,9 @@ std::unique_ptr<kvseek::cli::DaemonProcess> StartDaemon(Flags& flags,
       (std::filesystem::read_symlink("/proc/self/exe").parent_path() / "kvseekd").string();
   const std::string spin = absl::StrCat(flags.connect.spin_us);
   auto daemon = kvseek::cli::DaemonProcess::Start(
-      program, {"--log-level", "warn", "--memory", absl::StrCat(memory), "--workers",
-                absl::StrCat(flags.workers), "--io-spin-us", spin, "--worker-spin-us", spin});
+      program, {"--log-level", "warn", "--memory", absl::StrCat(memory), "--prefault",
+                absl::StrCat(flags.prefault ? memory : 0), "--workers", absl::StrCat(flags.workers),
+                "--io-spin-us", spin, "--worker-spin-us", spin});
   if (!daemon.ok()) Fail(daemon.status().ToString());
   const std::string address = (*daemon)->address();  // unix:/path
   flags.connect.via = flags.transport + address.substr(address.find(':'));
@@ -276,6 +279,7 @@ void Print(const Flags& flags, const kvseek::ModelShape& shape, const Result& re
                       {"chunk_tokens", flags.chunk},
                       {"under_way", flags.under_way},
                       {"connections", flags.connections},
+                      {"prefault", flags.prefault},
                       {"prefill",
                        {{"seconds", result.prefill_seconds},
                         {"bytes", result.prefill_bytes},
@@ -333,6 +337,7 @@ int main(int argc, char** argv) {
   app.add_option("--steps", flags.steps, "Of a round")->check(CLI::Range(2, 1024));
   app.add_option("--gap-us", flags.gap_us, "Between steps");
   app.add_option("--workers", flags.workers, "Of the daemon started here; 0: one a core");
+  app.add_flag("--prefault", flags.prefault, "The daemon started here touches its memory first");
   app.add_option("--format", flags.format)->check(CLI::IsMember({"text", "json"}));
   CLI11_PARSE(app, argc, argv);
   const kvseek::ModelShape shape = ShapeOf(flags);
