@@ -88,26 +88,17 @@ absl::StatusOr<HeadCache> HeadCache::Append(const StridedRows& rows, MemoryGrant
   HeadCache next = *this;
   StridedRows left = rows;
   if (tail_tokens_ + rows.tokens >= kSegmentTokens) {
-    const auto key_dim = static_cast<size_t>(shape_.key_dim);
-    const auto value_dim = static_cast<size_t>(shape_.value_dim);
-    auto* keys = scratch.Take<uint16_t>(kSegmentTokens * key_dim);
-    auto* values = scratch.Take<uint16_t>(kSegmentTokens * value_dim);
-    size_t filled = 0;
-    for (const index::TailChunkView& chunk : tail_) {
-      Gather(chunk.keys, key_dim, chunk.tokens, shape_.key_dim, keys + filled * key_dim);
-      Gather(chunk.values, value_dim, chunk.tokens, shape_.value_dim, values + filled * value_dim);
-      filled += static_cast<size_t>(chunk.tokens);
-    }
     auto segments = std::make_shared<SegmentList>(*segments_);
-    while (static_cast<int64_t>(filled) + left.tokens >= kSegmentTokens) {
-      const StridedRows part = TakeRows(left, kSegmentTokens - static_cast<int64_t>(filled));
-      Gather(part.keys, part.key_stride, part.tokens, shape_.key_dim, keys + filled * key_dim);
-      Gather(part.values, part.value_stride, part.tokens, shape_.value_dim,
-             values + filled * value_dim);
-      filled = 0;
-      auto segment = Seal(keys, values, memory);
+    absl::Span<const index::TailChunkView> tail = tail_;
+    int64_t filled = tail_tokens_;
+    while (filled + left.tokens >= kSegmentTokens) {
+      const StridedRows part = TakeRows(left, kSegmentTokens - filled);
+      scratch.Reset();
+      auto segment = Seal(tail, part, memory, scratch);
       if (!segment.ok()) return segment.status();
       segments->push_back(*std::move(segment));
+      tail = {};
+      filled = 0;
     }
     next.segments_ = std::move(segments);
     next.chunks_.clear();
@@ -160,14 +151,29 @@ uint64_t HeadCache::Bytes(const index::KvShape& shape, int64_t tokens) {
          static_cast<uint64_t>(ChunksFor(tokens % kSegmentTokens)) * TailChunk::Bytes(shape);
 }
 
-absl::StatusOr<std::shared_ptr<const index::Segment>> HeadCache::Seal(const uint16_t* keys,
-                                                                      const uint16_t* values,
-                                                                      MemoryGrant& memory) const {
+absl::StatusOr<std::shared_ptr<const index::Segment>> HeadCache::Seal(
+    absl::Span<const index::TailChunkView> tail, const StridedRows& rows, MemoryGrant& memory,
+    index::Scratch& scratch) const {
   absl::StatusOr<Reservation> taken = memory.Take(index::Segment::Bytes(shape_));
   if (!taken.ok()) return taken.status();
   auto accounted = std::make_shared<AccountedSegment>();
   accounted->memory = *std::move(taken);
-  accounted->segment = index::Segment::Build(shape_, keys, values);
+  index::Segment::Draft draft(shape_);
+  const auto key_dim = static_cast<size_t>(shape_.key_dim);
+  const auto value_dim = static_cast<size_t>(shape_.value_dim);
+  uint16_t* keys = draft.keys();
+  uint16_t* values = draft.values();
+  const auto add = [&](const StridedRows& some) {
+    Gather(some.keys, some.key_stride, some.tokens, shape_.key_dim, keys);
+    Gather(some.values, some.value_stride, some.tokens, shape_.value_dim, values);
+    keys += static_cast<size_t>(some.tokens) * key_dim;
+    values += static_cast<size_t>(some.tokens) * value_dim;
+  };
+  for (const index::TailChunkView& chunk : tail) {
+    add({chunk.tokens, chunk.keys, chunk.values, key_dim, value_dim});
+  }
+  add(rows);
+  accounted->segment = draft.Encode(scratch);
   const index::Segment* segment = accounted->segment.get();
   return std::shared_ptr<const index::Segment>(std::move(accounted), segment);
 }

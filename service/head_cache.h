@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 #include "index/key_index.h"
 #include "index/scratch.h"
 #include "index/segment.h"
@@ -72,7 +73,7 @@ class HeadCache {
   const uint16_t* ValueRow(int64_t position) const;
 
   /// This cache and `rows` after it; seals what makes whole segments. Takes memory from the grant;
-  /// resource_exhausted leaves nothing behind. `scratch` is used, not emptied.
+  /// resource_exhausted leaves nothing behind. Empties `scratch` and uses it.
   absl::StatusOr<HeadCache> Append(const StridedRows& rows, MemoryGrant& memory,
                                    index::Scratch& scratch) const;
   /// The first `tokens` tokens of this cache. What is left of a segment is copied into chunks.
@@ -90,9 +91,10 @@ class HeadCache {
   int64_t SealedTokens() const {
     return static_cast<int64_t>(segments_->size()) * index::kSegmentTokens;
   }
-  absl::StatusOr<std::shared_ptr<const index::Segment>> Seal(const uint16_t* keys,
-                                                             const uint16_t* values,
-                                                             MemoryGrant& memory) const;
+  /// A segment of a tail and the rows after it, 1024 tokens together.
+  absl::StatusOr<std::shared_ptr<const index::Segment>> Seal(
+      absl::Span<const index::TailChunkView> tail, const StridedRows& rows, MemoryGrant& memory,
+      index::Scratch& scratch) const;
   /// Copies `rows` to the end of the tail of this object, which nobody else sees yet.
   absl::Status AppendToTail(StridedRows rows, MemoryGrant& memory);
   /// Makes the last chunk one in which rows [filled, filled + count) are this cache's own.
