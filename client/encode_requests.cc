@@ -35,36 +35,40 @@ Message Serialise(Op op, const T& message) {
 bool AreInPlace(const std::vector<Message::Part>& parts) {
   size_t end = 0;
   for (const Message::Part& part : parts) {
-    if (part.bytes.empty()) continue;
     if (part.offset != end || part.bytes.data() != parts.front().bytes.data() + end) return false;
     end += part.bytes.size();
   }
   return true;
 }
 
+/// When the parts of a payload are read.
+enum class Reading {
+  kAtStart,  ///< copied by Start
+  kAsSent,   ///< until the request's answer; saves the copy
+};
+
 /// Lays the parts out in message.payload. What stands in memory as it is to stand there, as one
-/// part always does, is sent from where it is; else parts will be brought together, since the
-/// payload's checksum runs over all of it.
-absl::Status SetPayload(const std::vector<absl::Span<const uint8_t>>& parts, Message& message) {
+/// part always does, is sent from where it is.
+absl::Status SetPayload(const std::vector<absl::Span<const uint8_t>>& parts, Reading reading,
+                        Message& message) {
   proto::PayloadLayout layout;
   message.parts.reserve(parts.size());
-  for (const auto& part : parts) message.parts.push_back({part, layout.Add(part.size())});
+  for (const auto& part : parts) {
+    const size_t offset = layout.Add(part.size());
+    if (!part.empty()) message.parts.push_back({part, offset});
+  }
   if (layout.bytes() > kPayloadMax) {
     return Invalid("payload", absl::StrCat(layout.bytes(), " bytes in one request"));
   }
   if (AreInPlace(message.parts)) {
+    if (!message.parts.empty()) {
+      message.payload = {message.parts.front().bytes.data(), layout.bytes()};
+    }
     message.parts.clear();
-    message.payload = {parts.front().data(), layout.bytes()};
     return absl::OkStatus();
   }
-  message.owned.reset(new uint8_t[layout.bytes()]);
-  size_t end = 0;
-  for (const Message::Part& part : message.parts) {
-    if (part.bytes.empty()) continue;
-    std::memset(message.owned.get() + end, 0, part.offset - end);
-    end = part.offset + part.bytes.size();
-  }
-  message.payload = {message.owned.get(), layout.bytes()};
+  message.payload = {static_cast<const uint8_t*>(nullptr), layout.bytes()};
+  if (reading == Reading::kAtStart) message.MakeOwned();
   return absl::OkStatus();
 }
 
@@ -185,7 +189,7 @@ absl::Status FillSearch(const Request& request, Proto& message, Message& out) {
   to.set_reuse_keep(options.reuse_keep);
   to.set_search_time_us(static_cast<uint32_t>(
       std::clamp<int64_t>(options.search_time.count(), 0, std::numeric_limits<uint32_t>::max())));
-  return SetPayload(parts, out);
+  return SetPayload(parts, Reading::kAtStart, out);
 }
 
 }  // namespace
@@ -249,7 +253,8 @@ absl::StatusOr<Message> EncodeAppend(const Session& session, uint32_t layer, uin
   request.set_tokens(tokens);
   request.mutable_query_positions()->Add(queries.positions.begin(), queries.positions.end());
   Message message = Serialise(Op::kAppend, request);
-  status = SetPayload({AsBytes(keys), AsBytes(values), AsBytes(queries.rows)}, message);
+  status = SetPayload({AsBytes(keys), AsBytes(values), AsBytes(queries.rows)}, Reading::kAsSent,
+                      message);
   if (!status.ok()) return status;
   return message;
 }
@@ -296,7 +301,7 @@ absl::StatusOr<Message> EncodeFetchRows(const Session& session, uint32_t layer, 
   request.set_kv_head(kv_head);
   request.set_count(static_cast<uint32_t>(positions.size()));
   Message message = Serialise(Op::kFetchRows, request);
-  status = SetPayload({AsBytes(positions)}, message);
+  status = SetPayload({AsBytes(positions)}, Reading::kAtStart, message);
   if (!status.ok()) return status;
   return message;
 }
