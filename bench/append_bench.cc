@@ -3,13 +3,15 @@
 //
 //   append_bench [--transport shm|unix] [--via ADDRESS] [--shape llama3-8b] [--layers N]
 //                [--tokens 131072] [--chunk 1024] [--under-way 16] [--connections 1]
-//                [--rounds 8] [--steps 64] [--gap-us 500] [--spin-us 0] [--workers 0] [--prefault]
+//                [--rounds 8] [--steps 64] [--gap-us 500] [--apart] [--spin-us 0] [--workers 0]
+//                [--prefault]
 //                [--format text|json]
 //
 // Prefill: chunks in the order of a chunked prefill (all layers of a chunk, then the next chunk),
 // so many appends under way at once; GB/s of bf16 K and V from the first call to the last answer.
-// Then each layer is searched for its last key. Decode: the appends of all layers leave together,
-// and a step ends when all are answered; between steps the client does nothing for --gap-us. Each
+// Then each layer is searched for its last key. Decode: all layers in one request or, with --apart,
+// a request each, which leave together; a step ends when all are answered. Between steps the client
+// does nothing for --gap-us. Each
 // round has --steps of them around the end of a segment: the step that seals one in every head of
 // every layer is counted apart. The numbers come from memory made before the clock starts.
 //
@@ -44,6 +46,7 @@ using kvseek::KvClient;
 using kvseek::index::kSegmentTokens;
 using Json = nlohmann::ordered_json;
 
+const kvseek::CallOptions kCall{.deadline = std::chrono::minutes(1)};
 constexpr size_t kChunks = 8;  ///< of different numbers, used again and again
 
 struct Flags {
@@ -60,6 +63,7 @@ struct Flags {
   uint32_t gap_us = 500;
   int workers = 0;
   bool prefault = false;
+  bool apart = false;
   std::string format = "text";
 };
 
@@ -137,12 +141,15 @@ class Bench {
     const size_t values = size_t{tokens} * shape_.kv_heads * shape_.value_dim;
     under_way_.fetch_add(1);
     Client(layer).AppendAsync(session_, layer, held_, tokens, {chunk.keys.data(), keys},
-                              {chunk.values.data(), values}, {.deadline = std::chrono::minutes(1)},
-                              [this](const absl::StatusOr<uint64_t>& done) {
-                                if (!done.ok()) Fail(done.status().ToString());
-                                under_way_.fetch_sub(1);
-                                under_way_.notify_one();
-                              });
+                              {chunk.values.data(), values}, kCall, Done());
+  }
+
+  kvseek::Callback<uint64_t> Done() {
+    return [this](const absl::StatusOr<uint64_t>& done) {
+      if (!done.ok()) Fail(done.status().ToString());
+      under_way_.fetch_sub(1);
+      under_way_.notify_one();
+    };
   }
 
   /// Until at most so many appends are under way.
@@ -211,6 +218,21 @@ class Bench {
     }
   }
 
+  void AppendStep(uint32_t step) {
+    for (uint32_t layer = 0; flags_.apart && layer < shape_.layers; ++layer) {
+      Append(layer, 1, chunks_[(layer + step) % kChunks]);
+    }
+    if (flags_.apart) return;
+    std::vector<kvseek::LayerTensors> layers(shape_.layers);
+    for (uint32_t layer = 0; layer < shape_.layers; ++layer) {
+      const Chunk& chunk = chunks_[(layer + step) % kChunks];
+      layers[layer] = {{chunk.keys.data(), size_t{shape_.kv_heads} * shape_.key_dim},
+                       {chunk.values.data(), size_t{shape_.kv_heads} * shape_.value_dim}};
+    }
+    under_way_.fetch_add(1);
+    clients_[0]->AppendLayersAsync(session_, 0, held_, 1, layers, kCall, Done());
+  }
+
   void Decode() {
     for (uint32_t round = 0; round < flags_.rounds; ++round) {
       GoToSealing();
@@ -219,9 +241,7 @@ class Bench {
         while (Clock::now() < ready) {
         }
         const Clock::time_point begin = Clock::now();
-        for (uint32_t layer = 0; layer < shape_.layers; ++layer) {
-          Append(layer, 1, chunks_[(layer + step) % kChunks]);
-        }
+        AppendStep(step);
         WaitFor(0);
         const double took = Micros(Clock::now() - begin);
         ++held_;
@@ -280,6 +300,7 @@ void Print(const Flags& flags, const kvseek::ModelShape& shape, const Result& re
                       {"under_way", flags.under_way},
                       {"connections", flags.connections},
                       {"prefault", flags.prefault},
+                      {"apart", flags.apart},
                       {"prefill",
                        {{"seconds", result.prefill_seconds},
                         {"bytes", result.prefill_bytes},
@@ -337,6 +358,7 @@ int main(int argc, char** argv) {
   app.add_option("--steps", flags.steps, "Of a round")->check(CLI::Range(2, 1024));
   app.add_option("--gap-us", flags.gap_us, "Between steps");
   app.add_option("--workers", flags.workers, "Of the daemon started here; 0: one a core");
+  app.add_flag("--apart", flags.apart, "A decode step is a request for each layer");
   app.add_flag("--prefault", flags.prefault, "The daemon started here touches its memory first");
   app.add_option("--format", flags.format)->check(CLI::IsMember({"text", "json"}));
   CLI11_PARSE(app, argc, argv);

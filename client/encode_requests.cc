@@ -224,37 +224,49 @@ absl::StatusOr<Message> EncodeOpen(const ModelShape& shape, const OpenOptions& o
 }
 
 absl::StatusOr<Message> EncodeAppend(const Session& session, uint32_t layer, uint64_t start,
-                                     uint32_t tokens, absl::Span<const uint16_t> keys,
-                                     absl::Span<const uint16_t> values,
+                                     uint32_t tokens, absl::Span<const LayerTensors> layers,
                                      const SampledQueries& queries) {
   const ModelShape& shape = session.shape;
   absl::Status status = CheckShape(shape, "session.shape.");
   if (!status.ok()) return status;
   status = CheckLayer(session, layer, "");
   if (!status.ok()) return status;
-  const auto check = [&](absl::string_view field, size_t size, uint32_t dim) {
-    const uint64_t expected = Product({tokens, shape.kv_heads, dim});
+  if (layers.empty() || layers.size() > shape.layers - layer) {
+    return Invalid("layers",
+                   absl::StrCat(layers.size(), " from layer ", layer, " of ", shape.layers, " on"));
+  }
+  const auto check = [&](const std::string& field, size_t size, uint64_t expected) {
     if (size == expected) return absl::OkStatus();
     return Invalid(field, absl::StrCat(size, " elements, its shape has ", expected));
   };
-  status = check("keys", keys.size(), shape.key_dim);
-  if (!status.ok()) return status;
-  status = check("values", values.size(), shape.value_dim);
-  if (!status.ok()) return status;
-  const uint64_t elements = Product({queries.positions.size(), shape.query_heads, shape.key_dim});
-  if (queries.rows.size() != elements) {
-    return Invalid("queries.rows",
-                   absl::StrCat(queries.rows.size(), " elements, its shape has ", elements));
+  const auto name = [&](size_t i, const char* tensor) {
+    return layers.size() == 1 ? tensor : absl::StrCat("layers[", i, "].", tensor);
+  };
+  std::vector<absl::Span<const uint8_t>> parts;
+  parts.reserve(2 * layers.size() + 1);
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const LayerTensors& rows = layers[i];
+    status =
+        check(name(i, "keys"), rows.keys.size(), Product({tokens, shape.kv_heads, shape.key_dim}));
+    status.Update(check(name(i, "values"), rows.values.size(),
+                        Product({tokens, shape.kv_heads, shape.value_dim})));
+    if (!status.ok()) return status;
+    parts.push_back(AsBytes(rows.keys));
+    parts.push_back(AsBytes(rows.values));
   }
+  status = check("queries.rows", queries.rows.size(),
+                 Product({queries.positions.size(), shape.query_heads, shape.key_dim}));
+  if (!status.ok()) return status;
+  parts.push_back(AsBytes(queries.rows));
   proto::AppendRequest request;
   SetSession(session, request.mutable_session());
   request.set_layer(layer);
   request.set_start(start);
   request.set_tokens(tokens);
   request.mutable_query_positions()->Add(queries.positions.begin(), queries.positions.end());
+  if (layers.size() > 1) request.set_layers(static_cast<uint32_t>(layers.size()));
   Message message = Serialise(Op::kAppend, request);
-  status = SetPayload({AsBytes(keys), AsBytes(values), AsBytes(queries.rows)}, Reading::kAsSent,
-                      message);
+  status = SetPayload(parts, Reading::kAsSent, message);
   if (!status.ok()) return status;
   return message;
 }

@@ -183,28 +183,43 @@ absl::StatusOr<CheckedAppend> RequestValidator::Check(const proto::AppendRequest
   absl::Status status = CheckBetween("layer", message.layer(), 0, settings.layers - 1);
   status.Update(CheckBetween("start", message.start(), 0, options_.tokens_max));
   if (!status.ok()) return status;
+  status.Update(CheckBetween("layers", message.layers(), 0, settings.layers - message.layer()));
   status.Update(CheckBetween("tokens", message.tokens(), 0, options_.tokens_max - message.start()));
   if (!status.ok()) return status;
 
   const size_t rows = size_t{message.tokens()} * settings.kv_heads;
-  proto::PayloadLayout layout;
-  const size_t keys = layout.Add(rows * settings.kv.KeyRowBytes());
-  const size_t values = layout.Add(rows * settings.kv.ValueRowBytes());
   const auto sampled = static_cast<size_t>(message.query_positions_size());
-  const size_t queries = layout.Add(sampled * settings.query_heads * settings.kv.KeyRowBytes());
-  status.Update(CheckQueryPositions(message));
-  status.Update(CheckPayloadBytes(payload.size(), layout.bytes()));
-  if (!status.ok()) return status;
   CheckedAppend append;
+  append.layers.resize(std::max<size_t>(1, message.layers()));
+  // Calls use(rows, keys, values, queries) for each layer, with offsets; returns the payload's
+  // size.
+  const auto lay_out = [&](const auto& use) {
+    proto::PayloadLayout layout;
+    for (LayerRows& layer : append.layers) {
+      const size_t keys = layout.Add(rows * settings.kv.KeyRowBytes());
+      const size_t values = layout.Add(rows * settings.kv.ValueRowBytes());
+      const size_t queries = layout.Add(sampled * settings.query_heads * settings.kv.KeyRowBytes());
+      use(layer, keys, values, queries);
+    }
+    return layout.bytes();
+  };
+  status.Update(CheckQueryPositions(message));
+  status.Update(CheckPayloadBytes(payload.size(), lay_out([](auto&&...) {})));
+  if (!status.ok()) return status;
+  const auto positions = absl::MakeConstSpan(message.query_positions().data(), sampled);
+  lay_out([&](LayerRows& layer, size_t keys, size_t values, size_t queries) {
+    const auto at = [&](size_t offset) {
+      return reinterpret_cast<const uint16_t*>(payload.data() + offset);
+    };
+    layer = {static_cast<int64_t>(message.start()),
+             message.tokens(),
+             at(keys),
+             at(values),
+             {positions, at(queries)},
+             settings.query_heads};
+  });
   append.session = *std::move(session);
   append.layer = message.layer();
-  append.rows = {static_cast<int64_t>(message.start()),
-                 message.tokens(),
-                 reinterpret_cast<const uint16_t*>(payload.data() + keys),
-                 reinterpret_cast<const uint16_t*>(payload.data() + values),
-                 {absl::MakeConstSpan(message.query_positions().data(), sampled),
-                  reinterpret_cast<const uint16_t*>(payload.data() + queries)},
-                 settings.query_heads};
   return append;
 }
 

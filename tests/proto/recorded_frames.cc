@@ -234,6 +234,13 @@ void RecordAppend(Recorder& recorder) {
                        .Bf16(size_t{3} * kKvHeads * kKeyDim, 1)
                        .Bf16(size_t{3} * kKvHeads * kValueDim, -96)
                        .Take());
+  request.set_layer(0);
+  request.set_layers(2);
+  PayloadWriter both;
+  for (const int first : {1, 3}) {
+    both.Bf16(size_t{3} * kKvHeads * kKeyDim, first).Bf16(size_t{3} * kKvHeads * kValueDim, -96);
+  }
+  recorder.Request("append_layers_request", Op::kAppend, request, both.Take());
   AppendResponse response;
   response.set_tokens_held(4099);
   recorder.Response("append_response", Op::kAppend, response);
