@@ -41,6 +41,7 @@ constexpr uint32_t kKeyDim = 16;
 constexpr uint32_t kValueDim = 24;
 constexpr uint32_t kBystanderTokens = 1100;  // a sealed segment and a tail
 constexpr uint32_t kVictimTokens = 1030;
+constexpr uint32_t kBlock = 32;  // tokens of one landmark
 constexpr size_t kTogether = 8;  // requests under way at a time
 
 DaemonOptions SmallDaemon() {
@@ -189,6 +190,8 @@ class RequestFuzzTest : public testing::Test {
          {proto::INDEX_LANDMARK, proto::INDEX_CLUSTER, proto::INDEX_GRAPH, proto::INDEX_PRODUCT}) {
       open.add_build(kind);
     }
+    open.mutable_landmark()->set_summary(proto::LANDMARK_GIVEN);
+    open.mutable_landmark()->set_block(kBlock);
     auto session = Succeed<proto::OpenSessionResponse>(Op::kOpenSession, open).session();
     proto::MessageMutator random(seed);
     for (uint32_t layer = 0; layer < kLayers; ++layer) {
@@ -209,7 +212,11 @@ class RequestFuzzTest : public testing::Test {
     message.set_start(start);
     message.set_tokens(tokens);
     if (tokens > 0) message.add_query_positions(start + tokens / 2);
+    for (uint64_t end = (start / kBlock + 1) * kBlock; end <= start + tokens; end += kBlock) {
+      message.add_landmark_positions(end - kBlock);
+    }
     const size_t rows = size_t{tokens} * kKvHeads;
+    const auto landmarks = static_cast<size_t>(message.landmark_positions_size()) * kKvHeads;
     const size_t queries = tokens > 0 ? kQueryHeads : 0;
     return {.op = Op::kAppend,
             .metadata = message.SerializeAsString(),
@@ -217,6 +224,7 @@ class RequestFuzzTest : public testing::Test {
                            .Add(RandomBf16(rows * kKeyDim, random))
                            .Add(RandomBf16(rows * kValueDim, random))
                            .Add(RandomBf16(queries * kKeyDim, random))
+                           .Add(RandomBf16(landmarks * kKeyDim, random))
                            .Take()};
   }
 
@@ -324,6 +332,7 @@ std::vector<Call> RequestFuzzTest::RightCalls(const proto::SessionRef& victim) {
   }
   calls.push_back(AppendCall(victim, 0, kVictimTokens, 2, random));
   calls.push_back(AppendCall(victim, 1, kVictimTokens - 5, 3, random));
+  calls.push_back(AppendCall(victim, 0, kVictimTokens - 40, 70, random));
 
   proto::FetchRowsRequest fetch;
   *fetch.mutable_session() = victim;
@@ -345,6 +354,11 @@ std::vector<Call> RequestFuzzTest::RightCalls(const proto::SessionRef& victim) {
   head.set_mode("auto");
   head.set_index("cluster");
   head.set_candidates(200);
+  add(Op::kOpenSession, open);
+  open.clear_plan();
+  open.add_build(proto::INDEX_LANDMARK);
+  open.mutable_landmark()->set_summary(proto::LANDMARK_MEAN);
+  open.mutable_landmark()->set_block(64);
   add(Op::kOpenSession, open);
   proto::ForkRequest fork;
   *fork.mutable_session() = victim;
