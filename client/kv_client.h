@@ -151,7 +151,8 @@ struct SearchOptions {
   bool list_read = false;  ///< Attend: also return the positions read at 4 bits or better
   /// Landmark, cluster, graph: the estimate of what was not read stays out of the state.
   bool leave_rest_out = false;
-  uint32_t exact_top = 0;  ///< landmark: reads until so many best keys of each head are certain
+  /// Landmark by bounds: reads until each head's best so many keys are certain; else does nothing.
+  uint32_t exact_top = 0;
   float mass = 0.0F;  ///< fewer candidates where no head misses more of its mass; 0: all. Not graph
   float beta = 0.0F;  ///< fewer where fewer are within beta nats of a head's best score; 0: all
   std::chrono::microseconds search_time{0};  ///< landmark, cluster: answers by then; 0: no limit
