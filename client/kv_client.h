@@ -136,6 +136,9 @@ struct SearchOptions {
   uint32_t exact_top = 0;  ///< landmark: reads until so many best keys of each head are certain
   float mass = 0.0F;  ///< fewer candidates where no head misses more of its mass; 0: all. Not graph
   float beta = 0.0F;  ///< fewer where fewer are within beta nats of a head's best score; 0: all
+  /// Of the candidates those alone whose share of any head's mass is at least exp(threshold); below
+  /// 0 and not below -1000 nats; 0: all.
+  std::optional<float> threshold{};
   std::chrono::microseconds search_time{0};  ///< landmark, cluster: answers by then; 0: no limit
   std::optional<Vote> vote{};                ///< landmark, cluster
   /// Ladder, landmark, cluster: of decode steps, at most n - 1 after one that was searched are

@@ -197,6 +197,7 @@ void LadderPlan::ReportReads(const ScoredKeys& candidates, SearchReport& report)
   const auto fine = static_cast<int64_t>(candidates.positions.size());
   const auto row_bytes = static_cast<int64_t>(shape.KeyRowBytes() + shape.ValueRowBytes());
   report.keys_fine = fine;
+  report.keys_chosen = fine;
   report.keys_exact = exact_tokens_ + std::count(read.begin(), read.end(), true);
   int64_t chosen_by = 0;  // bytes
   if (recall_.last == nullptr) {

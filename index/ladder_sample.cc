@@ -123,10 +123,20 @@ void LadderPlan::ChooseThreshold(Scratch& scratch) {
   const int64_t wanted = std::max<int64_t>(
       WantedKeys(estimates, keys, std::max(options_.candidates, options_.k), scratch), options_.k);
   thresholds_ = Thresholds(estimates, keys, wanted, scratch);
+  if (options_.threshold < 0.0F) RaiseThresholds(estimates, keys, scratch);
   if (options_.keep == 0) return;
   keep_thresholds_ = Thresholds(estimates, keys, options_.keep, scratch);
   for (size_t h = 0; h < thresholds_.size(); ++h) {
     keep_thresholds_[h] = std::min(keep_thresholds_[h], thresholds_[h]);
+  }
+}
+
+void LadderPlan::RaiseThresholds(const float* estimates, int keys, Scratch& scratch) {
+  std::vector<float> highest(thresholds_.size(), kInfinity);
+  if (options_.k > 0) highest = Thresholds(estimates, keys, options_.k, scratch);
+  for (size_t h = 0; h < thresholds_.size(); ++h) {
+    const float passes = std::min(reference_[h] + options_.threshold, highest[h]);
+    thresholds_[h] = std::max(thresholds_[h], passes);
   }
 }
 
