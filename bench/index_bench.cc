@@ -1,22 +1,26 @@
 // One core, one head cache, one group: the ladder against the exact scan-and-attend, as ratios
 // within one run.
 //
-//   index_bench [--tokens 131072] [--group 4] [--rounds 15] [--level LEVEL] [--format text|json]
+//   index_bench [--tokens 131072] [--group 4] [--rounds 15] [--level LEVEL] [--only INDEX]
+//               [--format text|json]
 //
 // Exact and ladder searches alternate over several heads whose rows are far larger than the caches,
-// so that each starts cold. Keys and values are the traces of tests/data, repeated with noise;
+// so that each starts cold. Product codes (with value sketches) are trained on the traces' prefill
+// queries. Keys and values are the traces of tests/data, repeated with noise;
 // queries are recorded decode queries. Each answer's error against the exact one is printed beside
 // its time. KVSEEK_BENCH_TINY=1 makes everything small, to see that it runs.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <functional>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "CLI/CLI.hpp"
 #include "bench/roof.h"
+#include "cli/build_index.h"
 #include "cli/evaluation.h"
 #include "cli/trace.h"
 #include "index/key_index.h"
@@ -34,6 +38,7 @@ struct Options {
   int exact_rows = 64;
   std::string level;
   std::string format = "text";
+  std::string only;
   std::string data = KVSEEK_SOURCE_DIR "/tests/data";
 };
 
@@ -56,9 +61,11 @@ cli::HeadTrace Lengthen(cli::HeadTrace trace, const Options& options) {
 
 struct Contender {
   std::string name;
-  const index::KeyIndex* index;
+  const index::KeyIndex* index;  ///< null: product codes of each head
   int scan_bits;
-  std::vector<double> micros;
+  int subspaces = 0;  ///< of product codes
+  std::vector<std::shared_ptr<const index::KeyIndex>> of_heads{};
+  std::vector<double> micros{};
   double bytes = 0.0;
   double error = 0.0;
 };
@@ -87,6 +94,13 @@ void Measure(const std::vector<cli::HeadTrace>& traces, const Options& options,
   for (const cli::HeadTrace& trace : traces) {
     for (const int bits : {1, 2}) heads[static_cast<size_t>(bits)].emplace_back(trace, bits);
   }
+  for (Contender& contender : contenders) {
+    for (size_t at = 0; at < traces.size() && contender.index == nullptr; ++at) {
+      const cli::BuildSettings settings{.product = {contender.subspaces, true}};
+      const index::KvView view = heads[static_cast<size_t>(contender.scan_bits)][at].view();
+      contender.of_heads.push_back(cli::BuildIndex("product", traces[at], view, settings));
+    }
+  }
   index::Scratch scratch;
   const index::SearchOptions search{.candidates = options.candidates,
                                     .exact_rows = options.exact_rows};
@@ -98,8 +112,10 @@ void Measure(const std::vector<cli::HeadTrace>& traces, const Options& options,
     index::SearchResult exact;
     for (Contender& contender : contenders) {
       const index::KvView view = heads[static_cast<size_t>(contender.scan_bits)][at].view();
+      const index::KeyIndex& index =
+          contender.index != nullptr ? *contender.index : *contender.of_heads[at];
       const auto start = std::chrono::steady_clock::now();
-      index::SearchResult result = contender.index->Search(view, query, search, scratch);
+      index::SearchResult result = index.Search(view, query, search, scratch);
       const std::chrono::duration<double, std::micro> time =
           std::chrono::steady_clock::now() - start;
       if (&contender == &contenders.front()) exact = result;
@@ -156,6 +172,7 @@ int Run(int argc, char** argv) {
   app.add_option("--exact", options.exact_rows)->check(CLI::Range(0, 1 << 16));
   app.add_option("--level", options.level, "SIMD level");
   app.add_option("--format", options.format)->check(CLI::IsMember({"text", "json"}));
+  app.add_option("--only", options.only, "one index beside exact, e.g. \"product 11\"");
   app.add_option("--data", options.data, "folder of the traces");
   CLI11_PARSE(app, argc, argv);
   if (bench::Tiny()) {
@@ -177,9 +194,16 @@ int Run(int argc, char** argv) {
     }
     traces.push_back(Lengthen(*std::move(trace), options));
   }
-  std::vector<Contender> contenders = {{"exact", &index::ExactIndex(), 2, {}},
-                                       {"ladder 2 bits", &index::LadderIndex(), 2, {}},
-                                       {"ladder 1 bit", &index::LadderIndex(), 1, {}}};
+  std::vector<Contender> contenders = {{"exact", &index::ExactIndex(), 2},
+                                       {"ladder 2 bits", &index::LadderIndex(), 2},
+                                       {"ladder 1 bit", &index::LadderIndex(), 1},
+                                       {"product 22", nullptr, 1, 22},
+                                       {"product 11", nullptr, 1, 11}};
+  if (!options.only.empty()) {
+    std::erase_if(contenders, [&](const Contender& contender) {
+      return contender.name != "exact" && contender.name != options.only;
+    });
+  }
   Measure(traces, options, contenders);
   for (const Contender& contender : contenders) {
     if (!(contender.error < 0.5)) {

@@ -17,6 +17,7 @@
 #include "service/request_handler.h"
 #include "service/request_validation.h"
 #include "service/search_executor.h"
+#include "service/search_validation.h"
 #include "service/traffic_queries.h"
 
 namespace kvseek::service {

@@ -33,7 +33,7 @@
 #include "index/search_audit.h"
 #include "service/memory_budget.h"
 #include "service/options.h"
-#include "service/request_validation.h"
+#include "service/search_validation.h"
 #include "service/session.h"
 
 namespace kvseek::service {

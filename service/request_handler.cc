@@ -1,8 +1,6 @@
 #include "service/request_handler.h"
 
-#include <algorithm>
 #include <condition_variable>
-#include <limits>
 #include <mutex>
 #include <optional>
 #include <utility>
@@ -17,13 +15,16 @@
 #include "proto/kvseek.pb.h"
 #include "proto/status_code.h"
 #include "service/compute_pool.h"
+#include "service/field_checks.h"
 #include "service/index_builder.h"
 #include "service/query_operations.h"
 #include "service/request_audits.h"
 #include "service/request_counters.h"
 #include "service/request_validation.h"
 #include "service/search_executor.h"
+#include "service/search_validation.h"
 #include "service/session.h"
+#include "service/session_info.h"
 #include "service/session_store.h"
 
 namespace kvseek::service {
@@ -39,12 +40,6 @@ Response MakeResponse(const Message& message) {
   return response;
 }
 
-uint64_t Milliseconds(Clock::duration duration) {
-  using std::chrono::milliseconds;
-  return static_cast<uint64_t>(
-      std::max<milliseconds::rep>(0, std::chrono::duration_cast<milliseconds>(duration).count()));
-}
-
 }  // namespace
 
 class RequestHandler::Impl {
@@ -57,6 +52,7 @@ class RequestHandler::Impl {
         builder_(builder),
         facts_(std::move(facts)),
         validator_(options_, store_),
+        search_validator_(options_, store_),
         started_(Clock::now()) {}
   ~Impl();
 
@@ -118,10 +114,6 @@ class RequestHandler::Impl {
   void Search(const CallPtr& call);
   /// Takes queries of an answered search where indexes learn from them.
   void Learn(const CallPtr& call, const CheckedSearch& search);
-  proto::SessionRef MakeRef(const Session& session) const;
-  proto::SessionInfo Describe(const Session& session, bool with_plan, TimePoint now) const;
-  static proto::BuiltIndexInfo DescribeBuilt(const Session& session, proto::IndexKind kind,
-                                             index::BuiltKind built);
 
   const DaemonOptions options_;
   SessionStore& store_;
@@ -129,6 +121,7 @@ class RequestHandler::Impl {
   IndexBuilder& builder_;
   const ServerFacts facts_;
   const RequestValidator validator_;
+  const SearchValidator search_validator_;
   const TimePoint started_;
   RequestCounters counters_;
   RequestAudits audits_{options_, store_.budget()};
@@ -267,7 +260,7 @@ absl::StatusOr<Response> RequestHandler::Impl::Open(const proto::OpenSessionRequ
                              Clock::now());
   if (!session.ok()) return session.status();
   proto::OpenSessionResponse response;
-  *response.mutable_session() = MakeRef(**session);
+  *response.mutable_session() = MakeSessionRef(store_.boot_id(), **session);
   response.set_lease_ms(Milliseconds((*session)->settings().lease));
   return MakeResponse(response);
 }
@@ -277,7 +270,7 @@ absl::StatusOr<Response> RequestHandler::Impl::Fork(const proto::ForkRequest& me
     return status;
   }
   const TimePoint now = Clock::now();
-  auto parent = validator_.FindSession(message, now);
+  auto parent = FindSession(store_, message, now);
   if (!parent.ok()) return parent.status();
   const auto tokens =
       message.has_tokens() ? std::optional<uint64_t>(message.tokens()) : std::nullopt;
@@ -285,13 +278,13 @@ absl::StatusOr<Response> RequestHandler::Impl::Fork(const proto::ForkRequest& me
                              message.name(), now);
   if (!session.ok()) return session.status();
   proto::ForkResponse response;
-  *response.mutable_session() = MakeRef(**session);
+  *response.mutable_session() = MakeSessionRef(store_.boot_id(), **session);
   response.set_lease_ms(Milliseconds((*session)->settings().lease));
   return MakeResponse(response);
 }
 
 absl::StatusOr<Response> RequestHandler::Impl::Truncate(const proto::TruncateRequest& message) {
-  auto session = validator_.FindSession(message, Clock::now());
+  auto session = FindSession(store_, message, Clock::now());
   if (!session.ok()) return session.status();
   if (absl::Status status = (*session)->Truncate(message.tokens(), store_.budget()); !status.ok()) {
     return status;
@@ -329,7 +322,8 @@ absl::StatusOr<Response> RequestHandler::Impl::Stats(const proto::StatsRequest& 
   size_t bytes = response.ByteSizeLong();
   for (const auto& session : store_.List()) {
     if (message.session_id() != 0 && session->id() != message.session_id()) continue;
-    proto::SessionInfo info = Describe(*session, message.with_plans(), now);
+    proto::SessionInfo info =
+        DescribeSession(store_.boot_id(), *session, message.with_plans(), now);
     bytes += info.ByteSizeLong() + kTagAndLength;
     if (bytes > options_.metadata_bytes_max) break;  // as many as an answer can hold
     *response.add_sessions() = std::move(info);
@@ -394,7 +388,7 @@ void RequestHandler::Impl::Search(const CallPtr& call) {
   pool_.Submit(MakeJob(call, [this, call](Scratch& scratch) {
     auto message = ParseMetadata<Message>(call->request().metadata);
     if (!message.ok()) return call->Finish(message.status());
-    auto checked = validator_.Check(*message, call->payload(), Clock::now());
+    auto checked = search_validator_.Check(*message, call->payload(), Clock::now());
     if (!checked.ok()) return call->Finish(checked.status());
     if (absl::Status status = CheckAnswerFits(*checked, options_); !status.ok()) {
       return call->Finish(std::move(status));
@@ -438,68 +432,6 @@ void RequestHandler::Impl::Learn(const CallPtr& call, const CheckedSearch& searc
                   }
                 });
   }
-}
-
-proto::SessionRef RequestHandler::Impl::MakeRef(const Session& session) const {
-  proto::SessionRef ref;
-  ref.set_boot_id(store_.boot_id());
-  ref.set_session_id(session.id());
-  return ref;
-}
-
-proto::SessionInfo RequestHandler::Impl::Describe(const Session& session, bool with_plan,
-                                                  TimePoint now) const {
-  const SessionSettings& settings = session.settings();
-  proto::SessionInfo info;
-  *info.mutable_session() = MakeRef(session);
-  info.set_name(settings.name);
-  proto::ModelShape& shape = *info.mutable_shape();
-  shape.set_layers(settings.layers);
-  shape.set_kv_heads(settings.kv_heads);
-  shape.set_query_heads(settings.query_heads);
-  shape.set_key_dim(static_cast<uint32_t>(settings.kv.key_dim));
-  shape.set_value_dim(static_cast<uint32_t>(settings.kv.value_dim));
-  shape.set_dtype(static_cast<proto::DType>(settings.kv.dtype));
-  shape.set_softmax_scale(settings.kv.softmax_scale);
-  for (uint32_t layer = 0; layer < settings.layers; ++layer) {
-    info.add_tokens(static_cast<uint64_t>(session.State(layer)->tokens));
-  }
-  info.set_bytes(session.Bytes());
-  info.set_idle_ms(Milliseconds(now - session.last_used()));
-  info.set_lease_ms(Milliseconds(settings.lease));
-  info.set_scan_bits(static_cast<uint32_t>(settings.kv.scan_bits));
-  for (const proto::IndexKind kind :
-       {proto::INDEX_LANDMARK, proto::INDEX_CLUSTER, proto::INDEX_GRAPH, proto::INDEX_PRODUCT}) {
-    const index::BuiltKind built = *BuiltKindOf(kind);
-    if (settings.Builds(built)) *info.add_built() = DescribeBuilt(session, kind, built);
-  }
-  info.set_error_target(settings.error_target);
-  if (with_plan && session.plan().exists()) {
-    proto::HeadPlan& plan = *info.mutable_plan() = session.plan().Message();
-    plan.set_scan_bits(info.scan_bits());
-    if (settings.error_target > 0.0F) plan.set_error_target(double{settings.error_target});
-  }
-  return info;
-}
-
-proto::BuiltIndexInfo RequestHandler::Impl::DescribeBuilt(const Session& session,
-                                                          proto::IndexKind kind,
-                                                          index::BuiltKind built) {
-  int64_t covered = std::numeric_limits<int64_t>::max();
-  uint64_t bytes = 0;
-  for (uint32_t layer = 0; layer < session.settings().layers; ++layer) {
-    const std::shared_ptr<const LayerState> state = session.State(layer);
-    for (size_t head = 0; head < state->heads.size(); ++head) {
-      const index::BuiltIndex* const found = state->Built(head, built);
-      covered = std::min(covered, found == nullptr ? 0 : found->covered());
-      bytes += found == nullptr ? 0 : found->Bytes();
-    }
-  }
-  proto::BuiltIndexInfo info;
-  info.set_index(kind);
-  info.set_tokens_covered(static_cast<uint64_t>(covered));
-  info.set_bytes(bytes);
-  return info;
 }
 
 RequestHandler::RequestHandler(const DaemonOptions& options, SessionStore& store, ComputePool& pool,

@@ -1,24 +1,20 @@
-// From messages of a client, which may hold anything, to requests that may be run.
+// From messages of a client, which may hold anything, to requests that may be run. Attend and TopK
+// are checked in search_validation.h.
 //
 // Every function checks all that it hands on and names what is wrong in full, e.g.
-// "items[1].range_end[0]". Nothing here changes a session, apart from renewing the leases of the
+// "query_positions[1]". Nothing here changes a session, apart from renewing the leases of the
 // sessions found.
 #ifndef KVSEEK_SERVICE_REQUEST_VALIDATION_H_
 #define KVSEEK_SERVICE_REQUEST_VALIDATION_H_
 
+#include <chrono>
 #include <cstdint>
 #include <memory>
-#include <optional>
 #include <string>
-#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "absl/strings/string_view.h"
 #include "absl/types/span.h"
-#include "index/key_index.h"
-#include "index/reuse.h"
-#include "index/scratch.h"
 #include "proto/kvseek.pb.h"
 #include "proto/status_code.h"
 #include "service/options.h"
@@ -28,45 +24,6 @@
 namespace kvseek::service {
 
 inline constexpr size_t kSessionNameBytesMax = 256;
-
-/// The kind of an index that is built in the background; none for the others.
-std::optional<index::BuiltKind> BuiltKindOf(proto::IndexKind kind);
-
-/// One session's part of a search: `tokens` query tokens of one layer.
-struct CheckedItem {
-  std::shared_ptr<Session> session;
-  uint32_t layer_number = 0;
-  std::shared_ptr<const LayerState> layer;  ///< what is searched; keeps it alive
-  size_t tokens = 0;
-  int64_t begin = 0;
-  std::vector<int64_t> ends;                   ///< (tokens), each in [begin, layer->tokens]
-  std::vector<uint32_t> kv_heads;              ///< those asked for, ascending
-  std::vector<HeadSetting> settings_of_heads;  ///< (kv_heads.size()); candidates are at least 1
-  const float* queries = nullptr;              ///< (tokens, QueryHeads(), key_dim)
-  /// TopK: (Results()) the positions whose rows the client holds, ascending; empty: none.
-  std::vector<absl::Span<const uint32_t>> held;
-
-  const SessionSettings& settings() const { return session->settings(); }
-  /// Query heads of the KV heads asked for.
-  size_t QueryHeads() const { return kv_heads.size() * static_cast<size_t>(settings().Group()); }
-  size_t Results() const { return tokens * kv_heads.size(); }
-};
-
-/// An Attend or a TopK. `queries` point into the request's payload or into `converted`, `held` into
-/// the payload.
-struct CheckedSearch {
-  std::vector<CheckedItem> items;
-  index::SearchOptions options;  ///< k < 0: Attend; candidates are those of each head
-  /// every 0: nothing is reused or kept; keep 0: see AddReuse.
-  index::ReuseOptions reuse{.every = 0};
-  HeadSetting asked;  ///< what the request says
-  bool with_rows = false;
-  bool with_state = true;
-  kernels::DType state_dtype = kernels::DType::kFp32;  ///< or kFp16
-  index::AlignedArray<float> converted;
-
-  bool topk() const { return options.k >= 0; }
-};
 
 /// A checked Append. The rows point into the request's payload, the positions of sampled queries
 /// into its message.
@@ -84,7 +41,7 @@ struct CheckedFetch {
   absl::Span<const int64_t> positions;  ///< in the request's payload
 };
 
-/// Checks requests of one daemon against its limits. Thread-safe.
+/// Checks requests of one daemon, other than searches, against its limits. Thread-safe.
 class RequestValidator {
  public:
   /// Both must outlive the validator.
@@ -94,20 +51,10 @@ class RequestValidator {
   absl::StatusOr<SessionSettings> Check(const proto::OpenSessionRequest& message) const;
   absl::StatusOr<CheckedAppend> Check(const proto::AppendRequest& message,
                                       absl::Span<const uint8_t> payload, TimePoint now) const;
-  absl::StatusOr<CheckedSearch> Check(const proto::AttendRequest& message,
-                                      absl::Span<const uint8_t> payload, TimePoint now) const;
-  absl::StatusOr<CheckedSearch> Check(const proto::TopKRequest& message,
-                                      absl::Span<const uint8_t> payload, TimePoint now) const;
   absl::StatusOr<CheckedFetch> Check(const proto::FetchRowsRequest& message,
                                      absl::Span<const uint8_t> payload, TimePoint now) const;
 
-  /// The session that a request's field `session` names.
-  template <typename Message>
-  absl::StatusOr<std::shared_ptr<Session>> FindSession(const Message& message,
-                                                       TimePoint now) const {
-    return Find(message.has_session(), message.session(), "session", now);
-  }
-  /// The same, taken out of the store.
+  /// The session that is to be closed, taken out of the store.
   absl::StatusOr<std::shared_ptr<Session>> TakeSession(const proto::CloseSessionRequest& message,
                                                        TimePoint now) const;
   /// Ops that carry no tensors.
@@ -117,22 +64,10 @@ class RequestValidator {
   static std::chrono::milliseconds Lease(uint64_t lease_ms);
 
  private:
-  absl::StatusOr<std::shared_ptr<Session>> Find(bool given, const proto::SessionRef& session,
-                                                absl::string_view field, TimePoint now) const;
-  absl::Status CheckOptions(const proto::SearchOptions& message, CheckedSearch& search) const;
-  static absl::Status CheckStateDType(proto::DType dtype, CheckedSearch& search);
-  absl::StatusOr<CheckedItem> CheckItem(const proto::QueryItem& message, const std::string& field,
-                                        TimePoint now) const;
   /// The plan of a session to be opened; null: none.
   absl::StatusOr<std::shared_ptr<const proto::HeadPlan>> CheckPlan(
       const proto::OpenSessionRequest& message) const;
   absl::Status CheckErrorTarget(float target) const;
-  /// How a KV head is searched: as asked, else as planned, else as the daemon does.
-  HeadSetting Resolve(const CheckedSearch& search, const CheckedItem& item, uint32_t kv_head) const;
-  /// Fills search.items, finds their queries in the payload, checks them and converts them.
-  template <typename Message>
-  absl::Status CheckItems(const Message& message, absl::Span<const uint8_t> payload, TimePoint now,
-                          CheckedSearch& search) const;
 
   const DaemonOptions& options_;
   SessionStore& store_;

@@ -6,6 +6,21 @@
 
 namespace kvseek::service {
 
+std::optional<index::BuiltKind> BuiltKindOf(proto::IndexKind kind) {
+  switch (kind) {
+    case proto::INDEX_LANDMARK:
+      return index::BuiltKind::kLandmark;
+    case proto::INDEX_CLUSTER:
+      return index::BuiltKind::kCluster;
+    case proto::INDEX_GRAPH:
+      return index::BuiltKind::kGraph;
+    case proto::INDEX_PRODUCT:
+      return index::BuiltKind::kProduct;
+    default:
+      return std::nullopt;
+  }
+}
+
 SessionPlan::SessionPlan(uint32_t layers, uint32_t kv_heads,
                          std::shared_ptr<const proto::HeadPlan> opened, bool live)
     : kv_heads_(kv_heads),

@@ -10,12 +10,17 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
+#include "index/built_index.h"
 #include "proto/head_plan.pb.h"
 #include "proto/kvseek.pb.h"
 
 namespace kvseek::service {
+
+/// The kind of an index that is built in the background; none for the others.
+std::optional<index::BuiltKind> BuiltKindOf(proto::IndexKind kind);
 
 /// What a search of one KV head takes from a plan.
 struct HeadSetting {

@@ -1,0 +1,96 @@
+// From an Attend or a TopK of a client, which may hold anything, to a search that may be run.
+//
+// Every function checks all that it hands on and names what is wrong in full, e.g.
+// "items[1].range_end[0]". Nothing here changes a session, apart from renewing the leases of the
+// sessions found. The other requests are checked in request_validation.h.
+#ifndef KVSEEK_SERVICE_SEARCH_VALIDATION_H_
+#define KVSEEK_SERVICE_SEARCH_VALIDATION_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "index/key_index.h"
+#include "index/reuse.h"
+#include "index/scratch.h"
+#include "kernels/dtype.h"
+#include "proto/kvseek.pb.h"
+#include "service/layer_cache.h"
+#include "service/options.h"
+#include "service/session.h"
+#include "service/session_plan.h"
+#include "service/session_store.h"
+
+namespace kvseek::service {
+
+/// One session's part of a search: `tokens` query tokens of one layer.
+struct CheckedItem {
+  std::shared_ptr<Session> session;
+  uint32_t layer_number = 0;
+  std::shared_ptr<const LayerState> layer;  ///< what is searched; keeps it alive
+  size_t tokens = 0;
+  int64_t begin = 0;
+  std::vector<int64_t> ends;                   ///< (tokens), each in [begin, layer->tokens]
+  std::vector<uint32_t> kv_heads;              ///< those asked for, ascending
+  std::vector<HeadSetting> settings_of_heads;  ///< (kv_heads.size()); candidates are at least 1
+  const float* queries = nullptr;              ///< (tokens, QueryHeads(), key_dim)
+  /// TopK: (Results()) the positions whose rows the client holds, ascending; empty: none.
+  std::vector<absl::Span<const uint32_t>> held;
+
+  const SessionSettings& settings() const { return session->settings(); }
+  /// Query heads of the KV heads asked for.
+  size_t QueryHeads() const { return kv_heads.size() * static_cast<size_t>(settings().Group()); }
+  size_t Results() const { return tokens * kv_heads.size(); }
+};
+
+/// An Attend or a TopK. `queries` point into the request's payload or into `converted`, `held` into
+/// the payload.
+struct CheckedSearch {
+  std::vector<CheckedItem> items;
+  index::SearchOptions options;  ///< k < 0: Attend; candidates are those of each head
+  /// every 0: nothing is reused or kept; keep 0: see AddReuse.
+  index::ReuseOptions reuse{.every = 0};
+  HeadSetting asked;  ///< what the request says
+  bool with_rows = false;
+  bool with_state = true;
+  kernels::DType state_dtype = kernels::DType::kFp32;  ///< or kFp16
+  index::AlignedArray<float> converted;
+
+  bool topk() const { return options.k >= 0; }
+};
+
+/// Checks searches of one daemon against its limits. Thread-safe.
+class SearchValidator {
+ public:
+  /// Both must outlive the validator.
+  SearchValidator(const DaemonOptions& options, SessionStore& store)
+      : options_(options), store_(store) {}
+
+  absl::StatusOr<CheckedSearch> Check(const proto::AttendRequest& message,
+                                      absl::Span<const uint8_t> payload, TimePoint now) const;
+  absl::StatusOr<CheckedSearch> Check(const proto::TopKRequest& message,
+                                      absl::Span<const uint8_t> payload, TimePoint now) const;
+
+ private:
+  absl::Status CheckOptions(const proto::SearchOptions& message, CheckedSearch& search) const;
+  static absl::Status CheckStateDType(proto::DType dtype, CheckedSearch& search);
+  absl::StatusOr<CheckedItem> CheckItem(const proto::QueryItem& message, const std::string& field,
+                                        TimePoint now) const;
+  /// How a KV head is searched: as asked, else as planned, else as the daemon does.
+  HeadSetting Resolve(const CheckedSearch& search, const CheckedItem& item, uint32_t kv_head) const;
+  /// Fills search.items, finds their queries in the payload, checks them and converts them.
+  template <typename Message>
+  absl::Status CheckItems(const Message& message, absl::Span<const uint8_t> payload, TimePoint now,
+                          CheckedSearch& search) const;
+
+  const DaemonOptions& options_;
+  SessionStore& store_;
+};
+
+}  // namespace kvseek::service
+
+#endif  // KVSEEK_SERVICE_SEARCH_VALIDATION_H_
