@@ -91,15 +91,17 @@ void LadderPlan::RunSample(SamplePart& part, Scratch& scratch) {
       }
     }
     codes_->Select(sample_[i], 1, sums, {{}, part.largest.data()}, nullptr, results);
-    for (size_t h = 0; h < group; ++h) part.mass[h] += weights[h];
+    // The first block stands for itself: a sink in it would be counted many times.
+    const auto others = static_cast<float>(sample_.size() - 1);
+    const float stands_for =
+        i == 0 ? 1.0F : static_cast<float>(last_block_ - first_block_ - 1) / others;
+    for (size_t h = 0; h < group; ++h) part.mass[h] += weights[h] * stands_for;
   }
 }
 
 void LadderPlan::EstimateReference() {
   reference_ = exact_state_.Lse();
-  // The sample's share, scaled up, beside the exact part's.
-  const float scale_up =
-      static_cast<float>(last_block_ - first_block_) / static_cast<float>(sample_.size());
+  // The sample's share beside the exact part's.
   for (size_t h = 0; h < reference_.size(); ++h) {
     float largest = -kInfinity;
     for (const SamplePart& part : sample_parts_) largest = std::max(largest, part.largest[h]);
@@ -107,7 +109,7 @@ void LadderPlan::EstimateReference() {
     for (const SamplePart& part : sample_parts_) {
       if (part.mass[h] > 0.0F) mass += part.mass[h] * std::exp(part.largest[h] - largest);
     }
-    const float sampled = largest + std::log(std::max(mass * scale_up, 1e-30F));
+    const float sampled = largest + std::log(std::max(mass, 1e-30F));
     const float high = std::max(reference_[h], sampled);
     const float low = std::min(reference_[h], sampled);
     reference_[h] = high + std::log1p(std::exp(low - high));
