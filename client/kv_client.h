@@ -112,9 +112,9 @@ struct OpenOptions {
   uint64_t tokens_expected = 0;        ///< refuse now if there is no memory for so many
   std::string name{};                  ///< for listings
   std::vector<IndexKind> build{};      ///< kLandmark to kProduct: built in the background
-  /// Index and candidates of each KV head where a request does not say. Indexes that it names are
-  /// built; its scan_bits, unless 0, are the session's. None: the daemon's plan, if it has one; an
-  /// empty one: no plan.
+  /// Index, candidates and threshold of each KV head where a request does not say. Indexes that it
+  /// names are built; its scan_bits, unless 0, are the session's. None: the daemon's plan, if it
+  /// has one; an empty one: no plan.
   std::optional<HeadPlan> plan{};
   /// The daemon's audits look for the cheapest setting of each KV head whose mean output error is
   /// at most this, and change the session's plan as they find it; 0: the daemon's default.

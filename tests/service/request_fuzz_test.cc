@@ -255,6 +255,7 @@ class RequestFuzzTest : public testing::Test {
     message.mutable_options()->set_candidates(128);
     message.mutable_options()->set_exact_rows(8);
     message.mutable_options()->set_audit_samples(16);
+    message.mutable_options()->set_threshold(-8.0F);
     return {.op = op, .metadata = message.SerializeAsString(), .payload = parts.Take()};
   }
 
