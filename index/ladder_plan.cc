@@ -116,7 +116,7 @@ void LadderPlan::PrepareQueries(const ProductIndex* product) {
   const auto group = static_cast<size_t>(group_);
   rotated_ = MakeAligned<float>(group * padded_dim_);
   kernels::Rotate(query_.queries, group_, view_.shape.key_dim, rotated_.get());
-  quantised_ = MakeAligned<int16_t>(group * padded_dim_);
+  quantised_ = MakeAligned<int8_t>(group * padded_dim_);
   query_units_.resize(group);
   kernels::QuantiseQueries(rotated_.get(), group_, padded_dim_, quantised_.get(),
                            query_units_.data());

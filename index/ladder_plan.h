@@ -144,9 +144,10 @@ class LadderPlan final : public SearchPlan {
   /// ends fetches for the one after it, which the same worker is likely to run.
   const uint8_t* NextCodes(int64_t end_block, int blocks) const;
   void PrefetchRecords(const Chosen& chosen) const;
-  /// Candidates that have been scored, until they are enough for adding their values to pay.
-  static constexpr int kPendingEnough = 64;
-  static constexpr int kPendingMax = kPendingEnough + kSegmentTokens;
+  /// Candidates that have been scored. Their values are added when they are so many: fewer cost as
+  /// much.
+  static constexpr int kPendingWhole = 64;
+  static constexpr int kPendingMax = kPendingWhole + kSegmentTokens;
   struct Pending {
     int count;
     kernels::FineRow* rows;  ///< (kPendingMax)
@@ -154,7 +155,8 @@ class LadderPlan final : public SearchPlan {
   };
   void ReadCandidates(Piece& piece, const Chosen& chosen, const ScanBuffers& buffers,
                       Pending& pending);
-  void AddPending(Piece& piece, Pending& pending) const;
+  /// Adds the values of the first `count`.
+  void AddPending(Piece& piece, Pending& pending, int count) const;
   kernels::FineRow FindFine(int64_t position) const;
 
   // ---- recall (ladder_recall.cc)
@@ -203,7 +205,7 @@ class LadderPlan final : public SearchPlan {
 
   AlignedArray<float> scaled_;        ///< (group, key_dim), times softmax_scale
   AlignedArray<float> rotated_;       ///< (group, padded_dim), not scaled
-  AlignedArray<int16_t> quantised_;   ///< (group, padded_dim)
+  AlignedArray<int8_t> quantised_;    ///< (group, padded_dim)
   std::vector<float> query_units_;    ///< (group)
   std::vector<float> centre_scores_;  ///< (segments of the range, group)
   std::unique_ptr<const ScanCode> codes_;

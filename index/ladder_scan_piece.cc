@@ -57,7 +57,7 @@ void LadderPlan::RunScan(Piece& piece, Scratch& scratch) {
     block = end;
   }
   ReadCandidates(piece, before, buffers, pending);
-  AddPending(piece, pending);
+  AddPending(piece, pending, pending.count);
   for (size_t h = 0; h < group; ++h) piece.rest[h] = rest.view().sum[h];
   kernels::MergeState(piece.state.view(), rest.view());
 }
@@ -132,7 +132,12 @@ void LadderPlan::ReadCandidates(Piece& piece, const Chosen& chosen, const ScanBu
   const int record_bytes = kernels::FineRecordBytes(padded_dim_, view_.shape.value_dim);
   const int64_t first = chosen.segment * kSegmentTokens;
   kernels::FineRow* const rows = pending.rows + pending.count;
-  for (int i = 0; i < chosen.count; ++i) rows[i] = FindFine(first + chosen.keys[i]);
+  const Segment& codes = *view_.segments[static_cast<size_t>(chosen.segment)];
+  const uint8_t* const records = codes.fine_records();
+  for (int i = 0; i < chosen.count; ++i) {
+    rows[i] = {records + chosen.keys[i] * static_cast<size_t>(record_bytes),
+               codes.fine_factors() + chosen.keys[i]};
+  }
   float* const scores = pending.scores + pending.count;
   FillFineHeads(chosen.segment, buffers.fine_heads);
   kernels::ScoreFine(rows, chosen.count, record_bytes, quantised_.get(), padded_dim_,
@@ -140,13 +145,18 @@ void LadderPlan::ReadCandidates(Piece& piece, const Chosen& chosen, const ScanBu
   piece.candidates.Add(first, {chosen.keys, static_cast<size_t>(chosen.count)}, scores, kPendingMax,
                        group_);
   pending.count += chosen.count;
-  if (pending.count >= kPendingEnough) AddPending(piece, pending);
+  AddPending(piece, pending, pending.count / kPendingWhole * kPendingWhole);
 }
 
-void LadderPlan::AddPending(Piece& piece, Pending& pending) const {
-  kernels::AccumulateFine(pending.rows, pending.count, kernels::FineValueOffset(padded_dim_),
+void LadderPlan::AddPending(Piece& piece, Pending& pending, int count) const {
+  kernels::AccumulateFine(pending.rows, count, kernels::FineValueOffset(padded_dim_),
                           pending.scores, kPendingMax, piece.state.view());
-  pending.count = 0;
+  std::copy(pending.rows + count, pending.rows + pending.count, pending.rows);
+  for (int h = 0; h < group_; ++h) {
+    float* const scores = pending.scores + static_cast<ptrdiff_t>(h) * kPendingMax;
+    std::copy(scores + count, scores + pending.count, scores);
+  }
+  pending.count -= count;
 }
 
 kernels::FineRow LadderPlan::FindFine(int64_t position) const {

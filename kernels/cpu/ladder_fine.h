@@ -12,11 +12,11 @@
 
 namespace kvseek::kernels {
 
-/// Rounds rotated queries (heads, padded_dim) to int16 for the 4-bit dot products: quantised
-/// (heads, padded_dim), units (heads, 0 for a zero query), query ~ unit * quantised. |quantised| <=
-/// 2047, so that 512 products with a nibble's +-15 add up in an int32 and still convert to float
-/// within 1e-6. Only 2-byte alignment is needed, but scoring is faster with queries on 64 bytes.
-void QuantiseQueries(const float* rotated_queries, int heads, int padded_dim, int16_t* quantised,
+/// Rounds rotated queries (heads, padded_dim) to bytes for the 4-bit dot products: quantised
+/// (heads, padded_dim), units (heads, 0 for a zero query), query ~ unit * quantised, |quantised| <=
+/// 127. The noise of a score is a sixteenth of what the key's four bits make. Scoring is faster
+/// with queries on 64 bytes.
+void QuantiseQueries(const float* rotated_queries, int heads, int padded_dim, int8_t* quantised,
                      float* units) noexcept;
 
 /// Where a key's codes stand.
@@ -34,7 +34,7 @@ struct FineHead {
 
 /// scores[h * score_stride + i] of rows[i], all of one segment; record_bytes =
 /// FineRecordBytes(padded_dim, value_dim).
-void ScoreFine(const FineRow* rows, int count, int record_bytes, const int16_t* quantised,
+void ScoreFine(const FineRow* rows, int count, int record_bytes, const int8_t* quantised,
                int padded_dim, const FineHead* fine_heads, int heads, float* scores,
                int score_stride) noexcept;
 

@@ -87,13 +87,35 @@ constexpr int kVectors = kScanBlock / kLanes;
 /// Scores of the 64 centroids of a sub-space.
 HWY_INLINE void ScoreCentroids(const float* query, const float* centroids, int dim, float* scores) {
   const DF d;
-  for (int v = 0; v < kCentroids; v += kLanes) {
-    auto sum = hn::Zero(d);
+  constexpr int kSums = std::min(kCentroids / kLanes, 4);  // that do not wait for each other
+  for (int v = 0; v < kCentroids; v += kSums * kLanes) {
+    hn::Vec<DF> sums[kSums];
+    for (auto& sum : sums) sum = hn::Zero(d);
     for (int i = 0; i < dim; ++i) {
-      sum = hn::MulAdd(hn::Set(d, query[i]), hn::LoadU(d, centroids + i * kCentroids + v), sum);
+      const auto element = hn::Set(d, query[i]);
+      const float* const row = centroids + i * kCentroids + v;
+      for (int s = 0; s < kSums; ++s) {
+        sums[s] = hn::MulAdd(element, hn::LoadU(d, row + s * kLanes), sums[s]);
+      }
     }
-    hn::Store(sum, d, scores + v);
+    for (int s = 0; s < kSums; ++s) hn::Store(sums[s], d, scores + v + s * kLanes);
   }
+}
+
+struct Range {
+  float low;
+  float high;
+};
+
+HWY_INLINE Range RangeOf(const float* scores) {
+  const DF d;
+  auto low = hn::Load(d, scores);
+  auto high = low;
+  for (int v = kLanes; v < kCentroids; v += kLanes) {
+    low = hn::Min(low, hn::Load(d, scores + v));
+    high = hn::Max(high, hn::Load(d, scores + v));
+  }
+  return {hn::GetLane(hn::MinOfLanes(d, low)), hn::GetLane(hn::MaxOfLanes(d, high))};
 }
 
 /// Entries := round((scores - middle) / unit).
@@ -133,11 +155,10 @@ void BuildProductTablesImpl(const float* queries, int heads, int dim, const floa
     float half_range = 0.0F;
     table.base = 0.0F;
     for (int g = 0; g < symbols; ++g) {
-      const auto [low, high] =
-          std::minmax_element(scores + g * kCentroids, scores + (g + 1) * kCentroids);
-      middles[g] = 0.5F * (*low + *high);
+      const Range range = RangeOf(scores + g * kCentroids);
+      middles[g] = 0.5F * (range.low + range.high);
       table.base += middles[g];
-      half_range = std::max(half_range, 0.5F * (*high - *low));
+      half_range = std::max(half_range, 0.5F * (range.high - range.low));
     }
     table.unit = half_range / static_cast<float>(kTableMax);
     // Below that the inverse is infinite.
