@@ -12,10 +12,6 @@
 #include "hwy/highway.h"
 #include "kernels/cpu/ladder_fine.h"
 
-// For functions of the level avx512-vbmi with products of bytes: every machine of that level has
-// them, but Highway 1.0 does not tell the compiler.
-#define KVSEEK_VNNI __attribute__((target("avx512vnni")))
-
 HWY_BEFORE_NAMESPACE();
 namespace kvseek::kernels {
 namespace HWY_NAMESPACE {

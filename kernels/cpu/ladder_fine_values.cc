@@ -13,6 +13,7 @@
 #include "hwy/highway.h"
 #include "kernels/cpu/ladder_exp-inl.h"
 #include "kernels/cpu/ladder_fine-inl.h"
+#include "kernels/cpu/ladder_lanes-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace kvseek::kernels {

@@ -14,6 +14,12 @@
 #include "hwy/highway.h"
 #include "kernels/cpu/ladder_codes.h"
 
+// For functions of the level avx512-vbmi with products of bytes: every machine of that level has
+// them, but Highway 1.0 does not tell the compiler.
+#ifndef KVSEEK_VNNI
+#define KVSEEK_VNNI __attribute__((target("avx512vnni")))
+#endif
+
 HWY_BEFORE_NAMESPACE();
 namespace kvseek::kernels {
 namespace HWY_NAMESPACE {

@@ -225,7 +225,15 @@ HWY_INLINE void FillRest(const float* excess, SelectHead& head) {
     const auto bounded = hn::NearestInt(hn::Max(hn::Min(rest, high), low));
     hn::Store(hn::DemoteTo(d16, bounded), d16, head.rest + c);
   }
-#if HWY_TARGET > HWY_AVX3 && HWY_TARGET != HWY_SCALAR
+#if HWY_TARGET <= HWY_AVX3_DL
+  for (int c = 0; c < kCentroids; c += 32) {
+    const __m512i rest = _mm512_load_si512(head.rest + c);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(head.rest_bytes[0] + c),
+                       _mm512_cvtepi16_epi8(rest));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(head.rest_bytes[1] + c),
+                       _mm512_cvtepi16_epi8(_mm512_srli_epi16(rest, 8)));
+  }
+#elif HWY_TARGET > HWY_AVX3 && HWY_TARGET != HWY_SCALAR
   for (int c = 0; c < kCentroids; ++c) {
     head.rest_bytes[0][c] = static_cast<uint8_t>(head.rest[c]);
     head.rest_bytes[1][c] = static_cast<uint8_t>(head.rest[c] >> 8);
@@ -261,7 +269,25 @@ HWY_INLINE V8 LevelBytes(const uint8_t* block, const ProductLayout& layout, int 
   return FourthSymbol(hn::LoadU(d8, rows - 2 * kScanBlock), hn::LoadU(d8, rows - kScanBlock), last);
 }
 
-#if HWY_TARGET <= HWY_AVX3
+#if HWY_TARGET <= HWY_AVX3_DL
+
+struct Levels {
+  Levels(const uint8_t* block, const ProductLayout& layout) {
+    // In the order that unpacking puts right again.
+    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    level = _mm512_permutexvar_epi64(order, LevelBytes(block, layout, 0).raw);
+  }
+  void LookUpRest(const SelectHead& head, __m512i* rest) const {
+    // The instruction ignores all but six bits of an index.
+    const __m512i low = _mm512_permutexvar_epi8(level, _mm512_load_si512(head.rest_bytes[0]));
+    const __m512i high = _mm512_permutexvar_epi8(level, _mm512_load_si512(head.rest_bytes[1]));
+    rest[0] = _mm512_unpacklo_epi8(low, high);
+    rest[1] = _mm512_unpackhi_epi8(low, high);
+  }
+  __m512i level;
+};
+
+#elif HWY_TARGET <= HWY_AVX3
 
 struct Levels {
   Levels(const uint8_t* block, const ProductLayout& layout) {
@@ -269,12 +295,12 @@ struct Levels {
     level[0] = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(bytes));
     level[1] = _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(bytes, 1));
   }
-  void LookUpRest(const SelectHead& head, int16_t* out) const {
+  void LookUpRest(const SelectHead& head, __m512i* rest) const {
     const __m512i low = _mm512_load_si512(head.rest);
     const __m512i high = _mm512_load_si512(head.rest + 32);
     // The instruction ignores all but six bits of an index.
-    _mm512_store_si512(out, _mm512_permutex2var_epi16(low, level[0], high));
-    _mm512_store_si512(out + 32, _mm512_permutex2var_epi16(low, level[1], high));
+    rest[0] = _mm512_permutex2var_epi16(low, level[0], high);
+    rest[1] = _mm512_permutex2var_epi16(low, level[1], high);
   }
   __m512i level[2];
 };
@@ -302,31 +328,79 @@ struct Levels {
 #endif
 #endif
 
-/// kept[key] := all bits set if no head's sum exceeds its bound, else 0; returns the chosen ones.
-HWY_INLINE uint64_t ChooseInBlock(const int16_t* sums, int sums_stride, const SelectHead* heads,
-                                  int count, int16_t* kept) {
-  const hn::CappedTag<int16_t, 32> d16;
-  constexpr int kLanes16 = static_cast<int>(hn::MaxLanes(decltype(d16)()));
-  hn::Mask<decltype(d16)> any[kScanBlock / kLanes16];
-  for (int v = 0; v < kScanBlock / kLanes16; ++v) {
-    any[v] = hn::MaskFromVec(hn::Zero(d16));
-    for (int h = 0; h < count; ++h) {
-      const auto sum =
-          hn::LoadU(d16, sums + static_cast<ptrdiff_t>(h) * sums_stride + v * kLanes16);
-      any[v] = hn::Or(any[v], hn::Gt(sum, hn::Set(d16, heads[h].bound)));
+#if HWY_TARGET <= HWY_AVX3
+
+/// Which keys of a block no head chooses: one bit each.
+struct Kept {
+  Kept(const int16_t* sums, int sums_stride, const SelectHead* heads, int count) {
+    __mmask32 low = 0;
+    __mmask32 high = 0;
+    for (int h = 0; h < count; ++h, sums += sums_stride) {
+      const __m512i bound = _mm512_set1_epi16(heads[h].bound);
+      low |= _mm512_cmpgt_epi16_mask(_mm512_loadu_si512(sums), bound);
+      high |= _mm512_cmpgt_epi16_mask(_mm512_loadu_si512(sums + 32), bound);
     }
-    hn::Store(hn::VecFromMask(d16, hn::Not(any[v])), d16, kept + v * kLanes16);
+    chosen = low | static_cast<uint64_t>(high) << 32;
   }
-  return MaskBits(d16, any);
-}
+  uint64_t chosen;
+};
 
 /// Weights of one head's keys of a block; returns their sum, lane by lane.
-HWY_INLINE hn::Vec<DF> WeighBlock(const int16_t* sums, const SelectHead& head, const int16_t* rest,
-                                  const int16_t* kept, uint16_t* weights) {
+HWY_INLINE hn::Vec<DF> WeighBlock(const int16_t* sums, const SelectHead& head, const Levels& levels,
+                                  const Kept& kept, uint16_t* weights) {
+  const DF d;
+  const hn::CappedTag<int16_t, 32> d16;
+  __m512i rest[2];
+  levels.LookUpRest(head, rest);
+  const __m512i slope = _mm512_set1_epi16(head.slope);
+  const __m512i most = _mm512_set1_epi16(head.most);
+  const __m512i least = _mm512_set1_epi16(head.least);
+  const __m512i shift = _mm512_set1_epi16(static_cast<int16_t>(head.shift));
+  auto total = hn::Zero(d);
+  for (int v = 0; v < 2; ++v) {
+    const __m512i sum = _mm512_slli_epi16(_mm512_loadu_si512(sums + 32 * v), kSumShift);
+    const __m512i exponent = _mm512_adds_epi16(_mm512_mulhrs_epi16(sum, slope), rest[v]);
+    const auto unread = static_cast<__mmask32>(~kept.chosen >> (32 * v));
+    const __mmask32 counts = _mm512_mask_cmpgt_epi16_mask(unread, exponent, least);
+    const __m512i weight = _mm512_maskz_sllv_epi16(counts, _mm512_min_epi16(exponent, most), shift);
+    _mm512_storeu_si512(weights + 32 * v, weight);
+    total = hn::Add(total, SumPairs(d, hn::Vec<decltype(d16)>{weight}));
+  }
+  return total;
+}
+
+#else
+
+/// Which keys of a block no head chooses: all bits of 16 set.
+struct Kept {
+  Kept(const int16_t* sums, int sums_stride, const SelectHead* heads, int count) {
+    const hn::CappedTag<int16_t, 32> d16;
+    constexpr int kLanes16 = static_cast<int>(hn::MaxLanes(decltype(d16)()));
+    hn::Mask<decltype(d16)> any[kScanBlock / kLanes16];
+    for (int v = 0; v < kScanBlock / kLanes16; ++v) {
+      any[v] = hn::MaskFromVec(hn::Zero(d16));
+      for (int h = 0; h < count; ++h) {
+        const auto sum =
+            hn::LoadU(d16, sums + static_cast<ptrdiff_t>(h) * sums_stride + v * kLanes16);
+        any[v] = hn::Or(any[v], hn::Gt(sum, hn::Set(d16, heads[h].bound)));
+      }
+      hn::Store(hn::VecFromMask(d16, hn::Not(any[v])), d16, unread + v * kLanes16);
+    }
+    chosen = MaskBits(d16, any);
+  }
+  uint64_t chosen;
+  HWY_ALIGN int16_t unread[kScanBlock];
+};
+
+/// Weights of one head's keys of a block; returns their sum, lane by lane.
+HWY_INLINE hn::Vec<DF> WeighBlock(const int16_t* sums, const SelectHead& head, const Levels& levels,
+                                  const Kept& kept, uint16_t* weights) {
   const DF d;
   const hn::CappedTag<int16_t, 32> d16;
   const hn::RebindToUnsigned<decltype(d16)> du16;
   constexpr int kLanes16 = static_cast<int>(hn::MaxLanes(decltype(d16)()));
+  HWY_ALIGN int16_t rest[kScanBlock];
+  levels.LookUpRest(head, rest);
   const auto slope = hn::Set(d16, head.slope);
   const auto most = hn::Set(d16, head.most);
   const auto least = hn::Set(d16, head.least);
@@ -336,13 +410,15 @@ HWY_INLINE hn::Vec<DF> WeighBlock(const int16_t* sums, const SelectHead& head, c
     const auto exponent =
         hn::SaturatedAdd(hn::MulFixedPoint15(sum, slope), hn::Load(d16, rest + i));
     const auto bits = hn::IfThenElseZero(hn::Gt(exponent, least), hn::Min(exponent, most));
-    const auto weight =
-        hn::BitCast(du16, hn::And(hn::ShiftLeftSame(bits, head.shift), hn::LoadU(d16, kept + i)));
+    const auto weight = hn::BitCast(
+        du16, hn::And(hn::ShiftLeftSame(bits, head.shift), hn::Load(d16, kept.unread + i)));
     hn::StoreU(weight, du16, weights + i);
     total = hn::Add(total, SumPairs(d, weight));
   }
   return total;
 }
+
+#endif
 
 int SelectProductsImpl(const int16_t* sums, int sums_stride, const uint8_t* codes, int blocks,
                        const ProductLayout& layout, const ProductHead* heads, int count,
@@ -362,20 +438,18 @@ int SelectProductsImpl(const int16_t* sums, int sums_stride, const uint8_t* code
       const uint8_t* block = next_codes + static_cast<ptrdiff_t>(b) * block_bytes;
       for (int i = block_bytes / 2; i < block_bytes; i += 64) __builtin_prefetch(block + i, 0, 2);
     }
-    HWY_ALIGN int16_t kept[kScanBlock];
-    const uint64_t bits = ChooseInBlock(sums + b * kScanBlock, sums_stride, select, count, kept);
+    const Kept kept(sums + b * kScanBlock, sums_stride, select, count);
     next_chosen +=
-        PutIndices(bits, first_index + static_cast<uint32_t>(b * kScanBlock), next_chosen);
+        PutIndices(kept.chosen, first_index + static_cast<uint32_t>(b * kScanBlock), next_chosen);
     const Levels levels(codes, layout);
     for (int h = 0; h < count; h += 4) {
       hn::Vec<DF> totals[4] = {hn::Zero(d), hn::Zero(d), hn::Zero(d), hn::Zero(d)};
       const int some = std::min(4, count - h);
       for (int j = 0; j < some; ++j) {
-        HWY_ALIGN int16_t rest[kScanBlock];
-        levels.LookUpRest(select[h + j], rest);
-        totals[j] = WeighBlock(
-            sums + static_cast<ptrdiff_t>(h + j) * sums_stride + b * kScanBlock, select[h + j],
-            rest, kept, weights + static_cast<ptrdiff_t>(h + j) * weights_stride + b * kScanBlock);
+        totals[j] =
+            WeighBlock(sums + static_cast<ptrdiff_t>(h + j) * sums_stride + b * kScanBlock,
+                       select[h + j], levels, kept,
+                       weights + static_cast<ptrdiff_t>(h + j) * weights_stride + b * kScanBlock);
       }
       float sums_of_four[4];
       SumFour(d, totals, sums_of_four);
