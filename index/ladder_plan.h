@@ -57,7 +57,10 @@ class LadderPlan final : public SearchPlan {
   friend struct LadderAudit;
 
   static constexpr int kSegmentBlocks = kSegmentTokens / kernels::kScanBlock;
-  static constexpr int kPieceSegments = 8;
+  // Segments of a piece: so many that a search has a dozen pieces, within these bounds.
+  static constexpr int64_t kPieces = 12;
+  static constexpr int64_t kPieceSegmentsMin = 4;
+  static constexpr int64_t kPieceSegmentsMax = 16;
 
   enum class Step { kSample, kScan, kRefine };
 
