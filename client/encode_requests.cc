@@ -184,6 +184,7 @@ absl::Status FillSearch(const Request& request, Proto& message, Message& out) {
   to.set_exact_top(options.exact_top);
   to.set_mass(options.mass);
   to.set_beta(options.beta);
+  if (options.threshold.has_value()) to.set_threshold(*options.threshold);
   if (options.vote.has_value()) to.set_vote(static_cast<proto::Vote>(*options.vote));
   to.set_reuse_steps(options.reuse_steps);
   to.set_reuse_keep(options.reuse_keep);
@@ -220,12 +221,17 @@ absl::StatusOr<Message> EncodeOpen(const ModelShape& shape, const OpenOptions& o
     if (!good.ok()) return good;
   }
   request.set_error_target(options.error_target);
+  if (options.landmark.has_value()) {
+    proto::LandmarkOptions& landmark = *request.mutable_landmark();
+    landmark.set_summary(static_cast<proto::LandmarkSummary>(options.landmark->summary));
+    landmark.set_block(options.landmark->block);
+  }
   return Serialise(Op::kOpenSession, request);
 }
 
 absl::StatusOr<Message> EncodeAppend(const Session& session, uint32_t layer, uint64_t start,
                                      uint32_t tokens, absl::Span<const LayerTensors> layers,
-                                     const SampledQueries& queries) {
+                                     const SampledQueries& queries, const LandmarkKeys& landmarks) {
   const ModelShape& shape = session.shape;
   absl::Status status = CheckShape(shape, "session.shape.");
   if (!status.ok()) return status;
@@ -256,14 +262,18 @@ absl::StatusOr<Message> EncodeAppend(const Session& session, uint32_t layer, uin
   }
   status = check("queries.rows", queries.rows.size(),
                  Product({queries.positions.size(), shape.query_heads, shape.key_dim}));
+  status.Update(check("landmarks.rows", landmarks.rows.size(),
+                      Product({landmarks.positions.size(), shape.kv_heads, shape.key_dim})));
   if (!status.ok()) return status;
   parts.push_back(AsBytes(queries.rows));
+  parts.push_back(AsBytes(landmarks.rows));
   proto::AppendRequest request;
   SetSession(session, request.mutable_session());
   request.set_layer(layer);
   request.set_start(start);
   request.set_tokens(tokens);
   request.mutable_query_positions()->Add(queries.positions.begin(), queries.positions.end());
+  request.mutable_landmark_positions()->Add(landmarks.positions.begin(), landmarks.positions.end());
   if (layers.size() > 1) request.set_layers(static_cast<uint32_t>(layers.size()));
   Message message = Serialise(Op::kAppend, request);
   status = SetPayload(parts, Reading::kAsSent, message);

@@ -17,7 +17,8 @@ namespace kvseek::client {
 absl::StatusOr<Message> EncodeOpen(const ModelShape& shape, const OpenOptions& options);
 absl::StatusOr<Message> EncodeAppend(const Session& session, uint32_t layer, uint64_t start,
                                      uint32_t tokens, absl::Span<const LayerTensors> layers,
-                                     const SampledQueries& queries = {});
+                                     const SampledQueries& queries = {},
+                                     const LandmarkKeys& landmarks = {});
 absl::StatusOr<Message> EncodeAttend(const AttendRequest& request);
 absl::StatusOr<Message> EncodeTopK(const TopKRequest& request);
 absl::StatusOr<Message> EncodeFetchRows(const Session& session, uint32_t layer, uint32_t kv_head,

@@ -106,19 +106,37 @@ enum class Vote : uint8_t {
   kSum = 2,  ///< the sum of the heads' shares of mass
 };
 
+/// What the index `landmark` keeps of a block of consecutive tokens to rank it by.
+enum class LandmarkSummary : uint8_t {
+  kBounds = 1,  ///< smallest and largest value of each dimension
+  kMean = 2,    ///< mean key and the spread around it
+  /// A key of the caller's own for each KV head, as that of a trained landmark token, which comes
+  /// with Append; of a block for which none came, the mean key.
+  kGiven = 3,
+};
+
+struct LandmarkOptions {
+  LandmarkSummary summary = LandmarkSummary::kBounds;
+  uint32_t block = 16;  ///< tokens of a block: 16, 32, 64, 128 or 256
+
+  bool operator==(const LandmarkOptions&) const = default;
+};
+
 struct OpenOptions {
   std::chrono::milliseconds lease{0};  ///< closed when unused for so long; 0: the daemon's default
   uint32_t scan_bits = 0;              ///< 1 or 2; 0: the daemon's default
   uint64_t tokens_expected = 0;        ///< refuse now if there is no memory for so many
   std::string name{};                  ///< for listings
   std::vector<IndexKind> build{};      ///< kLandmark to kProduct: built in the background
-  /// Index and candidates of each KV head where a request does not say. Indexes that it names are
-  /// built; its scan_bits, unless 0, are the session's. None: the daemon's plan, if it has one; an
-  /// empty one: no plan.
+  /// Index, candidates and threshold of each KV head where a request does not say. Indexes that it
+  /// names are built; its scan_bits, unless 0, are the session's. None: the daemon's plan, if it
+  /// has one; an empty one: no plan.
   std::optional<HeadPlan> plan{};
   /// The daemon's audits look for the cheapest setting of each KV head whose mean output error is
   /// at most this, and change the session's plan as they find it; 0: the daemon's default.
   float error_target = 0.0F;
+  /// How landmark is built; for sessions that build it only. None: bounds of blocks of 16.
+  std::optional<LandmarkOptions> landmark{};
 };
 
 /// How an answer is found; unset fields (kAuto counts as unset) take the session's plan for the KV
@@ -133,9 +151,13 @@ struct SearchOptions {
   bool list_read = false;  ///< Attend: also return the positions read at 4 bits or better
   /// Landmark, cluster, graph: the estimate of what was not read stays out of the state.
   bool leave_rest_out = false;
-  uint32_t exact_top = 0;  ///< landmark: reads until so many best keys of each head are certain
+  /// Landmark by bounds: reads until each head's best so many keys are certain; else does nothing.
+  uint32_t exact_top = 0;
   float mass = 0.0F;  ///< fewer candidates where no head misses more of its mass; 0: all. Not graph
   float beta = 0.0F;  ///< fewer where fewer are within beta nats of a head's best score; 0: all
+  /// Of the candidates those alone whose share of any head's mass is at least exp(threshold); below
+  /// 0 and not below -1000 nats; 0: all.
+  std::optional<float> threshold{};
   std::chrono::microseconds search_time{0};  ///< landmark, cluster: answers by then; 0: no limit
   std::optional<Vote> vote{};                ///< landmark, cluster
   /// Ladder, landmark, cluster: of decode steps, at most n - 1 after one that was searched are
@@ -249,6 +271,17 @@ struct LayerTensors {
   absl::Span<const uint16_t> values{};  ///< (tokens, kv_heads, value_dim)
 };
 
+/// Landmark keys of blocks that end in the tokens of an append: (positions.size(), kv_heads,
+/// key_dim) in the session's dtype, after positional encoding, for a session with
+/// LandmarkSummary::kGiven. A block that two appends share comes with the second, which brings its
+/// last token. A block that has a landmark keeps it, so an append may be repeated; a block that was
+/// sent without one gets it when its last token is sent again with it. Truncate forgets the
+/// landmarks of blocks that it cuts; a fork shares its parent's.
+struct LandmarkKeys {
+  absl::Span<const uint64_t> positions{};  ///< of the blocks' first tokens, ascending
+  absl::Span<const uint16_t> rows{};
+};
+
 /// How far an index of a session is built.
 struct BuiltIndexStats {
   IndexKind index = IndexKind::kAuto;
@@ -266,6 +299,8 @@ struct SessionStats {
   uint32_t scan_bits = 0;
   std::vector<BuiltIndexStats> built;
   float error_target = 0.0F;  ///< OpenOptions::error_target; 0: audits change nothing
+  std::optional<LandmarkOptions> landmark{};  ///< how landmark is built; none: it is not
+  uint64_t landmarks_given = 0;  ///< blocks that have a LandmarkKeys', in the layer with least
 };
 
 struct DaemonStats {
@@ -327,11 +362,12 @@ class KvClient {
   /// Appends tokens [start, start + tokens) of one layer, all KV heads: keys (tokens, kv_heads,
   /// key_dim), values (tokens, kv_heads, value_dim). Searchable when it returns the number of
   /// tokens now held. Safe to repeat; a gap is refused. Some of the tokens' own queries may come
-  /// along, for indexes that learn from them.
+  /// along, for indexes that learn from them, and landmarks of blocks that end in them.
   absl::StatusOr<uint64_t> Append(const Session& session, uint32_t layer, uint64_t start,
                                   uint32_t tokens, absl::Span<const uint16_t> keys,
                                   absl::Span<const uint16_t> values, const CallOptions& call = {},
-                                  const SampledQueries& queries = {});
+                                  const SampledQueries& queries = {},
+                                  const LandmarkKeys& landmarks = {});
   absl::StatusOr<SearchResponse> Attend(const AttendRequest& request, const CallOptions& call = {});
   absl::StatusOr<SearchResponse> TopK(const TopKRequest& request, const CallOptions& call = {});
   absl::StatusOr<Rows> FetchRows(const Session& session, uint32_t layer, uint32_t kv_head,
@@ -354,7 +390,7 @@ class KvClient {
   void AppendAsync(const Session& session, uint32_t layer, uint64_t start, uint32_t tokens,
                    absl::Span<const uint16_t> keys, absl::Span<const uint16_t> values,
                    const CallOptions& call, Callback<uint64_t> done,
-                   const SampledQueries& queries = {});
+                   const SampledQueries& queries = {}, const LandmarkKeys& landmarks = {});
   /// The same tokens of layers [layer, layer + layers.size()) in one request, as a decode step
   /// brings them: one round trip instead of one for each layer. Returns what the layer holds that
   /// holds least. Each layer is appended for itself: an error may leave some that were. Safe to

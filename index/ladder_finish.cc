@@ -93,6 +93,9 @@ void LadderPlan::RefineBest(int head, Scratch& scratch) {
   auto* const keys = scratch.Take<const uint16_t*>(picks.size());
   auto* const values = scratch.Take<const uint16_t*>(picks.size());
   auto* const scores = scratch.Take<float>(picks.size());
+  const auto value_offset = static_cast<size_t>(kernels::FineValueOffset(padded_dim_));
+  const auto record_bytes =
+      static_cast<size_t>(kernels::FineRecordBytes(padded_dim_, view_.shape.value_dim));
   auto piece = pieces_.begin();
   passed = 0;
   for (size_t i = 0; i < picks.size(); ++i) {
@@ -101,17 +104,21 @@ void LadderPlan::RefineBest(int head, Scratch& scratch) {
     }
     const int64_t position = piece->candidates.positions[picks[i] - passed];
     fine_rows[i] = FindFine(position);
+    kernels::PrefetchRange(fine_rows[i].record + value_offset, record_bytes - value_offset);
+    kernels::PrefetchRange(fine_rows[i].factors, sizeof(kernels::FineFactors));
     fine_scores[i] = head_scores[picks[i]];
     const RowPointers row = FindRow(view_, position);
     keys[i] = row.key;
     values[i] = row.value;
-    kernels::PrefetchRange(row.key, view_.shape.KeyRowBytes());
-    kernels::PrefetchRange(row.value, view_.shape.ValueRowBytes());
+  }
+  for (size_t i = 0; i < picks.size(); ++i) {
+    kernels::PrefetchRange(keys[i], view_.shape.KeyRowBytes());
+    kernels::PrefetchRange(values[i], view_.shape.ValueRowBytes());
   }
   // While the rows arrive.
   const kernels::GroupState fine = MakeState(1, view_.shape.value_dim, scratch);
-  kernels::AccumulateFine(fine_rows, count, kernels::FineValueOffset(padded_dim_), fine_scores,
-                          count, fine);
+  kernels::AccumulateFine(fine_rows, count, static_cast<int>(value_offset), fine_scores, count,
+                          fine);
   const float* query = scaled_ + static_cast<ptrdiff_t>(head) * view_.shape.key_dim;
   kernels::ScoreGathered(query, 1, keys, view_.shape.dtype, count, view_.shape.key_dim, scores,
                          count);
@@ -231,6 +238,7 @@ void LadderPlan::ReportReads(SearchReport& report, Scratch& scratch) const {
   for (size_t w = 0; w < words; ++w) refined += std::popcount(read[w]);
   const auto row_bytes = static_cast<int64_t>(shape.KeyRowBytes() + shape.ValueRowBytes());
   report.keys_fine = fine;
+  report.keys_chosen = fine;
   report.keys_exact = exact_tokens_ + refined;
   int64_t chosen_by = 0;  // bytes
   if (recall_.last == nullptr) {

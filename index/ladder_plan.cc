@@ -104,13 +104,15 @@ bool LadderPlan::NextStep(Scratch& scratch) {
 
 void LadderPlan::PlanScan() {
   step_ = Step::kScan;
-  constexpr int64_t kPieceBlocks = int64_t{kPieceSegments} * kSegmentBlocks;
+  const int64_t piece_blocks =
+      kSegmentBlocks *
+      std::clamp((LastSegment() - FirstSegment()) / kPieces, kPieceSegmentsMin, kPieceSegmentsMax);
   const auto group = static_cast<size_t>(group_);
   const int64_t all = last_block_ - first_block_;
   const int64_t budget = std::max(options_.candidates, options_.k);
-  pieces_.reserve(static_cast<size_t>(all / kPieceBlocks + 2));
+  pieces_.reserve(static_cast<size_t>(all / piece_blocks + 2));
   for (int64_t block = first_block_; block < last_block_;) {
-    const int64_t end = std::min(last_block_, (block / kPieceBlocks + 1) * kPieceBlocks);
+    const int64_t end = std::min(last_block_, (block / piece_blocks + 1) * piece_blocks);
     Piece piece = {block, end, MakeState(group_, view_.shape.value_dim, *memory_)};
     piece.rest = memory_->Take<float>(group);
     // Room for half as many again as the budget's even share.

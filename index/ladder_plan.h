@@ -57,7 +57,10 @@ class LadderPlan final : public SearchPlan {
   friend struct LadderAudit;
 
   static constexpr int kSegmentBlocks = kSegmentTokens / kernels::kScanBlock;
-  static constexpr int kPieceSegments = 8;
+  // Segments of a piece: so many that a search has a dozen pieces, within these bounds.
+  static constexpr int64_t kPieces = 12;
+  static constexpr int64_t kPieceSegmentsMin = 4;
+  static constexpr int64_t kPieceSegmentsMax = 16;
 
   enum class Step { kSample, kScan, kRefine };
 
@@ -126,6 +129,8 @@ class LadderPlan final : public SearchPlan {
   int64_t WantedKeys(const float* estimates, int keys, int64_t wanted, Scratch& scratch) const;
   /// How many of the `count` sampled keys hold all but options_.mass of every head's mass.
   size_t KeysForMass(const float* estimates, size_t count, Scratch& scratch) const;
+  /// SearchOptions::threshold, as far as TopK's k allows.
+  void RaiseThresholds(const float* estimates, int keys, Scratch& scratch);
   void FillFineHeads(int64_t segment, kernels::FineHead* heads) const;
 
   // ---- scan (ladder_scan_piece.cc)

@@ -17,11 +17,11 @@ constexpr int64_t kCheckElements = int64_t{1} << 18;
 /// Rows of all heads that one thread copies by itself: as for a decode step.
 constexpr int64_t kRowsInline = 256;
 
-/// Refuses elements that are not finite or too large for the codes. `tensor` is (tokens, kv_heads,
-/// dim).
-absl::Status CheckElements(const char* name, const uint16_t* tensor, int64_t tokens, int64_t heads,
+/// Refuses elements that are not finite or too large for the codes. `tensor` is (rows, heads, dim);
+/// `name` says what a row is.
+absl::Status CheckElements(const char* name, const uint16_t* tensor, int64_t rows, int64_t heads,
                            int64_t dim, kernels::DType dtype, Worker worker) {
-  const int64_t count = tokens * heads * dim;
+  const int64_t count = rows * heads * dim;
   std::atomic<int64_t> first_bad{count};
   const auto parts = static_cast<int>((count + kCheckElements - 1) / kCheckElements);
   const auto check = [&](int part, index::Scratch&) {
@@ -42,8 +42,8 @@ absl::Status CheckElements(const char* name, const uint16_t* tensor, int64_t tok
   if (bad == count) return absl::OkStatus();
   return proto::FieldError(
       absl::StatusCode::kInvalidArgument, "payload",
-      absl::StrCat(name, " of token ", bad / dim / heads, ", KV head ", bad / dim % heads,
-                   ", element ", bad % dim, " is not finite or its magnitude exceeds 65504"));
+      absl::StrCat(name, " ", bad / dim / heads, ", KV head ", bad / dim % heads, ", element ",
+                   bad % dim, " is not finite or its magnitude exceeds 65504"));
 }
 
 }  // namespace
@@ -54,6 +54,7 @@ std::shared_ptr<const LayerState> LayerState::Empty(const index::KvShape& shape,
   state->heads.assign(kv_heads, HeadCache(shape));
   state->built.resize(kv_heads);
   state->learned.resize(kv_heads);
+  state->landmarks_built.resize(kv_heads);
   return state;
 }
 
@@ -78,16 +79,21 @@ absl::StatusOr<int64_t> LayerCache::Append(const LayerRows& rows, MemoryBudget& 
   }
   const auto heads = static_cast<int>(state->heads.size());
   const index::KvShape& shape = state->heads.front().shape();
-  for (const auto& [name, tensor, dim] : {std::tuple("key", rows.keys, shape.key_dim),
-                                          std::tuple("value", rows.values, shape.value_dim)}) {
+  for (const auto& [name, tensor, dim] :
+       {std::tuple("key of token", rows.keys, shape.key_dim),
+        std::tuple("value of token", rows.values, shape.value_dim)}) {
     absl::Status status = CheckElements(name, tensor, rows.tokens, heads, dim, shape.dtype, worker);
     if (!status.ok()) return status;
   }
   const auto query_elements = static_cast<int64_t>(rows.queries.positions.size());
   absl::Status queries_good =
-      CheckElements("query", rows.queries.rows, query_elements,
+      CheckElements("query of token", rows.queries.rows, query_elements,
                     static_cast<int64_t>(rows.query_heads), shape.key_dim, shape.dtype, worker);
   if (!queries_good.ok()) return queries_good;
+  absl::Status landmarks_good = CheckElements("landmark", rows.landmarks.rows,
+                                              static_cast<int64_t>(rows.landmarks.positions.size()),
+                                              heads, shape.key_dim, shape.dtype, worker);
+  if (!landmarks_good.ok()) return landmarks_good;
   const int64_t skipped = std::min(state->tokens - rows.start, rows.tokens);
   const int64_t added = rows.tokens - skipped;
   std::shared_ptr<const QuerySample> queries = state->queries;
@@ -97,7 +103,13 @@ absl::StatusOr<int64_t> LayerCache::Append(const LayerRows& rows, MemoryBudget& 
     if (!more.ok()) return more.status();
     queries = *std::move(more);
   }
-  if (added == 0 && queries == state->queries) return state->tokens;
+  auto landmarks =
+      LandmarkKeys::With(state->landmarks, rows.landmarks,
+                         static_cast<size_t>(heads) * static_cast<size_t>(shape.key_dim), budget);
+  if (!landmarks.ok()) return landmarks.status();
+  if (added == 0 && queries == state->queries && *landmarks == state->landmarks) {
+    return state->tokens;
+  }
 
   std::vector<uint64_t> bytes(state->heads.size());
   uint64_t total = 0;
@@ -108,14 +120,12 @@ absl::StatusOr<int64_t> LayerCache::Append(const LayerRows& rows, MemoryBudget& 
   shares.reserve(bytes.size());
   for (const uint64_t share : bytes) shares.push_back(memory->Split(share));
 
-  auto next = std::make_shared<LayerState>();
+  auto next = std::make_shared<LayerState>(*state);
   next->tokens = state->tokens + added;
   next->queries = std::move(queries);
   next->queries_sent = state->queries_sent || !rows.queries.positions.empty();
-  next->built = state->built;
-  next->learned = state->learned;
+  next->landmarks = *std::move(landmarks);
   std::vector<absl::Status> failures(bytes.size());
-  std::vector<std::optional<HeadCache>> grown(bytes.size());
   const auto grow = [&](int head, index::Scratch& scratch) {
     const auto h = static_cast<size_t>(head);
     const auto key_stride = bytes.size() * static_cast<size_t>(shape.key_dim);
@@ -127,7 +137,7 @@ absl::StatusOr<int64_t> LayerCache::Append(const LayerRows& rows, MemoryBudget& 
         value_stride};
     absl::StatusOr<HeadCache> longer = state->heads[h].Append(own, shares[h], scratch);
     if (longer.ok()) {
-      grown[h] = *std::move(longer);
+      next->heads[h] = *std::move(longer);
     } else {
       failures[h] = longer.status();
     }
@@ -141,8 +151,6 @@ absl::StatusOr<int64_t> LayerCache::Append(const LayerRows& rows, MemoryBudget& 
   for (const absl::Status& failure : failures) {
     if (!failure.ok()) return failure;
   }
-  next->heads.reserve(grown.size());
-  for (std::optional<HeadCache>& head : grown) next->heads.push_back(*std::move(head));
   const int64_t held = next->tokens;
   Replace(std::move(next));
   return held;
@@ -176,6 +184,9 @@ bool LayerCache::Publish(size_t head, index::BuiltKind kind,
     return false;
   }
   auto next = std::make_shared<LayerState>(*state);
+  if (kind == index::BuiltKind::kLandmark) {
+    next->landmarks_built[head] = source.Landmarks(built->covered());
+  }
   next->built[head][static_cast<size_t>(kind)] = std::move(built);
   const uint32_t bit = 1U << static_cast<uint32_t>(kind);
   next->learned[head] &= ~bit;
@@ -202,6 +213,10 @@ absl::StatusOr<std::shared_ptr<const LayerState>> TruncateState(
   if (!queries.ok()) return queries.status();
   next->queries = *std::move(queries);
   next->queries_sent = state->queries_sent;
+  auto landmarks = LandmarkKeys::Below(state->landmarks, tokens, budget);
+  if (!landmarks.ok()) return landmarks.status();
+  next->landmarks = *std::move(landmarks);
+  next->landmarks_built = state->landmarks_built;
   next->learned = state->learned;
   next->built = state->built;
   for (LayerState::BuiltSet& set : next->built) {

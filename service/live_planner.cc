@@ -62,6 +62,7 @@ LivePlanner::Learned LivePlanner::Learn(const AuditedSearch& audited, MemoryBudg
     if (index == nullptr) continue;  // not built yet
     index::SearchOptions options = audited.options;
     options.candidates = head->planner.curves()[setting.curve].candidates[setting.budget];
+    options.threshold = 0.0F;  // what is planned here has none
     const index::SearchResult result = index->Search(view, audited.query, options, scratch);
     trials.push_back({setting, static_cast<double>(result.report.bytes_touched),
                       MeanOf(audited.audit->Compare(result).output_error)});

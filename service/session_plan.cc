@@ -29,7 +29,8 @@ SessionPlan::SessionPlan(uint32_t layers, uint32_t kv_heads,
   if (opened_ == nullptr) return;
   for (const proto::PlannedHead& head : opened_->heads()) {
     Set(head.layer(), head.kv_head(),
-        {static_cast<proto::IndexKind>(proto::IndexNumber(head)), head.candidates()});
+        {static_cast<proto::IndexKind>(proto::IndexNumber(head)), head.candidates(),
+         head.threshold()});
   }
 }
 
@@ -41,7 +42,7 @@ SessionPlan::SessionPlan(const SessionPlan& other)
 uint64_t SessionPlan::Bytes(uint32_t layers, uint32_t kv_heads, const proto::HeadPlan* opened,
                             bool live) {
   const uint64_t table =
-      live || opened != nullptr ? uint64_t{layers} * kv_heads * sizeof(HeadSetting) : 0;
+      live || opened != nullptr ? uint64_t{layers} * kv_heads * sizeof(uint64_t) : 0;
   return sizeof(SessionPlan) + table + (opened == nullptr ? 0 : opened->SpaceUsedLong());
 }
 
@@ -63,6 +64,7 @@ proto::HeadPlan SessionPlan::Message() const {
     if (planned) head = opened_->heads(next++);
     head.set_index(proto::kIndexNames[static_cast<size_t>(setting.index)]);
     head.set_candidates(setting.candidates);
+    head.set_threshold(setting.threshold);
   }
   message.set_version(proto::kHeadPlanVersion);
   if (opened_ != nullptr) message.set_error_target(opened_->error_target());

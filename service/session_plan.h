@@ -8,12 +8,14 @@
 #define KVSEEK_SERVICE_SESSION_PLAN_H_
 
 #include <atomic>
+#include <bit>
 #include <cstdint>
 #include <memory>
 #include <optional>
 #include <vector>
 
 #include "index/built_index.h"
+#include "index/key_index.h"
 #include "proto/head_plan.pb.h"
 #include "proto/kvseek.pb.h"
 
@@ -25,11 +27,11 @@ std::optional<index::BuiltKind> BuiltKindOf(proto::IndexKind kind);
 /// What a search of one KV head takes from a plan.
 struct HeadSetting {
   proto::IndexKind index = proto::INDEX_AUTO;
-  uint32_t candidates = 0;  ///< 0: the daemon's default
+  uint32_t candidates = 0;  ///< up to index::kMaxCandidates; 0: the daemon's default
+  float threshold = 0.0F;   ///< 0: none
 
   bool operator==(const HeadSetting&) const = default;
 };
-static_assert(std::atomic<HeadSetting>::is_always_lock_free);
 
 /// Thread-safe.
 class SessionPlan {
@@ -48,11 +50,11 @@ class SessionPlan {
 
   HeadSetting Get(uint32_t layer, uint32_t kv_head) const {
     if (settings_.empty()) return {};
-    return settings_[Place(layer, kv_head)].load(std::memory_order_relaxed);
+    return Unpack(settings_[Place(layer, kv_head)].load(std::memory_order_relaxed));
   }
   /// REQUIRES: live.
   void Set(uint32_t layer, uint32_t kv_head, HeadSetting setting) {
-    settings_[Place(layer, kv_head)].store(setting, std::memory_order_relaxed);
+    settings_[Place(layer, kv_head)].store(Pack(setting), std::memory_order_relaxed);
   }
 
   /// False: there is none, and never will be.
@@ -61,13 +63,24 @@ class SessionPlan {
   proto::HeadPlan Message() const;
 
  private:
+  static_assert(index::kMaxCandidates < 1 << 24);
+  /// Index in the lowest 8 bits, candidates in the next 24, the threshold's bits in the rest.
+  static uint64_t Pack(const HeadSetting& setting) {
+    return uint64_t{std::bit_cast<uint32_t>(setting.threshold)} << 32 |
+           uint64_t{setting.candidates} << 8 | static_cast<uint64_t>(setting.index);
+  }
+  static HeadSetting Unpack(uint64_t word) {
+    return {static_cast<proto::IndexKind>(word & 0xFF), static_cast<uint32_t>(word >> 8 & 0xFFFFFF),
+            std::bit_cast<float>(static_cast<uint32_t>(word >> 32))};
+  }
+
   size_t Place(uint32_t layer, uint32_t kv_head) const {
     return static_cast<size_t>(layer) * kv_heads_ + kv_head;
   }
 
   const uint32_t kv_heads_;
   const std::shared_ptr<const proto::HeadPlan> opened_;
-  std::vector<std::atomic<HeadSetting>> settings_;  ///< (layers, kv_heads); empty: no plan
+  std::vector<std::atomic<uint64_t>> settings_;  ///< (layers, kv_heads), packed; empty: no plan
 };
 
 }  // namespace kvseek::service

@@ -168,7 +168,8 @@ TEST_P(LadderFineTest, ValuesMatchTheReference) {
                          state);
           const auto error = reference::Compare(
               Expected(records, scores, stride, heads, first_score, 0.25F), state);
-          EXPECT_LT(error.out, 2e-5);
+          // This level rounds weights to a 32639th of the largest of each 64.
+          EXPECT_LT(error.out, GetParam() == "avx512-vbmi" ? 2e-4 : 2e-5);
           EXPECT_LT(error.lse, 2e-5);
         }
       }

@@ -195,6 +195,11 @@ void RecordSessions(Recorder& recorder) {
   SetPlan(open.mutable_plan());
   open.set_error_target(0.0625F);
   recorder.Request("open_session_with_plan_request", Op::kOpenSession, open);
+  open.clear_plan();
+  open.add_build(INDEX_LANDMARK);
+  open.mutable_landmark()->set_summary(LANDMARK_GIVEN);
+  open.mutable_landmark()->set_block(32);
+  recorder.Request("open_session_with_landmarks_request", Op::kOpenSession, open);
   OpenSessionResponse opened;
   SetSession(7, opened.mutable_session());
   opened.set_lease_ms(60000);
@@ -241,6 +246,21 @@ void RecordAppend(Recorder& recorder) {
     both.Bf16(size_t{3} * kKvHeads * kKeyDim, first).Bf16(size_t{3} * kKvHeads * kValueDim, -96);
   }
   recorder.Request("append_layers_request", Op::kAppend, request, both.Take());
+  request.set_layer(1);
+  request.clear_layers();
+  // Two blocks of 32 end in [4090, 4160), and the queries of one token come along.
+  request.set_start(4090);
+  request.set_tokens(70);
+  request.add_query_positions(4100);
+  request.add_landmark_positions(4064);
+  request.add_landmark_positions(4128);
+  recorder.Request("append_with_landmarks_request", Op::kAppend, request,
+                   PayloadWriter()
+                       .Bf16(size_t{70} * kKvHeads * kKeyDim, 1)
+                       .Bf16(size_t{70} * kKvHeads * kValueDim, -96)
+                       .Bf16(size_t{1} * kQueryHeads * kKeyDim, 7)
+                       .Bf16(size_t{2} * kKvHeads * kKeyDim, -32)
+                       .Take());
   AppendResponse response;
   response.set_tokens_held(4099);
   recorder.Response("append_response", Op::kAppend, response);
@@ -416,6 +436,11 @@ void RecordObservation(Recorder& recorder) {
   SetPlan(found.mutable_sessions(0)->mutable_plan());
   found.mutable_sessions(0)->set_error_target(0.0625F);
   recorder.Response("stats_with_plans_response", Op::kStats, found);
+  found.mutable_sessions(0)->clear_plan();
+  found.mutable_sessions(0)->mutable_landmark()->set_summary(LANDMARK_GIVEN);
+  found.mutable_sessions(0)->mutable_landmark()->set_block(32);
+  found.mutable_sessions(0)->set_landmarks_given(127);
+  recorder.Response("stats_with_landmarks_response", Op::kStats, found);
 
   recorder.Request("health_request", Op::kHealth, HealthRequest());
   HealthResponse health;

@@ -143,6 +143,8 @@ class RequestFuzzTest : public testing::Test {
          {proto::INDEX_LANDMARK, proto::INDEX_CLUSTER, proto::INDEX_GRAPH, proto::INDEX_PRODUCT}) {
       open.add_build(kind);
     }
+    open.mutable_landmark()->set_summary(proto::LANDMARK_GIVEN);
+    open.mutable_landmark()->set_block(kLandmarkBlock);
     auto session = Succeed<proto::OpenSessionResponse>(Op::kOpenSession, open).session();
     proto::MessageMutator random(seed);
     for (uint32_t layer = 0; layer < open.shape().layers(); ++layer) {

@@ -54,6 +54,7 @@ Call QueryCall(Op op, M message, const std::vector<proto::SessionRef>& sessions,
   message.mutable_options()->set_candidates(128);
   message.mutable_options()->set_exact_rows(8);
   message.mutable_options()->set_audit_samples(16);
+  message.mutable_options()->set_threshold(-8.0F);
   return {.op = op, .metadata = message.SerializeAsString(), .payload = parts.Text()};
 }
 
@@ -76,7 +77,12 @@ Call AppendCall(const proto::SessionRef& session, uint32_t layer, uint64_t start
   message.set_start(start);
   message.set_tokens(tokens);
   if (tokens > 0) message.add_query_positions(start + tokens / 2);
+  for (uint64_t end = (start / kLandmarkBlock + 1) * kLandmarkBlock; end <= start + tokens;
+       end += kLandmarkBlock) {
+    message.add_landmark_positions(end - kLandmarkBlock);
+  }
   const size_t rows = size_t{tokens} * kKvHeads;
+  const auto landmarks = static_cast<size_t>(message.landmark_positions_size()) * kKvHeads;
   const size_t queries = tokens > 0 ? kQueryHeads : 0;
   return {.op = Op::kAppend,
           .metadata = message.SerializeAsString(),
@@ -84,6 +90,7 @@ Call AppendCall(const proto::SessionRef& session, uint32_t layer, uint64_t start
                          .Add(RandomBf16(rows * kKeyDim, random))
                          .Add(RandomBf16(rows * kValueDim, random))
                          .Add(RandomBf16(queries * kKeyDim, random))
+                         .Add(RandomBf16(landmarks * kKeyDim, random))
                          .Text()};
 }
 
@@ -127,6 +134,7 @@ std::vector<Call> RightCalls(const proto::SessionRef& victim) {
   calls.push_back(AppendCall(victim, 0, kVictimTokens, 2, random));
   calls.push_back(AppendCall(victim, 1, kVictimTokens - 5, 3, random));
   calls.push_back(AppendLayersCall(victim, kVictimTokens, 2, random));
+  calls.push_back(AppendCall(victim, 0, kVictimTokens - 40, 70, random));
 
   proto::FetchRowsRequest fetch;
   *fetch.mutable_session() = victim;
@@ -148,6 +156,11 @@ std::vector<Call> RightCalls(const proto::SessionRef& victim) {
   head.set_mode("auto");
   head.set_index("cluster");
   head.set_candidates(200);
+  add(Op::kOpenSession, open);
+  open.clear_plan();
+  open.add_build(proto::INDEX_LANDMARK);
+  open.mutable_landmark()->set_summary(proto::LANDMARK_MEAN);
+  open.mutable_landmark()->set_block(64);
   add(Op::kOpenSession, open);
   proto::ForkRequest fork;
   *fork.mutable_session() = victim;

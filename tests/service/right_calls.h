@@ -1,6 +1,7 @@
 // Requests that a daemon must answer well, for fuzzers to spoil.
 //
-// They are about sessions of SmallShape that build every index.
+// They are about sessions of SmallShape that build every index, landmark with
+// the client's keys for blocks of kLandmarkBlock.
 #ifndef KVSEEK_TESTS_SERVICE_RIGHT_CALLS_H_
 #define KVSEEK_TESTS_SERVICE_RIGHT_CALLS_H_
 
@@ -16,6 +17,7 @@
 namespace kvseek::service {
 
 inline constexpr uint32_t kVictimTokens = 1030;  ///< a sealed segment and a tail
+inline constexpr uint32_t kLandmarkBlock = 32;   ///< tokens that have one landmark
 
 /// A request as the handler gets it.
 struct Call {
@@ -26,7 +28,8 @@ struct Call {
   bool cancelled = false;
 };
 
-/// So many tokens from `start` on, with one sampled query.
+/// So many tokens from `start` on, with one sampled query and the landmarks of all blocks that end
+/// in them.
 Call AppendCall(const proto::SessionRef& session, uint32_t layer, uint64_t start, uint32_t tokens,
                 proto::MessageMutator& random);
 

@@ -27,6 +27,7 @@ TEST_F(SessionInfoTest, TellsWhatASessionIsAndHolds) {
   EXPECT_EQ(info.scan_bits(), 2U);
   EXPECT_EQ(info.built_size(), 0);
   EXPECT_FALSE(info.has_plan());
+  EXPECT_FALSE(info.has_landmark());
 }
 
 TEST_F(SessionInfoTest, TimesAreNeverNegative) {
