@@ -399,6 +399,8 @@ absl::StatusOr<DaemonStats> DecodeStats(const Answer& answer) {
     to.lease = ToMilliseconds(from.lease_ms());
     to.scan_bits = from.scan_bits();
     to.error_target = from.error_target();
+    to.model = from.model();
+    to.planner_audits = from.planner_audits();
     for (const proto::BuiltIndexInfo& built : from.built()) {
       to.built.push_back({ToIndexKind(built.index()), built.tokens_covered(), built.bytes()});
     }

@@ -216,6 +216,7 @@ absl::StatusOr<Message> EncodeOpen(const ModelShape& shape, const OpenOptions& o
     if (!good.ok()) return good;
   }
   request.set_error_target(options.error_target);
+  request.set_model(options.model);
   return Serialise(Op::kOpenSession, request);
 }
 

@@ -119,6 +119,11 @@ struct OpenOptions {
   /// The daemon's audits look for the cheapest setting of each KV head whose mean output error is
   /// at most this, and change the session's plan as they find it; 0: the daemon's default.
   float error_target = 0.0F;
+  /// Which model's keys these are, and which part of it if the shape's heads are not all of its
+  /// heads; tenants whose traffic must not mix put their own name into it. With an error target,
+  /// sessions of the same model, shape, scan bits, indexes and target that bring no plan share what
+  /// the audits find. Empty: this one shares with its forks alone.
+  std::string model{};
 };
 
 /// How an answer is found; unset fields (kAuto counts as unset) take the session's plan for the KV
@@ -259,7 +264,9 @@ struct SessionStats {
   std::chrono::milliseconds lease{0};
   uint32_t scan_bits = 0;
   std::vector<BuiltIndexStats> built;
-  float error_target = 0.0F;  ///< OpenOptions::error_target; 0: audits change nothing
+  float error_target = 0.0F;    ///< OpenOptions::error_target; 0: audits change nothing
+  std::string model;            ///< OpenOptions::model
+  uint64_t planner_audits = 0;  ///< that its planner, shared or not, has learned from
 };
 
 struct DaemonStats {

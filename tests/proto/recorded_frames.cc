@@ -195,6 +195,9 @@ void RecordSessions(Recorder& recorder) {
   SetPlan(open.mutable_plan());
   open.set_error_target(0.0625F);
   recorder.Request("open_session_with_plan_request", Op::kOpenSession, open);
+  open.clear_plan();
+  open.set_model("org/a-model-8b@1, kv_heads 0..3");
+  recorder.Request("open_session_of_model_request", Op::kOpenSession, open);
   OpenSessionResponse opened;
   SetSession(7, opened.mutable_session());
   opened.set_lease_ms(60000);
@@ -409,6 +412,9 @@ void RecordObservation(Recorder& recorder) {
   SetPlan(found.mutable_sessions(0)->mutable_plan());
   found.mutable_sessions(0)->set_error_target(0.0625F);
   recorder.Response("stats_with_plans_response", Op::kStats, found);
+  found.mutable_sessions(0)->set_model("org/a-model-8b@1, kv_heads 0..3");
+  found.mutable_sessions(0)->set_planner_audits(12345);
+  recorder.Response("stats_with_models_response", Op::kStats, found);
 
   recorder.Request("health_request", Op::kHealth, HealthRequest());
   HealthResponse health;
