@@ -160,6 +160,7 @@ RestRatio ChosenAudit::Ratio(size_t head, absl::Span<const float> sink_scores,
   RestRatio rest{0.0F, 0.0F, 0.0F};
   if (!said.empty()) {
     std::vector<float> ratios;
+    ratios.reserve(said.size());
     for (const double one : said) ratios.push_back(static_cast<float>(std::exp(one - largest)));
     rest = EstimateRatio(ratios, double{chosen_.spread[head]}, options_.audit_samples);
   }
