@@ -15,14 +15,12 @@
 // from its queries' being there to its output's being there, the next number what of it is beyond
 // the daemon's own time. --attention-only leaves the matrix products out and waits for the GPU
 // after every layer, so that launching the first kernel is in those times too.
-#include <cublas_v2.h>
 #include <cuda_runtime_api.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
-#include <cstdlib>
 #include <fstream>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -30,6 +28,7 @@
 #include <utility>
 #include <vector>
 
+#include "bench/dense_layers.h"
 #include "bench/random_fill.h"
 #include "client/decoder/gpu_memory.h"
 #include "client/sparse_decoder.h"
@@ -46,28 +45,6 @@ using Json = nlohmann::ordered_json;
 constexpr uint32_t kFullPageTokens = 64;
 constexpr double kReserve = 4e9;  ///< of the GPU's memory, for activations and the engine
 
-struct Model {
-  std::string name;
-  uint32_t layers, hidden, ffn, query_heads, kv_heads, head_dim, vocabulary;
-
-  size_t QkvColumns() const { return size_t{query_heads + 2 * kv_heads} * head_dim; }
-  size_t LayerWeights() const {
-    return size_t{hidden} * (QkvColumns() + size_t{query_heads} * head_dim + 3 * size_t{ffn});
-  }
-  size_t WeightBytes() const {
-    return 2 * (layers * LayerWeights() + 2 * size_t{vocabulary} * hidden);
-  }
-  size_t KvBytesPerToken() const { return size_t{2} * layers * kv_heads * head_dim * 2; }
-};
-
-/// Of 70B, one of eight tensor-parallel ranks.
-const std::vector<Model>& Models() {
-  static const std::vector<Model> models{
-      {"llama3-8b", 32, 4096, 14336, 32, 8, 128, 128256},
-      {"llama3-70b-tp8", 80, 8192, 28672 / 8, 8, 1, 128, 128256 / 8}};
-  return models;
-}
-
 struct Options {
   std::string daemon = "unix:/tmp/kvseek.sock";
   std::string model = "llama3-8b";
@@ -83,89 +60,6 @@ struct Options {
   int spin_us = 2000;
   bool attention_only = false;
   std::string json;
-};
-
-[[noreturn]] void Fail(const std::string& what) {
-  std::fprintf(stderr, "failed: %s\n", what.c_str());
-  std::exit(1);
-}
-void Must(const char* what, const absl::Status& status) {
-  if (!status.ok()) Fail(std::string(what) + ": " + status.ToString());
-}
-void Must(const char* what, cudaError_t error) { Must(what, client::CudaStatus(error, what)); }
-template <typename T>
-T Must(const char* what, absl::StatusOr<T> result) {
-  Must(what, result.status());
-  return *std::move(result);
-}
-
-DeviceArray<uint16_t> RandomArray(size_t count, float scale, uint64_t seed, cudaStream_t stream) {
-  DeviceArray<uint16_t> array;
-  size_t total = 0;
-  Must("memory", array.Allocate(count, total));
-  Must("random numbers", RandomFill(array.get(), count, scale, seed, stream));
-  return array;
-}
-
-/// The matrix products of a step.
-class Dense {
- public:
-  Dense(const Model& model, uint32_t layers, uint32_t batch, cudaStream_t stream)
-      : model_(model), batch_(batch) {
-    if (cublasCreate(&blas_) != CUBLAS_STATUS_SUCCESS) Fail("cublasCreate");
-    cublasSetStream(blas_, stream);
-    for (uint32_t layer = 0; layer < layers; ++layer) {
-      weights_.push_back(RandomArray(model.LayerWeights(), 0.02F, layer, stream));
-    }
-    head_ = RandomArray(size_t{model.vocabulary} * model.hidden, 0.02F, 99, stream);
-    const size_t widest = std::max<size_t>(
-        {2 * size_t{model.ffn}, model.vocabulary, model.hidden, model.QkvColumns()});
-    hidden_ = RandomArray(size_t{batch} * model.hidden, 1.0F, 100, stream);
-    wide_ = RandomArray(size_t{batch} * widest, 1.0F, 101, stream);
-    attended_ = RandomArray(size_t{batch} * model.query_heads * model.head_dim, 1.0F, 102, stream);
-  }
-  ~Dense() { cublasDestroy(blas_); }
-  Dense(const Dense&) = delete;
-  Dense& operator=(const Dense&) = delete;
-
-  void BeforeAttention(uint32_t layer) {
-    if (weights_.empty()) return;
-    Multiply(weights_[layer].get(), model_.QkvColumns(), model_.hidden, hidden_.get(), wide_.get());
-  }
-  void AfterAttention(uint32_t layer) {
-    if (weights_.empty()) return;
-    const size_t heads = size_t{model_.query_heads} * model_.head_dim;
-    const uint16_t* weights = weights_[layer].get() + model_.QkvColumns() * model_.hidden;
-    Multiply(weights, model_.hidden, heads, attended_.get(), hidden_.get());
-    weights += heads * model_.hidden;
-    Multiply(weights, 2 * size_t{model_.ffn}, model_.hidden, hidden_.get(), wide_.get());
-    weights += 2 * size_t{model_.ffn} * model_.hidden;
-    Multiply(weights, model_.hidden, model_.ffn, wide_.get(), hidden_.get());
-  }
-  void Head() {
-    Multiply(head_.get(), model_.vocabulary, model_.hidden, hidden_.get(), wide_.get());
-  }
-  void* attended() const { return attended_.get(); }
-
- private:
-  /// out (batch, columns) = in (batch, rows) times weights.
-  void Multiply(const uint16_t* weights, size_t columns, size_t rows, const uint16_t* in,
-                uint16_t* out) {
-    const float one = 1.0F, zero = 0.0F;
-    const int m = static_cast<int>(columns), n = static_cast<int>(batch_);
-    const int k = static_cast<int>(rows);
-    if (cublasGemmEx(blas_, CUBLAS_OP_T, CUBLAS_OP_N, m, n, k, &one, weights, CUDA_R_16BF, k, in,
-                     CUDA_R_16BF, k, &zero, out, CUDA_R_16BF, m, CUBLAS_COMPUTE_32F,
-                     CUBLAS_GEMM_DEFAULT) != CUBLAS_STATUS_SUCCESS) {
-      Fail("cublasGemmEx");
-    }
-  }
-
-  const Model model_;
-  uint32_t batch_;
-  cublasHandle_t blas_ = nullptr;
-  std::vector<DeviceArray<uint16_t>> weights_;
-  DeviceArray<uint16_t> head_, hidden_, wide_, attended_;
 };
 
 struct Case {
@@ -217,7 +111,7 @@ class StreamTimes {
 /// Times `steps` steps of `layers` layers and one output head, and the head alone: milliseconds.
 /// And the stream's time of a layer's attention, and what of it is beyond daemon_us(layer).
 template <typename Begin, typename Attend, typename DaemonTime>
-Json TimeSteps(const Options& options, Dense& dense, uint32_t layers, const Begin& begin,
+Json TimeSteps(const Options& options, DenseLayers& dense, uint32_t layers, const Begin& begin,
                const Attend& attend, const DaemonTime& daemon_us, cudaStream_t stream) {
   std::vector<double> steps, heads, attention_us, beyond_us;
   StreamTimes times(layers, stream);
@@ -285,7 +179,7 @@ Json RunFull(const Options& options, const Case& run, uint32_t layers, cudaStrea
        cudaMemcpy(device_lists.get(), lists.data(), device_lists.bytes(), cudaMemcpyHostToDevice));
   Must("counts", cudaMemcpy(device_counts.get(), counts.data(), device_counts.bytes(),
                             cudaMemcpyHostToDevice));
-  Dense dense(model, layers, run.batch, stream);
+  DenseLayers dense(model, layers, run.batch, stream);
   const NewRows rows(model, run.batch, stream);
   const auto attend = [&](uint32_t layer) {
     kernels::cuda::KvPages kv;
@@ -369,7 +263,7 @@ Json RunSparse(const Options& options, const Case& run, uint32_t layers, cudaStr
   const std::vector<SequenceId> sequences = Fill(*decoder, run, layers, stream);
   const double fill_s = std::chrono::duration<double>(Clock::now() - filling).count();
 
-  Dense dense(model, options.attention_only ? 0 : layers, run.batch, stream);
+  DenseLayers dense(model, options.attention_only ? 0 : layers, run.batch, stream);
   const NewRows rows(model, run.batch, stream);
   const auto begin = [&] { Must("BeginStep", decoder->BeginStep(sequences, 1, stream)); };
   std::vector<double> daemon_us(layers);

@@ -78,7 +78,7 @@ struct Ladder {
     const auto queries = reference::RandomFloats(3, kHeadsMax * kDim, 1.0F);
     tables = MakeAligned<int8_t>(static_cast<size_t>(kHeadsMax * kSymbols * kTableSize));
     BuildTables(queries.data(), kHeadsMax, kDim, tables.get(), units);
-    quantised = MakeAligned<int16_t>(kHeadsMax * kDim);
+    quantised = MakeAligned<int8_t>(kHeadsMax * kDim);
     float fine_units[kHeadsMax];
     QuantiseQueries(queries.data(), kHeadsMax, kDim, quantised.get(), fine_units);
     const float scale = 1.0F / std::sqrt(static_cast<float>(kDim));
@@ -113,7 +113,7 @@ struct Ladder {
   Aligned<FineFactors> factors;
   Aligned<int8_t> tables;
   float units[kHeadsMax];
-  Aligned<int16_t> quantised;
+  Aligned<int8_t> quantised;
   std::vector<FineHead> fine_heads;
   std::vector<uint32_t> chosen;  // 32 of a segment
 };

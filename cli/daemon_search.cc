@@ -59,11 +59,20 @@ Sample TakeSample(const HeadTrace& trace, int64_t begin, int64_t end) {
   return sample;
 }
 
+LandmarkOptions LandmarkOf(const BuildSettings& settings) {
+  LandmarkOptions options;
+  options.block = static_cast<uint32_t>(settings.block);
+  if (settings.summary == "mean") options.summary = LandmarkSummary::kMean;
+  if (settings.summary == "given") options.summary = LandmarkSummary::kGiven;
+  return options;
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<DaemonHead>> DaemonHead::Open(KvClient& client,
                                                              const HeadTrace& trace, int scan_bits,
-                                                             IndexKind build) {
+                                                             IndexKind build,
+                                                             const BuildSettings& settings) {
   std::unique_ptr<DaemonHead> head(new DaemonHead(client, trace));
   ModelShape shape;
   shape.query_heads = static_cast<uint32_t>(trace.group);
@@ -77,6 +86,8 @@ absl::StatusOr<std::unique_ptr<DaemonHead>> DaemonHead::Open(KvClient& client,
   options.name = "kvseek eval " + trace.name;
   const bool builds = build >= IndexKind::kLandmark;
   if (builds) options.build = {build};
+  if (build == IndexKind::kLandmark) options.landmark = LandmarkOf(settings);
+  const bool given = build == IndexKind::kLandmark && settings.summary == "given";
   absl::StatusOr<Session> session = client.Open(shape, options);
   if (!session.ok()) return session.status();
   head->session_ = *std::move(session);
@@ -84,13 +95,16 @@ absl::StatusOr<std::unique_ptr<DaemonHead>> DaemonHead::Open(KvClient& client,
   for (int64_t at = 0; at < trace.tokens; at += kAppendTokens) {
     const int64_t tokens = std::min<int64_t>(kAppendTokens, trace.tokens - at);
     const Sample sample = builds ? TakeSample(trace, at, at + tokens) : Sample{};
+    // An append holds whole blocks, but for the last.
+    const TraceLandmarks landmarks =
+        given ? MakeLandmarks(trace, settings.block, at, at + tokens) : TraceLandmarks{};
     const absl::StatusOr<uint64_t> held = client.Append(
         head->session_, /*layer=*/0, static_cast<uint64_t>(at), static_cast<uint32_t>(tokens),
         absl::MakeConstSpan(trace.keys.data() + at * trace.key_dim,
                             static_cast<size_t>(tokens * trace.key_dim)),
         absl::MakeConstSpan(trace.values.data() + at * trace.value_dim,
                             static_cast<size_t>(tokens * trace.value_dim)),
-        {}, {sample.positions, sample.rows});
+        {}, {sample.positions, sample.rows}, {landmarks.positions, landmarks.rows});
     if (!held.ok()) return held.status();
   }
   if (builds) {

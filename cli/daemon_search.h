@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "absl/status/statusor.h"
+#include "cli/build_index.h"
 #include "cli/evaluation.h"
 #include "cli/trace.h"
 #include "client/kv_client.h"
@@ -17,10 +18,12 @@ inline constexpr uint32_t kAppendTokens = 512;
 /// A session that holds one head. Closes itself; the trace must outlive it. Not thread-safe.
 class DaemonHead {
  public:
-  /// For an index that the daemon builds, `build` says which; Open then waits until it is there.
+  /// For an index that the daemon builds, `build` says which; Open then waits until it is there. Of
+  /// `settings`, what landmark takes counts: the others are the daemon's.
   static absl::StatusOr<std::unique_ptr<DaemonHead>> Open(KvClient& client, const HeadTrace& trace,
                                                           int scan_bits,
-                                                          IndexKind build = IndexKind::kAuto);
+                                                          IndexKind build = IndexKind::kAuto,
+                                                          const BuildSettings& settings = {});
   ~DaemonHead();
   DaemonHead(const DaemonHead&) = delete;
   DaemonHead& operator=(const DaemonHead&) = delete;

@@ -181,7 +181,7 @@ class HeadRun {
       const IndexKind kind = name == "landmark"  ? IndexKind::kLandmark
                              : name == "cluster" ? IndexKind::kCluster
                                                  : IndexKind::kGraph;
-      auto remote = DaemonHead::Open(*client_, trace_, kDefaultScanBits, kind);
+      auto remote = DaemonHead::Open(*client_, trace_, kDefaultScanBits, kind, build);
       if (!remote.ok()) return remote.status();
       return EvaluateBuilt(name, build, flags_.policy.Search(**remote, kind));
     }

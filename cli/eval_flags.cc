@@ -31,10 +31,13 @@ constexpr char kHelp[] =
     "          --sketch components of a value (0: means of blocks of 64)\n"
     "  landmark  blocks of --block consecutive keys, taken in order of their --summary (minmax: an "
     "upper\n"
-    "          bound of their scores, as Quest; mean: mean score plus spread) until --candidates "
-    "keys "
-    "of\n"
-    "          the group are read; the others' share is estimated from their means\n"
+    "          bound of their scores, as Quest; mean: mean score plus spread; given: score of a "
+    "key of\n"
+    "          the client's, as of a trained landmark token; here of the block's key that prefill "
+    "queries\n"
+    "          score highest on average) until --candidates keys of the group are read; the "
+    "others'\n"
+    "          share is estimated from their means\n"
     "  cluster  the same with clusters of --keys-per-cluster keys that are alike to the head's "
     "prefill\n"
     "          queries, which the queries file may hold (`HEAD.q_prefill`, `prefill_positions`)\n"
@@ -88,9 +91,9 @@ void AddBuildOptions(CLI::App& command, EvalFlags& flags) {
   command.add_option("--block", flags.build.block, "landmark: keys of a block")
       ->check(CLI::IsMember({16, 32, 64, 128, 256}))
       ->capture_default_str();
-  command.add_option("--summary", flags.summaries, "landmark: minmax, mean or minmax,mean")
+  command.add_option("--summary", flags.summaries, "landmark: minmax, mean, given or a comma list")
       ->delimiter(',')
-      ->check(CLI::IsMember({"minmax", "mean"}))
+      ->check(CLI::IsMember({"minmax", "mean", "given"}))
       ->capture_default_str();
   command
       .add_option("--keys-per-cluster", flags.build.keys_per_cluster, "cluster: keys of one, mean")
@@ -138,8 +141,10 @@ void CheckEvalFlags(const EvalFlags& flags) {
   }
   const bool built = std::any_of(flags.indexes.begin(), flags.indexes.end(), IsBuilt);
   const bool bounds = flags.summaries == std::vector<std::string>{"minmax"};
-  if (built && !flags.connect.via.empty() && !(flags.build == BuildSettings{} && bounds)) {
-    FailUsage("--via: the daemon builds with its own settings; leave those of the build out");
+  BuildSettings build = flags.build;
+  build.block = BuildSettings().block;
+  if (built && !flags.connect.via.empty() && !(build == BuildSettings())) {
+    FailUsage("--via: the daemon builds clusters and graphs with settings of its own");
   }
   const auto asks = [&](const std::string& scan) {
     return std::find(flags.scans.begin(), flags.scans.end(), scan) != flags.scans.end();

@@ -4,6 +4,8 @@
 
 #include <utility>
 
+#include "transport/pause.h"
+
 namespace kvseek::client {
 namespace {
 
@@ -13,12 +15,6 @@ constexpr std::chrono::microseconds kStandBack{200};
 constexpr int kPausesBetween = 4;  ///< turns of a spinning thread, so that others get theirs
 /// Of Poll at rings, for one at the socket and the timers: rings cost no system call.
 constexpr unsigned kLooksBetween = 16;
-
-void Pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#endif
-}
 
 }  // namespace
 
@@ -34,7 +30,7 @@ ChannelDriver::Seat::Seat(ChannelDriver& driver, int tries)
       Sit();
       break;
     }
-    Pause();
+    transport::Pause();
   }
 }
 
@@ -95,7 +91,7 @@ void ChannelDriver::LookForWork() {
       const Seat seat(*this);
       if (lookout_.Look() || io_.poll() != 0) last_work = Clock::now();
     }
-    for (int i = 0; i < kPausesBetween; ++i) Pause();
+    for (int i = 0; i < kPausesBetween; ++i) transport::Pause();
   }
 }
 

@@ -93,6 +93,12 @@ IndexKind ToIndexKind(proto::IndexKind kind) {
   return proto::IndexKind_IsValid(kind) ? static_cast<IndexKind>(kind) : IndexKind::kAuto;
 }
 
+/// What a later daemon may call otherwise is read as bounds.
+LandmarkSummary ToSummary(proto::LandmarkSummary summary) {
+  const bool known = summary == proto::LANDMARK_MEAN || summary == proto::LANDMARK_GIVEN;
+  return known ? static_cast<LandmarkSummary>(summary) : LandmarkSummary::kBounds;
+}
+
 // ---- searches
 
 template <typename Request>
@@ -399,6 +405,11 @@ absl::StatusOr<DaemonStats> DecodeStats(const Answer& answer) {
     to.lease = ToMilliseconds(from.lease_ms());
     to.scan_bits = from.scan_bits();
     to.error_target = from.error_target();
+    to.landmarks_given = from.landmarks_given();
+    if (from.has_landmark()) {
+      to.landmark = {.summary = ToSummary(from.landmark().summary()),
+                     .block = from.landmark().block()};
+    }
     to.model = from.model();
     to.planner_audits = from.planner_audits();
     for (const proto::BuiltIndexInfo& built : from.built()) {

@@ -216,6 +216,11 @@ absl::StatusOr<Message> EncodeOpen(const ModelShape& shape, const OpenOptions& o
     if (!good.ok()) return good;
   }
   request.set_error_target(options.error_target);
+  if (options.landmark.has_value()) {
+    proto::LandmarkOptions& landmark = *request.mutable_landmark();
+    landmark.set_summary(static_cast<proto::LandmarkSummary>(options.landmark->summary));
+    landmark.set_block(options.landmark->block);
+  }
   request.set_model(options.model);
   return Serialise(Op::kOpenSession, request);
 }
@@ -223,7 +228,7 @@ absl::StatusOr<Message> EncodeOpen(const ModelShape& shape, const OpenOptions& o
 absl::StatusOr<Message> EncodeAppend(const Session& session, uint32_t layer, uint64_t start,
                                      uint32_t tokens, absl::Span<const uint16_t> keys,
                                      absl::Span<const uint16_t> values,
-                                     const SampledQueries& queries) {
+                                     const SampledQueries& queries, const LandmarkKeys& landmarks) {
   const ModelShape& shape = session.shape;
   absl::Status status = CheckShape(shape, "session.shape.");
   if (!status.ok()) return status;
@@ -243,14 +248,22 @@ absl::StatusOr<Message> EncodeAppend(const Session& session, uint32_t layer, uin
     return Invalid("queries.rows",
                    absl::StrCat(queries.rows.size(), " elements, its shape has ", elements));
   }
+  const uint64_t landmark_elements =
+      Product({landmarks.positions.size(), shape.kv_heads, shape.key_dim});
+  if (landmarks.rows.size() != landmark_elements) {
+    return Invalid("landmarks.rows", absl::StrCat(landmarks.rows.size(),
+                                                  " elements, its shape has ", landmark_elements));
+  }
   proto::AppendRequest request;
   SetSession(session, request.mutable_session());
   request.set_layer(layer);
   request.set_start(start);
   request.set_tokens(tokens);
   request.mutable_query_positions()->Add(queries.positions.begin(), queries.positions.end());
+  request.mutable_landmark_positions()->Add(landmarks.positions.begin(), landmarks.positions.end());
   Message message = Serialise(Op::kAppend, request);
-  status = SetPayload({AsBytes(keys), AsBytes(values), AsBytes(queries.rows)}, message);
+  status = SetPayload(
+      {AsBytes(keys), AsBytes(values), AsBytes(queries.rows), AsBytes(landmarks.rows)}, message);
   if (!status.ok()) return status;
   return message;
 }

@@ -18,7 +18,8 @@ absl::StatusOr<Message> EncodeOpen(const ModelShape& shape, const OpenOptions& o
 absl::StatusOr<Message> EncodeAppend(const Session& session, uint32_t layer, uint64_t start,
                                      uint32_t tokens, absl::Span<const uint16_t> keys,
                                      absl::Span<const uint16_t> values,
-                                     const SampledQueries& queries = {});
+                                     const SampledQueries& queries = {},
+                                     const LandmarkKeys& landmarks = {});
 absl::StatusOr<Message> EncodeAttend(const AttendRequest& request);
 absl::StatusOr<Message> EncodeTopK(const TopKRequest& request);
 absl::StatusOr<Message> EncodeFetchRows(const Session& session, uint32_t layer, uint32_t kv_head,

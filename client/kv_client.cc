@@ -91,9 +91,11 @@ absl::StatusOr<Session> KvClient::Open(const ModelShape& shape, const OpenOption
 absl::StatusOr<uint64_t> KvClient::Append(const Session& session, uint32_t layer, uint64_t start,
                                           uint32_t tokens, absl::Span<const uint16_t> keys,
                                           absl::Span<const uint16_t> values,
-                                          const CallOptions& call, const SampledQueries& queries) {
+                                          const CallOptions& call, const SampledQueries& queries,
+                                          const LandmarkKeys& landmarks) {
   return Impl::Wait<uint64_t>([&](Callback<uint64_t> done) {
-    AppendAsync(session, layer, start, tokens, keys, values, call, std::move(done), queries);
+    AppendAsync(session, layer, start, tokens, keys, values, call, std::move(done), queries,
+                landmarks);
   });
 }
 
@@ -149,9 +151,10 @@ absl::Status KvClient::Health(const CallOptions& call) {
 void KvClient::AppendAsync(const Session& session, uint32_t layer, uint64_t start, uint32_t tokens,
                            absl::Span<const uint16_t> keys, absl::Span<const uint16_t> values,
                            const CallOptions& call, Callback<uint64_t> done,
-                           const SampledQueries& queries) {
-  impl_->Start<uint64_t>(client::EncodeAppend(session, layer, start, tokens, keys, values, queries),
-                         call, client::DecodeAppend, std::move(done));
+                           const SampledQueries& queries, const LandmarkKeys& landmarks) {
+  impl_->Start<uint64_t>(
+      client::EncodeAppend(session, layer, start, tokens, keys, values, queries, landmarks), call,
+      client::DecodeAppend, std::move(done));
 }
 
 struct PreparedSearch::Impl {

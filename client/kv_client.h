@@ -106,6 +106,22 @@ enum class Vote : uint8_t {
   kSum = 2,  ///< the sum of the heads' shares of mass
 };
 
+/// What the index `landmark` keeps of a block of consecutive tokens to rank it by.
+enum class LandmarkSummary : uint8_t {
+  kBounds = 1,  ///< smallest and largest value of each dimension
+  kMean = 2,    ///< mean key and the spread around it
+  /// A key of the caller's own for each KV head, as that of a trained landmark token, which comes
+  /// with Append; of a block for which none came, the mean key.
+  kGiven = 3,
+};
+
+struct LandmarkOptions {
+  LandmarkSummary summary = LandmarkSummary::kBounds;
+  uint32_t block = 16;  ///< tokens of a block: 16, 32, 64, 128 or 256
+
+  bool operator==(const LandmarkOptions&) const = default;
+};
+
 struct OpenOptions {
   std::chrono::milliseconds lease{0};  ///< closed when unused for so long; 0: the daemon's default
   uint32_t scan_bits = 0;              ///< 1 or 2; 0: the daemon's default
@@ -119,6 +135,8 @@ struct OpenOptions {
   /// The daemon's audits look for the cheapest setting of each KV head whose mean output error is
   /// at most this, and change the session's plan as they find it; 0: the daemon's default.
   float error_target = 0.0F;
+  /// How landmark is built; for sessions that build it only. None: bounds of blocks of 16.
+  std::optional<LandmarkOptions> landmark{};
   /// Which model's keys these are, and which part of it if the shape's heads are not all of its
   /// heads; tenants whose traffic must not mix put their own name into it. With an error target,
   /// sessions of the same model, shape, scan bits, indexes and target that bring no plan share what
@@ -138,7 +156,8 @@ struct SearchOptions {
   bool list_read = false;  ///< Attend: also return the positions read at 4 bits or better
   /// Landmark, cluster, graph: the estimate of what was not read stays out of the state.
   bool leave_rest_out = false;
-  uint32_t exact_top = 0;  ///< landmark: reads until so many best keys of each head are certain
+  /// Landmark by bounds: reads until each head's best so many keys are certain; else does nothing.
+  uint32_t exact_top = 0;
   float mass = 0.0F;  ///< fewer candidates where no head misses more of its mass; 0: all. Not graph
   float beta = 0.0F;  ///< fewer where fewer are within beta nats of a head's best score; 0: all
   std::chrono::microseconds search_time{0};  ///< landmark, cluster: answers by then; 0: no limit
@@ -248,6 +267,17 @@ struct SampledQueries {
   absl::Span<const uint16_t> rows{};
 };
 
+/// Landmark keys of blocks that end in the tokens of an append: (positions.size(), kv_heads,
+/// key_dim) in the session's dtype, after positional encoding, for a session with
+/// LandmarkSummary::kGiven. A block that two appends share comes with the second, which brings its
+/// last token. A block that has a landmark keeps it, so an append may be repeated; a block that was
+/// sent without one gets it when its last token is sent again with it. Truncate forgets the
+/// landmarks of blocks that it cuts; a fork shares its parent's.
+struct LandmarkKeys {
+  absl::Span<const uint64_t> positions{};  ///< of the blocks' first tokens, ascending
+  absl::Span<const uint16_t> rows{};
+};
+
 /// How far an index of a session is built.
 struct BuiltIndexStats {
   IndexKind index = IndexKind::kAuto;
@@ -264,9 +294,11 @@ struct SessionStats {
   std::chrono::milliseconds lease{0};
   uint32_t scan_bits = 0;
   std::vector<BuiltIndexStats> built;
-  float error_target = 0.0F;    ///< OpenOptions::error_target; 0: audits change nothing
-  std::string model;            ///< OpenOptions::model
-  uint64_t planner_audits = 0;  ///< that its planner, shared or not, has learned from
+  float error_target = 0.0F;  ///< OpenOptions::error_target; 0: audits change nothing
+  std::optional<LandmarkOptions> landmark{};  ///< how landmark is built; none: it is not
+  uint64_t landmarks_given = 0;  ///< blocks that have a LandmarkKeys', in the layer with least
+  std::string model;             ///< OpenOptions::model
+  uint64_t planner_audits = 0;   ///< that its planner, shared or not, has learned from
 };
 
 struct DaemonStats {
@@ -328,11 +360,12 @@ class KvClient {
   /// Appends tokens [start, start + tokens) of one layer, all KV heads: keys (tokens, kv_heads,
   /// key_dim), values (tokens, kv_heads, value_dim). Searchable when it returns the number of
   /// tokens now held. Safe to repeat; a gap is refused. Some of the tokens' own queries may come
-  /// along, for indexes that learn from them.
+  /// along, for indexes that learn from them, and landmarks of blocks that end in them.
   absl::StatusOr<uint64_t> Append(const Session& session, uint32_t layer, uint64_t start,
                                   uint32_t tokens, absl::Span<const uint16_t> keys,
                                   absl::Span<const uint16_t> values, const CallOptions& call = {},
-                                  const SampledQueries& queries = {});
+                                  const SampledQueries& queries = {},
+                                  const LandmarkKeys& landmarks = {});
   absl::StatusOr<SearchResponse> Attend(const AttendRequest& request, const CallOptions& call = {});
   absl::StatusOr<SearchResponse> TopK(const TopKRequest& request, const CallOptions& call = {});
   absl::StatusOr<Rows> FetchRows(const Session& session, uint32_t layer, uint32_t kv_head,
@@ -355,7 +388,7 @@ class KvClient {
   void AppendAsync(const Session& session, uint32_t layer, uint64_t start, uint32_t tokens,
                    absl::Span<const uint16_t> keys, absl::Span<const uint16_t> values,
                    const CallOptions& call, Callback<uint64_t> done,
-                   const SampledQueries& queries = {});
+                   const SampledQueries& queries = {}, const LandmarkKeys& landmarks = {});
   void AttendAsync(const AttendRequest& request, const CallOptions& call,
                    Callback<SearchResponse> done);
   void TopKAsync(const TopKRequest& request, const CallOptions& call,

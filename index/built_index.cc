@@ -7,10 +7,11 @@
 
 namespace kvseek::index {
 
-std::shared_ptr<const BuiltIndex> BuildIndex(BuiltKind kind, const BuildInput& input) {
+std::shared_ptr<const BuiltIndex> BuildIndex(BuiltKind kind, const BuildInput& input,
+                                             const LandmarkOptions& landmark) {
   switch (kind) {
     case BuiltKind::kLandmark:
-      return BuildLandmark(input, {});
+      return BuildLandmark(input, landmark);
     case BuiltKind::kCluster:
       return BuildCluster(input, {});
     case BuiltKind::kGraph:

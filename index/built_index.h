@@ -28,6 +28,18 @@ class BuiltIndex : public KeyIndex {
   virtual double build_core_seconds() const = 0;
 };
 
+/// What landmark keeps of a block to rank it by; see landmark_index.h.
+enum class LandmarkSummary : uint8_t { kBounds, kMean, kGiven };
+
+inline constexpr int kLandmarkBlockMin = 16;   ///< keys of a block; the sizes are powers of two ...
+inline constexpr int kLandmarkBlockMax = 256;  ///< ... up to this
+
+/// How landmark is built.
+struct LandmarkOptions {
+  int block = kLandmarkBlockMin;
+  LandmarkSummary summary = LandmarkSummary::kBounds;
+};
+
 /// What an index is built from. What it points at must outlive the build.
 struct BuildInput {
   KvView view;    ///< of which the sealed keys are to be covered
@@ -37,6 +49,11 @@ struct BuildInput {
   /// that needs some is not built then.
   absl::Span<const float> queries = {};
   absl::Span<const int64_t> query_positions = {};
+  /// Landmark keys of the client's own, for LandmarkSummary::kGiven: fp32 (landmark_positions
+  /// .size(), key_dim); landmark i is that of the block that begins at landmark_positions[i], a
+  /// multiple of the block's size; ascending. Blocks that are not sealed whole do not count.
+  absl::Span<const float> landmarks = {};
+  absl::Span<const int64_t> landmark_positions = {};
   /// An index of the same kind, built with the same options over fewer of the same keys, parts of
   /// which may be taken over; or null.
   std::shared_ptr<const BuiltIndex> previous = nullptr;
@@ -44,10 +61,11 @@ struct BuildInput {
   std::function<bool()> give_up = [] { return false; };
 };
 
-/// Builds with the kind's usual settings, in the calling thread; seconds for a long sequence. Null
-/// if there is nothing to build from (no sealed keys; a graph without queries, product codes with
-/// few) or it was given up.
-std::shared_ptr<const BuiltIndex> BuildIndex(BuiltKind kind, const BuildInput& input);
+/// Builds landmark as told and the other kinds with their usual settings, in the calling thread;
+/// seconds for a long sequence. Null if there is nothing to build from (no sealed keys; a graph
+/// without queries, product codes with few) or it was given up.
+std::shared_ptr<const BuiltIndex> BuildIndex(BuiltKind kind, const BuildInput& input,
+                                             const LandmarkOptions& landmark = {});
 
 }  // namespace kvseek::index
 

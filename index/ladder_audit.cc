@@ -60,7 +60,7 @@ RestRatio LadderAudit::Sample(const LadderPlan& plan, const ScoredKeys& candidat
       passed += block_weight;
     }
   }
-  const float* query = plan.scaled_.get() + static_cast<ptrdiff_t>(head) * plan.view_.shape.key_dim;
+  const float* query = plan.scaled_ + static_cast<ptrdiff_t>(head) * plan.view_.shape.key_dim;
   kernels::ScoreGathered(query, 1, rows, plan.view_.shape.dtype, static_cast<int>(drawn),
                          plan.view_.shape.key_dim, scores, static_cast<int>(samples));
   for (size_t i = 0; i < drawn; ++i) {

@@ -1,5 +1,6 @@
 // Putting a ladder search together: merge, exact rows or the returned keys, report.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 
 #include "index/ladder_audit.h"
@@ -12,45 +13,54 @@ namespace {
 
 using kernels::kScanBlock;
 
-/// Scores of head `head` of all keys.
-std::vector<float> HeadScores(const ScoredKeys& keys, int head, int group) {
-  std::vector<float> scores(keys.positions.size());
-  for (size_t i = 0; i < scores.size(); ++i) scores[i] = keys.Scores(i, group)[head];
-  return scores;
-}
-
 }  // namespace
 
 void LadderPlan::MergePieces(Scratch& scratch) {
   step_ = Step::kRefine;
-  kernels::MergeState(state_.view(), exact_state_.view());
-  size_t keys = 0;
-  for (const Piece& piece : pieces_) keys += piece.candidates.positions.size();
-  candidates_.Reserve(keys, group_);
-  for (const Piece& piece : pieces_) {
-    kernels::MergeState(state_.view(), piece.state.view());
-    candidates_.Append(piece.candidates);
+  kernels::MergeState(state_, exact_state_);
+  for (const Piece& piece : pieces_) kernels::MergeState(state_, piece.state);
+  if (options_.k >= 0 || options_.list_read || options_.audit_samples > 0 ||
+      recall_.last != nullptr) {
+    candidates_ = AllCandidates();
   }
   if (recall_.last != nullptr) {
-    recall_ratios_ = CheckRecall(state_.Lse(), candidates_, result_.report, scratch);
+    recall_ratios_ = CheckRecall(LseOf(state_), candidates_, result_.report, scratch);
   } else if (options_.keep > 0 && !pieces_.empty()) {
-    result_.last = MakeLast(state_.Lse());
+    result_.last = MakeLast(LseOf(state_));
   }
-  const bool refines = options_.k < 0 && options_.exact_rows > 0 && keys > 0;
+  const bool refines = options_.k < 0 && options_.exact_rows > 0 && CandidateCount() > 0;
   picks_.resize(refines ? static_cast<size_t>(group_) : 0);
+}
+
+int64_t LadderPlan::CandidateCount() const {
+  int64_t count = 0;
+  for (const Piece& piece : pieces_) count += piece.candidates.count;
+  return count;
+}
+
+ScoredKeys LadderPlan::AllCandidates() const {
+  ScoredKeys all;
+  all.Reserve(static_cast<size_t>(CandidateCount()), group_);
+  for (const Piece& piece : pieces_) {
+    const Candidates& candidates = piece.candidates;
+    for (int i = 0; i < candidates.count; ++i) {
+      all.Add(candidates.positions[i], candidates.scores + i, candidates.capacity, group_);
+    }
+  }
+  return all;
 }
 
 SearchResult LadderPlan::Finish(Scratch& scratch) {
   if (options_.k >= 0) {
-    TakeTopK(candidates_, state_, result_, scratch);
+    TakeTopK(candidates_, result_, scratch);
   } else {
-    ReportMissed(state_.Lse(), candidates_, recall_ratios_, result_.report, scratch);
+    ReportMissed(LseOf(state_), candidates_, recall_ratios_, result_.report, scratch);
     if (options_.list_read) ListRead();
   }
-  ReportReads(candidates_, result_.report);
+  ReportReads(result_.report, scratch);
   result_.out.resize(static_cast<size_t>(group_) * static_cast<size_t>(view_.shape.value_dim));
   result_.lse.resize(static_cast<size_t>(group_));
-  kernels::FinishState(state_.view(), result_.out.data(), result_.lse.data());
+  kernels::FinishState(state_, result_.out.data(), result_.lse.data());
   return std::move(result_);
 }
 
@@ -65,36 +75,62 @@ void LadderPlan::ListRead() {
 }
 
 void LadderPlan::RefineBest(int head, Scratch& scratch) {
-  std::vector<uint32_t>& picks = picks_[static_cast<size_t>(head)];
-  picks = BestIndices(HeadScores(candidates_, head, group_), options_.exact_rows);
   scratch.Reset();
+  const auto all = static_cast<size_t>(CandidateCount());
+  auto* const head_scores = scratch.Take<float>(all);
+  size_t passed = 0;
+  for (const Piece& piece : pieces_) {
+    const Candidates& candidates = piece.candidates;
+    std::copy_n(candidates.scores + static_cast<ptrdiff_t>(head) * candidates.capacity,
+                candidates.count, head_scores + passed);
+    passed += static_cast<size_t>(candidates.count);
+  }
+  std::vector<uint32_t>& picks = picks_[static_cast<size_t>(head)];
+  picks = BestIndices({head_scores, all}, options_.exact_rows, scratch);
   const auto count = static_cast<int>(picks.size());
-  auto* keys = scratch.Take<const uint16_t*>(picks.size());
-  auto* values = scratch.Take<const uint16_t*>(picks.size());
-  auto* scores = scratch.Take<float>(picks.size());
+  auto* const fine_rows = scratch.Take<kernels::FineRow>(picks.size());
+  auto* const fine_scores = scratch.Take<float>(picks.size());
+  auto* const keys = scratch.Take<const uint16_t*>(picks.size());
+  auto* const values = scratch.Take<const uint16_t*>(picks.size());
+  auto* const scores = scratch.Take<float>(picks.size());
+  const auto value_offset = static_cast<size_t>(kernels::FineValueOffset(padded_dim_));
+  const auto record_bytes =
+      static_cast<size_t>(kernels::FineRecordBytes(padded_dim_, view_.shape.value_dim));
+  auto piece = pieces_.begin();
+  passed = 0;
   for (size_t i = 0; i < picks.size(); ++i) {
-    const RowPointers row = FindRow(view_, candidates_.positions[picks[i]]);
+    while (picks[i] - passed >= static_cast<size_t>(piece->candidates.count)) {
+      passed += static_cast<size_t>(piece++->candidates.count);
+    }
+    const int64_t position = piece->candidates.positions[picks[i] - passed];
+    fine_rows[i] = FindFine(position);
+    kernels::PrefetchRange(fine_rows[i].record + value_offset, record_bytes - value_offset);
+    kernels::PrefetchRange(fine_rows[i].factors, sizeof(kernels::FineFactors));
+    fine_scores[i] = head_scores[picks[i]];
+    const RowPointers row = FindRow(view_, position);
     keys[i] = row.key;
     values[i] = row.value;
-    kernels::PrefetchRange(row.key, view_.shape.KeyRowBytes());
-    kernels::PrefetchRange(row.value, view_.shape.ValueRowBytes());
+  }
+  for (size_t i = 0; i < picks.size(); ++i) {
+    kernels::PrefetchRange(keys[i], view_.shape.KeyRowBytes());
+    kernels::PrefetchRange(values[i], view_.shape.ValueRowBytes());
   }
   // While the rows arrive.
-  OwnedState fine(1, view_.shape.value_dim);
-  AddFine(candidates_, picks, head, fine.view(), scratch);
-  const float* query = scaled_.get() + static_cast<ptrdiff_t>(head) * view_.shape.key_dim;
+  const kernels::GroupState fine = MakeState(1, view_.shape.value_dim, scratch);
+  kernels::AccumulateFine(fine_rows, count, static_cast<int>(value_offset), fine_scores, count,
+                          fine);
+  const float* query = scaled_ + static_cast<ptrdiff_t>(head) * view_.shape.key_dim;
   kernels::ScoreGathered(query, 1, keys, view_.shape.dtype, count, view_.shape.key_dim, scores,
                          count);
-  OwnedState exact(1, view_.shape.value_dim);
-  kernels::AccumulateScoredGathered(scores, count, values, view_.shape.dtype, count, exact.view());
-  const kernels::GroupState state = HeadState(state_.view(), head);
-  kernels::MergeState(state, exact.view());
-  SubtractState(state, fine.view());
+  const kernels::GroupState exact = MakeState(1, view_.shape.value_dim, scratch);
+  kernels::AccumulateScoredGathered(scores, count, values, view_.shape.dtype, count, exact);
+  const kernels::GroupState state = HeadState(state_, head);
+  kernels::MergeState(state, exact);
+  SubtractState(state, fine);
 }
 
-void LadderPlan::TakeTopK(const ScoredKeys& candidates, OwnedState& state, SearchResult& result,
-                          Scratch& scratch) {
-  const std::vector<float> lse = state.Lse();
+void LadderPlan::TakeTopK(const ScoredKeys& candidates, SearchResult& result, Scratch& scratch) {
+  const std::vector<float> lse = LseOf(state_);
   ScoredKeys keys = candidates;
   keys.Append(exact_keys_);
   const std::vector<uint32_t> best = BestIndices(GroupScores(keys, lse), options_.k);
@@ -111,9 +147,9 @@ void LadderPlan::TakeTopK(const ScoredKeys& candidates, OwnedState& state, Searc
   }
   std::sort(result.positions.begin(), result.positions.end());
 
-  OwnedState returned(group_, view_.shape.value_dim);
-  AddFine(candidates, fine, 0, returned.view(), scratch);
   scratch.Reset();
+  const kernels::GroupState returned = MakeState(group_, view_.shape.value_dim, scratch);
+  AddFine(candidates, fine, returned, scratch);
   const auto count = static_cast<int>(exact.size());
   auto* scores = scratch.Take<float>(static_cast<size_t>(group_) * exact.size());
   auto* values = scratch.Take<const uint16_t*>(exact.size());
@@ -123,14 +159,13 @@ void LadderPlan::TakeTopK(const ScoredKeys& candidates, OwnedState& state, Searc
       scores[static_cast<size_t>(h) * exact.size() + i] = exact_keys_.Scores(exact[i], group_)[h];
     }
   }
-  kernels::AccumulateScoredGathered(scores, count, values, view_.shape.dtype, count,
-                                    returned.view());
+  kernels::AccumulateScoredGathered(scores, count, values, view_.shape.dtype, count, returned);
   if (static_cast<int64_t>(best.size()) == query_.end - query_.begin) {
-    kernels::ResetState(state.view());
+    kernels::ResetState(state_);
   } else {
-    SubtractState(state.view(), returned.view());
+    SubtractState(state_, returned);
   }
-  const std::vector<float> rest = state.Lse();
+  const std::vector<float> rest = LseOf(state_);
   for (size_t h = 0; h < rest.size(); ++h) {
     const float missed = std::isfinite(lse[h]) ? std::exp(rest[h] - lse[h]) : 0.0F;
     result.report.missed_mass.push_back(missed);
@@ -139,13 +174,13 @@ void LadderPlan::TakeTopK(const ScoredKeys& candidates, OwnedState& state, Searc
   result.report.missed_high = result.report.missed_mass;
 }
 
-void LadderPlan::AddFine(const ScoredKeys& candidates, absl::Span<const uint32_t> picks, int head,
+void LadderPlan::AddFine(const ScoredKeys& candidates, absl::Span<const uint32_t> picks,
                          const kernels::GroupState& state, Scratch& scratch) const {
   auto* rows = scratch.Take<kernels::FineRow>(picks.size());
   auto* scores = scratch.Take<float>(static_cast<size_t>(state.group) * picks.size());
   for (size_t i = 0; i < picks.size(); ++i) {
     rows[i] = FindFine(candidates.positions[picks[i]]);
-    const float* const of_key = candidates.Scores(picks[i], group_) + head;
+    const float* const of_key = candidates.Scores(picks[i], group_);
     for (size_t h = 0; h < static_cast<size_t>(state.group); ++h) {
       scores[h * picks.size() + i] = of_key[h];
     }
@@ -187,17 +222,23 @@ void LadderPlan::ReportMissed(absl::Span<const float> lse, const ScoredKeys& can
   }
 }
 
-void LadderPlan::ReportReads(const ScoredKeys& candidates, SearchReport& report) const {
+void LadderPlan::ReportReads(SearchReport& report, Scratch& scratch) const {
   const KvShape& shape = view_.shape;
   const int64_t blocks = last_block_ - first_block_;
-  std::vector<bool> read(candidates.positions.size());
+  const int64_t fine = CandidateCount();
+  // One bit a candidate: several heads may have picked the same one.
+  scratch.Reset();
+  const auto words = static_cast<size_t>(fine + 63) / 64;
+  auto* const read = scratch.Take<uint64_t>(words);
+  std::fill_n(read, words, 0);
   for (const auto& picks : picks_) {
-    for (const uint32_t i : picks) read[i] = true;
+    for (const uint32_t i : picks) read[i / 64] |= uint64_t{1} << (i % 64);
   }
-  const auto fine = static_cast<int64_t>(candidates.positions.size());
+  int64_t refined = 0;
+  for (size_t w = 0; w < words; ++w) refined += std::popcount(read[w]);
   const auto row_bytes = static_cast<int64_t>(shape.KeyRowBytes() + shape.ValueRowBytes());
   report.keys_fine = fine;
-  report.keys_exact = exact_tokens_ + std::count(read.begin(), read.end(), true);
+  report.keys_exact = exact_tokens_ + refined;
   int64_t chosen_by = 0;  // bytes
   if (recall_.last == nullptr) {
     report.keys_scanned = query_.end - query_.begin;
@@ -211,8 +252,7 @@ void LadderPlan::ReportReads(const ScoredKeys& candidates, SearchReport& report)
   }
   report.bytes_touched =
       chosen_by +
-      static_cast<int64_t>(centre_scores_.size()) / group_ * shape.key_dim *
-          static_cast<int64_t>(sizeof(float)) +
+      static_cast<int64_t>(Segments()) * shape.key_dim * static_cast<int64_t>(sizeof(float)) +
       fine * static_cast<int64_t>(kernels::FineRecordBytes(padded_dim_, shape.value_dim) +
                                   sizeof(kernels::FineFactors)) +
       report.keys_exact * row_bytes;

@@ -29,10 +29,10 @@ LadderPlan::LadderPlan(const KvView& view, const SearchQuery& query, const Searc
       options_(options),
       group_(query.group),
       padded_dim_(kernels::PaddedDim(view.shape.key_dim)),
-      scaled_(ScaleQueries(query, view.shape)),
-      exact_state_(query.group, view.shape.value_dim),
+      scaled_(ScaleQueries(query, view.shape, *memory_)),
+      exact_state_(MakeState(query.group, view.shape.value_dim, *memory_)),
       recall_(std::move(recall)),
-      state_(query.group, view.shape.value_dim) {
+      state_(MakeState(query.group, view.shape.value_dim, *memory_)) {
   first_block_ = (query.begin + kScanBlock - 1) / kScanBlock;
   const int64_t coded = product == nullptr ? view.SealedTokens() : product->covered();
   last_block_ = std::min(query.end, coded) / kScanBlock;
@@ -40,7 +40,7 @@ LadderPlan::LadderPlan(const KvView& view, const SearchQuery& query, const Searc
   if (recall_.last != nullptr) last_block_ = recall_.last->last_block;
   if (first_block_ == last_block_) {
     AttendExactPart(scratch);
-    reference_ = exact_state_.Lse();
+    reference_ = LseOf(exact_state_);
     MergePieces(scratch);
     return;
   }
@@ -50,7 +50,7 @@ LadderPlan::LadderPlan(const KvView& view, const SearchQuery& query, const Searc
     return;
   }
   AttendExactPart(scratch);
-  reference_ = exact_state_.Lse();
+  reference_ = LseOf(exact_state_);
   ScoreCentres(FirstSegment(), LastSegment());
   PrepareRecall();
   PlanScan();
@@ -104,29 +104,61 @@ bool LadderPlan::NextStep(Scratch& scratch) {
 
 void LadderPlan::PlanScan() {
   step_ = Step::kScan;
-  constexpr int64_t kPieceBlocks = int64_t{kPieceSegments} * kSegmentBlocks;
+  const int64_t piece_blocks =
+      kSegmentBlocks *
+      std::clamp((LastSegment() - FirstSegment()) / kPieces, kPieceSegmentsMin, kPieceSegmentsMax);
+  const auto group = static_cast<size_t>(group_);
+  const int64_t all = last_block_ - first_block_;
+  const int64_t budget = std::max(options_.candidates, options_.k);
+  pieces_.reserve(static_cast<size_t>(all / piece_blocks + 2));
   for (int64_t block = first_block_; block < last_block_;) {
-    const int64_t end = std::min(last_block_, (block / kPieceBlocks + 1) * kPieceBlocks);
-    pieces_.emplace_back(block, end, group_, view_.shape.value_dim);
+    const int64_t end = std::min(last_block_, (block / piece_blocks + 1) * piece_blocks);
+    Piece piece = {block, end, MakeState(group_, view_.shape.value_dim, *memory_)};
+    piece.rest = memory_->Take<float>(group);
+    // Room for half as many again as the budget's even share.
+    const int64_t share = (end - block) * budget / all;
+    const int64_t room = std::min(share + share / 2 + kScanBlock, (end - block) * kScanBlock);
+    piece.candidates.capacity = static_cast<int>(room);
+    piece.candidates.positions = memory_->Take<int64_t>(static_cast<size_t>(room));
+    piece.candidates.scores = memory_->Take<float>(static_cast<size_t>(room) * group);
+    pieces_.push_back(std::move(piece));
     block = end;
   }
 }
 
+void LadderPlan::Candidates::Reserve(int more, int group) {
+  if (count + more <= capacity) return;
+  const int room = std::max(2 * capacity, count + more);
+  const auto size = static_cast<size_t>(room);
+  auto memory =
+      MakeAligned<std::byte>(size * (sizeof(int64_t) + sizeof(float) * static_cast<size_t>(group)));
+  auto* const to = reinterpret_cast<int64_t*>(memory.get());
+  auto* const scores_to = reinterpret_cast<float*>(to + size);
+  std::copy_n(positions, count, to);
+  for (int h = 0; h < group; ++h) {
+    std::copy_n(scores + static_cast<ptrdiff_t>(h) * capacity, count,
+                scores_to + static_cast<ptrdiff_t>(h) * room);
+  }
+  grown = std::move(memory);
+  positions = to;
+  scores = scores_to;
+  capacity = room;
+}
+
 void LadderPlan::PrepareQueries(const ProductIndex* product) {
   const auto group = static_cast<size_t>(group_);
-  rotated_ = MakeAligned<float>(group * padded_dim_);
-  kernels::Rotate(query_.queries, group_, view_.shape.key_dim, rotated_.get());
-  quantised_ = MakeAligned<int16_t>(group * padded_dim_);
-  query_units_.resize(group);
-  kernels::QuantiseQueries(rotated_.get(), group_, padded_dim_, quantised_.get(),
-                           query_units_.data());
-  centre_scores_.resize(static_cast<size_t>(LastSegment() - FirstSegment()) * group);
-  const ScanQueries queries = {group_, scaled_.get(), rotated_.get(), centre_scores_.data(),
-                               FirstSegment()};
+  auto* const rotated = memory_->Take<float>(group * padded_dim_);
+  kernels::Rotate(query_.queries, group_, view_.shape.key_dim, rotated);
+  quantised_ = memory_->Take<int8_t>(group * padded_dim_);
+  query_units_ = memory_->Take<float>(group);
+  kernels::QuantiseQueries(rotated, group_, padded_dim_, quantised_, query_units_);
+  centre_scores_ = memory_->Take<float>(Segments() * group);
+  const ScanQueries queries = {group_, scaled_, rotated, centre_scores_, FirstSegment()};
   if (product != nullptr) {
-    codes_ = std::make_unique<const ProductScan>(*product, view_, queries, LastSegment() - 1);
+    codes_ =
+        std::make_unique<const ProductScan>(*product, view_, queries, LastSegment() - 1, *memory_);
   } else {
-    codes_ = std::make_unique<const SignScan>(view_, queries);
+    codes_ = std::make_unique<const SignScan>(view_, queries, *memory_);
   }
 }
 
@@ -136,9 +168,8 @@ void LadderPlan::ScoreCentres(int64_t first, int64_t last) {
       kernels::PrefetchRange(view_.segments[static_cast<size_t>(s + kCentresAhead)]->centre(),
                              static_cast<size_t>(view_.shape.key_dim) * sizeof(float));
     }
-    kernels::ScoreFloatRows(scaled_.get(), group_, view_.segments[static_cast<size_t>(s)]->centre(),
-                            1, view_.shape.key_dim,
-                            centre_scores_.data() + (s - FirstSegment()) * group_, 1);
+    kernels::ScoreFloatRows(scaled_, group_, view_.segments[static_cast<size_t>(s)]->centre(), 1,
+                            view_.shape.key_dim, centre_scores_ + (s - FirstSegment()) * group_, 1);
   }
 }
 
@@ -148,16 +179,16 @@ void LadderPlan::AttendExactPart(Scratch& scratch) {
               [&](const uint16_t* keys, const uint16_t* values, int64_t first, int tokens) {
                 exact_tokens_ += tokens;
                 if (options_.k < 0) {
-                  kernels::AttendRows(scaled_.get(), keys, values, view_.shape.dtype, tokens,
-                                      view_.shape.key_dim, exact_state_.view());
+                  kernels::AttendRows(scaled_, keys, values, view_.shape.dtype, tokens,
+                                      view_.shape.key_dim, exact_state_);
                   return;
                 }
                 scratch.Reset();
                 auto* scores = scratch.Take<float>(static_cast<size_t>(group_) * tokens);
-                kernels::ScoreRows(scaled_.get(), group_, keys, view_.shape.dtype, tokens,
+                kernels::ScoreRows(scaled_, group_, keys, view_.shape.dtype, tokens,
                                    view_.shape.key_dim, scores, tokens);
                 kernels::AccumulateScored(scores, tokens, values, view_.shape.dtype, tokens,
-                                          exact_state_.view());
+                                          exact_state_);
                 for (int t = 0; t < tokens; ++t) {
                   exact_keys_.Add(first + t, scores + t, tokens, group_);
                 }
@@ -172,10 +203,10 @@ void LadderPlan::AttendExactPart(Scratch& scratch) {
 }
 
 void LadderPlan::FillFineHeads(int64_t segment, kernels::FineHead* heads) const {
-  const float* centres = centre_scores_.data() + (segment - FirstSegment()) * group_;
+  const float* centres = centre_scores_ + (segment - FirstSegment()) * group_;
   const float scale = view_.shape.softmax_scale * kernels::kFourBitStep / 2.0F;
   for (int h = 0; h < group_; ++h) {
-    heads[h] = {centres[h], scale * query_units_[static_cast<size_t>(h)]};
+    heads[h] = {centres[h], scale * query_units_[h]};
   }
 }
 

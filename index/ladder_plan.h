@@ -57,7 +57,10 @@ class LadderPlan final : public SearchPlan {
   friend struct LadderAudit;
 
   static constexpr int kSegmentBlocks = kSegmentTokens / kernels::kScanBlock;
-  static constexpr int kPieceSegments = 8;
+  // Segments of a piece: so many that a search has a dozen pieces, within these bounds.
+  static constexpr int64_t kPieces = 12;
+  static constexpr int64_t kPieceSegmentsMin = 4;
+  static constexpr int64_t kPieceSegmentsMax = 16;
 
   enum class Step { kSample, kScan, kRefine };
 
@@ -71,18 +74,28 @@ class LadderPlan final : public SearchPlan {
     std::vector<float> mass;     ///< (group), summed weight relative to it
   };
 
+  /// Keys that were read at 4 bits, ascending, with their scores.
+  struct Candidates {
+    int count = 0;
+    int capacity = 0;
+    int64_t* positions = nullptr;     ///< (capacity)
+    float* scores = nullptr;          ///< (group, capacity)
+    AlignedArray<std::byte> grown{};  ///< what they stand in, if the search's memory had too little
+
+    /// Makes room for `more`.
+    void Reserve(int more, int group);
+  };
+
   /// Blocks [first_block, last_block) of the session, all of segments [first_block / 16, ...).
   struct Piece {
-    Piece(int64_t first, int64_t last, int group, int value_dim)
-        : first_block(first), last_block(last), state(group, value_dim) {}
     int64_t first_block;
     int64_t last_block;
-    OwnedState state;         ///< candidates at 4 bits and the rest's estimate
-    ScoredKeys candidates;    ///< with their 4-bit scores
-    std::vector<float> rest;  ///< (group): the unchosen keys' summed weight, relative to reference_
-    std::vector<float> block_weights;  ///< audits only, (group, blocks): the same for each block
-    std::vector<int64_t> kept;         ///< SearchOptions::keep: positions
-    std::vector<float> kept_weights;   ///< (group, blocks): of the keys not kept
+    kernels::GroupState state;  ///< candidates at 4 bits and the rest's estimate
+    Candidates candidates{};
+    float* rest = nullptr;  ///< (group): the unchosen keys' summed weight, relative to reference_
+    std::vector<float> block_weights{};  ///< audits only, (group, blocks): the same for each block
+    std::vector<int64_t> kept{};         ///< SearchOptions::keep: positions
+    std::vector<float> kept_weights{};   ///< (group, blocks): of the keys not kept
   };
 
   // ---- preparation (ladder_plan.cc)
@@ -98,6 +111,10 @@ class LadderPlan final : public SearchPlan {
   /// The segments of the ladder's blocks: [FirstSegment(), LastSegment()).
   int64_t FirstSegment() const { return first_block_ / kSegmentBlocks; }
   int64_t LastSegment() const { return (last_block_ + kSegmentBlocks - 1) / kSegmentBlocks; }
+  /// 0: the ladder has no blocks.
+  size_t Segments() const {
+    return first_block_ == last_block_ ? 0 : static_cast<size_t>(LastSegment() - FirstSegment());
+  }
 
   // ---- sample (ladder_sample.cc)
   void PlanSample();
@@ -142,17 +159,16 @@ class LadderPlan final : public SearchPlan {
   /// ends fetches for the one after it, which the same worker is likely to run.
   const uint8_t* NextCodes(int64_t end_block, int blocks) const;
   void PrefetchRecords(const Chosen& chosen) const;
-  /// Candidates that have been scored, until they are enough for adding their values to pay.
-  static constexpr int kPendingEnough = 64;
-  static constexpr int kPendingMax = kPendingEnough + kSegmentTokens;
+  /// The youngest candidates, whose values are added when they are so many: fewer cost as much.
+  static constexpr int kPendingWhole = 64;
   struct Pending {
     int count;
-    kernels::FineRow* rows;  ///< (kPendingMax)
-    float* scores;           ///< (group, kPendingMax)
+    kernels::FineRow* rows;  ///< (kPendingWhole + kSegmentTokens)
   };
   void ReadCandidates(Piece& piece, const Chosen& chosen, const ScanBuffers& buffers,
                       Pending& pending);
-  void AddPending(Piece& piece, Pending& pending) const;
+  /// Adds the values of the first `count`.
+  void AddPending(Piece& piece, Pending& pending, int count) const;
   kernels::FineRow FindFine(int64_t position) const;
 
   // ---- recall (ladder_recall.cc)
@@ -172,25 +188,26 @@ class LadderPlan final : public SearchPlan {
   // ---- finish (ladder_finish.cc)
   /// (group): the unread keys' mass over exp(reference).
   std::vector<float> RestMass() const;
-  /// Puts all pieces into state_ and candidates_.
+  /// Puts all pieces' states into state_, and what was asked for into candidates_.
   void MergePieces(Scratch& scratch);
+  int64_t CandidateCount() const;
+  ScoredKeys AllCandidates() const;
   /// SearchOptions::list_read.
   void ListRead();
   /// Replaces the 4-bit parts of a head's best candidates by exact ones.
   void RefineBest(int head, Scratch& scratch);
   /// Chooses the keys to return and takes their parts out of `state`.
-  void TakeTopK(const ScoredKeys& candidates, OwnedState& state, SearchResult& result,
-                Scratch& scratch);
-  /// Adds candidates `picks`, ascending, at 4 bits to a state of the heads [head, head +
-  /// state.group).
-  void AddFine(const ScoredKeys& candidates, absl::Span<const uint32_t> picks, int head,
+  void TakeTopK(const ScoredKeys& candidates, SearchResult& result, Scratch& scratch);
+  /// Adds candidates `picks`, ascending, at 4 bits.
+  void AddFine(const ScoredKeys& candidates, absl::Span<const uint32_t> picks,
                const kernels::GroupState& state, Scratch& scratch) const;
   /// `ratios`: CheckRecall's; empty: there is none.
   void ReportMissed(absl::Span<const float> lse, const ScoredKeys& candidates,
                     absl::Span<const RestRatio> ratios, SearchReport& report,
                     Scratch& scratch) const;
-  void ReportReads(const ScoredKeys& candidates, SearchReport& report) const;
+  void ReportReads(SearchReport& report, Scratch& scratch) const;
 
+  SearchMemory memory_;  ///< of what is taken while one thread plans or goes on to a next step
   KvView view_;
   SearchQuery query_;
   SearchOptions options_;
@@ -199,15 +216,14 @@ class LadderPlan final : public SearchPlan {
   int64_t first_block_ = 0;  ///< the ladder's blocks, of the session
   int64_t last_block_ = 0;
 
-  AlignedArray<float> scaled_;        ///< (group, key_dim), times softmax_scale
-  AlignedArray<float> rotated_;       ///< (group, padded_dim), not scaled
-  AlignedArray<int16_t> quantised_;   ///< (group, padded_dim)
-  std::vector<float> query_units_;    ///< (group)
-  std::vector<float> centre_scores_;  ///< (segments of the range, group)
+  const float* scaled_;             ///< (group, key_dim), times softmax_scale
+  int8_t* quantised_ = nullptr;     ///< (group, padded_dim), rotated
+  float* query_units_ = nullptr;    ///< (group)
+  float* centre_scores_ = nullptr;  ///< (segments of the range, group)
   std::unique_ptr<const ScanCode> codes_;
 
-  OwnedState exact_state_;  ///< of the exact part
-  ScoredKeys exact_keys_;   ///< TopK: the exact part's keys
+  kernels::GroupState exact_state_;  ///< of the exact part
+  ScoredKeys exact_keys_;            ///< TopK: the exact part's keys
   int64_t exact_tokens_ = 0;
   std::vector<float> reference_;        ///< (group): estimated lse of the whole range
   std::vector<float> sampled_mass_;     ///< (group): share of it that is not the exact part's
@@ -218,13 +234,13 @@ class LadderPlan final : public SearchPlan {
   std::vector<float> recalled_weights_;  ///< (group, blocks), over exp(reference)
 
   Step step_ = Step::kRefine;
-  std::vector<int64_t> sample_;    ///< blocks, ascending
-  AlignedArray<float> estimates_;  ///< (group, keys of the sample)
+  std::vector<int64_t> sample_;  ///< blocks, ascending
+  float* estimates_ = nullptr;   ///< (group, keys of the sample)
   std::vector<SamplePart> sample_parts_;
   std::vector<Piece> pieces_;
-  OwnedState state_;
-  ScoredKeys candidates_;
-  std::vector<std::vector<uint32_t>> picks_;  ///< (group): indices of a head's exact candidates
+  kernels::GroupState state_;
+  ScoredKeys candidates_;                     ///< all pieces'; empty unless it is asked for
+  std::vector<std::vector<uint32_t>> picks_;  ///< (group): numbers of a head's exact candidates
   std::vector<RestRatio> recall_ratios_;      ///< CheckRecall's
   SearchResult result_;
 };

@@ -138,7 +138,7 @@ std::vector<RestRatio> LadderPlan::SampleUnread(const ScoredKeys& candidates,
   const UnreadSample drawn = Draw(view_, blocks, candidates.positions, samples, options_.seed,
                                   static_cast<uint64_t>(query_.end), scratch);
   auto* scores = scratch.Take<float>(group * samples);
-  kernels::ScoreGathered(scaled_.get(), group_, drawn.rows, view_.shape.dtype,
+  kernels::ScoreGathered(scaled_, group_, drawn.rows, view_.shape.dtype,
                          static_cast<int>(drawn.count), view_.shape.key_dim, scores,
                          static_cast<int>(samples));
   for (size_t h = 0; h < group; ++h) {

@@ -43,7 +43,7 @@ void LadderPlan::PlanSample() {
   step_ = Step::kSample;
   sample_ = SampleBlocks(first_block_, last_block_);
   const auto group = static_cast<size_t>(group_);
-  estimates_ = MakeAligned<float>(group * sample_.size() * kScanBlock);
+  estimates_ = memory_->Take<float>(group * sample_.size() * kScanBlock);
   // A part ends where a segment does, since it scores the centres of its own.
   const size_t parts = std::clamp<size_t>(sample_.size() / kPartBlocksMin, 1, kPartsMax);
   size_t block = 0;
@@ -80,7 +80,7 @@ void LadderPlan::RunSample(SamplePart& part, Scratch& scratch) {
       kernels::PrefetchRange(codes_->Block(sample_[i + kBlocksAhead]),
                              static_cast<size_t>(codes_->BlockBytes()));
     }
-    float* estimates = estimates_.get() + i * kScanBlock;
+    float* estimates = estimates_ + i * kScanBlock;
     codes_->Scan(sample_[i], 1, nullptr, sums);
     codes_->Estimate(sample_[i], 1, sums, estimates, keys);
     for (size_t h = 0; h < group; ++h) {
@@ -96,7 +96,7 @@ void LadderPlan::RunSample(SamplePart& part, Scratch& scratch) {
 }
 
 void LadderPlan::EstimateReference() {
-  reference_ = exact_state_.Lse();
+  reference_ = LseOf(exact_state_);
   // The sample's share, scaled up, beside the exact part's.
   const float scale_up =
       static_cast<float>(last_block_ - first_block_) / static_cast<float>(sample_.size());
@@ -119,7 +119,7 @@ void LadderPlan::ChooseThreshold(Scratch& scratch) {
   EstimateReference();
   scratch.Reset();
   const auto keys = static_cast<int>(sample_.size() * kScanBlock);
-  const float* const estimates = estimates_.get();
+  const float* const estimates = estimates_;
   const int64_t wanted = std::max<int64_t>(
       WantedKeys(estimates, keys, std::max(options_.candidates, options_.k), scratch), options_.k);
   thresholds_ = Thresholds(estimates, keys, wanted, scratch);

@@ -21,27 +21,19 @@ constexpr int64_t kCandidateBoundFactor = 2;
 void LadderPlan::RunScan(Piece& piece, Scratch& scratch) {
   const auto group = static_cast<size_t>(group_);
   const auto piece_blocks = static_cast<size_t>(piece.last_block - piece.first_block);
-  piece.rest.assign(group, 0.0F);
   if (options_.audit_samples > 0) piece.block_weights.resize(piece_blocks * group);
   if (options_.keep > 0) piece.kept_weights.resize(piece_blocks * group);
-  // Room for half as many again as the budget's even share.
-  const int64_t budget = std::max(options_.candidates, options_.k);
-  const auto blocks = piece.last_block - piece.first_block;
-  const int64_t share = blocks * budget / (last_block_ - first_block_);
-  piece.candidates.Reserve(static_cast<size_t>(std::min(share + share / 2, blocks * kScanBlock)),
-                           group_);
   scratch.Reset();
   ScanBuffers buffers = {
       scratch.Take<int16_t>(group * kSegmentTokens),  scratch.Take<float>(group * kSegmentBlocks),
       scratch.Take<uint16_t>(group * kSegmentTokens), scratch.Take<kernels::FineHead>(group),
       scratch.Take<uint32_t>(kSegmentTokens),         scratch.Take<float>(group * kSegmentBlocks)};
-  Pending pending = {0, scratch.Take<kernels::FineRow>(kPendingMax),
-                     scratch.Take<float>(group * kPendingMax)};
+  Pending pending = {0, scratch.Take<kernels::FineRow>(kPendingWhole + kSegmentTokens)};
   Chosen chosen = {0, 0, scratch.Take<uint32_t>(kSegmentTokens)};
   Chosen before = {0, 0, scratch.Take<uint32_t>(kSegmentTokens)};
   // The estimated rest is summed relative to reference_.
-  OwnedState rest(group_, view_.shape.value_dim);
-  for (size_t h = 0; h < group; ++h) rest.view().max[h] = reference_[h];
+  const kernels::GroupState rest = MakeState(group_, view_.shape.value_dim, scratch);
+  for (size_t h = 0; h < group; ++h) rest.max[h] = reference_[h];
   for (int64_t block = piece.first_block; block < piece.last_block;) {
     const int64_t end = std::min(piece.last_block, (block / kSegmentBlocks + 1) * kSegmentBlocks);
     if (recall_.last != nullptr) {
@@ -49,7 +41,7 @@ void LadderPlan::RunScan(Piece& piece, Scratch& scratch) {
     } else {
       ScanSegmentPart(piece, block, end, buffers, chosen);
     }
-    AddRest(piece, block, static_cast<int>(end - block), buffers, rest.view());
+    AddRest(piece, block, static_cast<int>(end - block), buffers, rest);
     // Records arrive from memory while the next segment is scanned.
     PrefetchRecords(chosen);
     ReadCandidates(piece, before, buffers, pending);
@@ -57,16 +49,16 @@ void LadderPlan::RunScan(Piece& piece, Scratch& scratch) {
     block = end;
   }
   ReadCandidates(piece, before, buffers, pending);
-  AddPending(piece, pending);
-  for (size_t h = 0; h < group; ++h) piece.rest[h] = rest.view().sum[h];
-  kernels::MergeState(piece.state.view(), rest.view());
+  AddPending(piece, pending, pending.count);
+  for (size_t h = 0; h < group; ++h) piece.rest[h] = rest.sum[h];
+  kernels::MergeState(piece.state, rest);
 }
 
 void LadderPlan::ScanSegmentPart(Piece& piece, int64_t begin_block, int64_t end_block,
                                  const ScanBuffers& buffers, Chosen& chosen) {
   const auto blocks = static_cast<int>(end_block - begin_block);
   const auto bound = kCandidateBoundFactor * std::max(options_.candidates, options_.k);
-  const bool full = static_cast<int64_t>(piece.candidates.positions.size()) >= bound;
+  const bool full = piece.candidates.count >= bound;
 
   chosen.segment = begin_block / kSegmentBlocks;
   const uint8_t* next = NextCodes(end_block, blocks);
@@ -129,24 +121,34 @@ void LadderPlan::PrefetchRecords(const Chosen& chosen) const {
 void LadderPlan::ReadCandidates(Piece& piece, const Chosen& chosen, const ScanBuffers& buffers,
                                 Pending& pending) {
   if (chosen.count == 0) return;
-  const int record_bytes = kernels::FineRecordBytes(padded_dim_, view_.shape.value_dim);
-  const int64_t first = chosen.segment * kSegmentTokens;
+  const auto record_bytes =
+      static_cast<size_t>(kernels::FineRecordBytes(padded_dim_, view_.shape.value_dim));
+  const Segment& segment = *view_.segments[static_cast<size_t>(chosen.segment)];
+  Candidates& candidates = piece.candidates;
+  candidates.Reserve(chosen.count, group_);
   kernels::FineRow* const rows = pending.rows + pending.count;
-  for (int i = 0; i < chosen.count; ++i) rows[i] = FindFine(first + chosen.keys[i]);
-  float* const scores = pending.scores + pending.count;
+  int64_t* const positions = candidates.positions + candidates.count;
+  for (int i = 0; i < chosen.count; ++i) {
+    rows[i] = {segment.fine_records() + chosen.keys[i] * record_bytes,
+               segment.fine_factors() + chosen.keys[i]};
+    positions[i] = chosen.segment * kSegmentTokens + chosen.keys[i];
+  }
   FillFineHeads(chosen.segment, buffers.fine_heads);
-  kernels::ScoreFine(rows, chosen.count, record_bytes, quantised_.get(), padded_dim_,
-                     buffers.fine_heads, group_, scores, kPendingMax);
-  piece.candidates.Add(first, {chosen.keys, static_cast<size_t>(chosen.count)}, scores, kPendingMax,
-                       group_);
+  kernels::ScoreFine(rows, chosen.count, static_cast<int>(record_bytes), quantised_, padded_dim_,
+                     buffers.fine_heads, group_, candidates.scores + candidates.count,
+                     candidates.capacity);
+  candidates.count += chosen.count;
   pending.count += chosen.count;
-  if (pending.count >= kPendingEnough) AddPending(piece, pending);
+  AddPending(piece, pending, pending.count / kPendingWhole * kPendingWhole);
 }
 
-void LadderPlan::AddPending(Piece& piece, Pending& pending) const {
-  kernels::AccumulateFine(pending.rows, pending.count, kernels::FineValueOffset(padded_dim_),
-                          pending.scores, kPendingMax, piece.state.view());
-  pending.count = 0;
+void LadderPlan::AddPending(Piece& piece, Pending& pending, int count) const {
+  const Candidates& candidates = piece.candidates;
+  kernels::AccumulateFine(pending.rows, count, kernels::FineValueOffset(padded_dim_),
+                          candidates.scores + candidates.count - pending.count, candidates.capacity,
+                          piece.state);
+  std::copy(pending.rows + count, pending.rows + pending.count, pending.rows);
+  pending.count -= count;
 }
 
 kernels::FineRow LadderPlan::FindFine(int64_t position) const {

@@ -1,5 +1,6 @@
 #include "index/landmark_index.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -29,11 +30,28 @@ PartRank RankOf(LandmarkSummary summary) {
   return PartRank::kBound;
 }
 
+/// The landmarks of a run's blocks: (count, key_dim), the client's where there is one.
+std::vector<float> LandmarksOf(const BuildInput& input, const KeyParts& parts, int block) {
+  const auto dim = static_cast<size_t>(input.view.shape.key_dim);
+  const auto count = static_cast<size_t>(parts.count());
+  std::vector<float> landmarks(parts.mean_keys(), parts.mean_keys() + count * dim);
+  const absl::Span<const int64_t> positions = input.landmark_positions;
+  const auto first = std::lower_bound(positions.begin(), positions.end(), parts.begin());
+  for (auto i = static_cast<size_t>(first - positions.begin());
+       i < positions.size() && positions[i] < parts.end(); ++i) {
+    const auto at = static_cast<size_t>((positions[i] - parts.begin()) / block);
+    const absl::Span<const float> given = input.landmarks.subspan(i * dim, dim);
+    std::copy(given.begin(), given.end(), landmarks.begin() + static_cast<ptrdiff_t>(at * dim));
+  }
+  return landmarks;
+}
+
 }  // namespace
 
 std::shared_ptr<const BuiltIndex> BuildLandmark(const BuildInput& input,
                                                 const LandmarkOptions& options) {
   const bool bounds = options.summary == LandmarkSummary::kBounds;
+  const bool given = options.summary == LandmarkSummary::kGiven;
   const QuerySpace space(input);
   const auto make = [&](int64_t begin, int64_t end, std::shared_ptr<const CholeskyFactor> basis) {
     auto run = std::make_shared<PartsRun>();
@@ -48,15 +66,19 @@ std::shared_ptr<const BuiltIndex> BuildLandmark(const BuildInput& input,
       run->nodes = KeyParts::Make(input.view, begin, node_of, node_of.back() + 1, bounds,
                                   run->parts->basis());
     }
-    if (options.summary == LandmarkSummary::kGiven) {
-      const auto dim = static_cast<size_t>(input.view.shape.key_dim);
-      const auto landmarks = options.landmarks.subspan(
-          static_cast<size_t>(begin / options.block) * dim, static_cast<size_t>(count) * dim);
-      run->landmarks.assign(landmarks.begin(), landmarks.end());
-    }
+    if (given) run->landmarks = LandmarksOf(input, *run->parts, options.block);
     return std::shared_ptr<const PartsRun>(std::move(run));
   };
-  return BuildParts(input, "landmark", RankOf(options.summary), make);
+  // A landmark may come later than the run that its block is in was built.
+  const auto renew = [&](const std::shared_ptr<const PartsRun>& run) {
+    if (!given) return run;
+    std::vector<float> landmarks = LandmarksOf(input, *run->parts, options.block);
+    if (landmarks == run->landmarks) return run;
+    auto renewed = std::make_shared<PartsRun>(*run);
+    renewed->landmarks = std::move(landmarks);
+    return std::shared_ptr<const PartsRun>(std::move(renewed));
+  };
+  return BuildParts(input, "landmark", RankOf(options.summary), make, renew);
 }
 
 }  // namespace kvseek::index

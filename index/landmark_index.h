@@ -5,7 +5,9 @@
 // arXiv 2406.09827; parts_index.h). kMean: the mean key and the spread around it (InfLLM, arXiv
 // 2402.04617; LongHeads, arXiv 2402.10685), with keys that stand out from their block in parts of
 // their own, which halves the error where a head has an attention sink. kGiven: a key of the
-// client's own, as that of a trained landmark token (Landmark Attention, arXiv 2305.16300).
+// client's own, as that of a trained landmark token (Landmark Attention, arXiv 2305.16300); a block
+// for which there is none is ranked by its mean key. What is not read is estimated from means and
+// spread whatever the summary.
 #ifndef KVSEEK_INDEX_LANDMARK_INDEX_H_
 #define KVSEEK_INDEX_LANDMARK_INDEX_H_
 
@@ -16,17 +18,9 @@
 
 namespace kvseek::index {
 
-enum class LandmarkSummary { kBounds, kMean, kGiven };
-
-struct LandmarkOptions {
-  int block = 16;  ///< keys: 16, 32, 64, 128 or 256
-  LandmarkSummary summary = LandmarkSummary::kBounds;
-  /// kGiven: (sealed keys / block, key_dim) fp32, one for each block from position 0 on.
-  absl::Span<const float> landmarks = {};
-};
-
-/// Training queries help kMean to tell which keys stand out; the others need none. Null if nothing
-/// is sealed, or when the build is given up. Runs in the calling thread.
+/// Training queries help kMean to tell which keys stand out; the others need none. Finished runs of
+/// input.previous are taken over, with input's landmarks. Null if nothing is sealed, or when the
+/// build is given up. Runs in the calling thread.
 std::shared_ptr<const BuiltIndex> BuildLandmark(const BuildInput& input,
                                                 const LandmarkOptions& options);
 

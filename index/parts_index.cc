@@ -44,7 +44,8 @@ std::unique_ptr<SearchPlan> PartsIndex::Plan(const KvView& view, const SearchQue
 }
 
 std::shared_ptr<const BuiltIndex> BuildParts(const BuildInput& input, const std::string& name,
-                                             PartRank rank, const MakePartsRun& make) {
+                                             PartRank rank, const MakePartsRun& make,
+                                             const RenewPartsRun& renew) {
   const double started = ThreadSeconds();
   const auto* const previous = dynamic_cast<const PartsIndex*>(input.previous.get());
   const int64_t sealed = input.view.SealedTokens();
@@ -54,7 +55,8 @@ std::shared_ptr<const BuiltIndex> BuildParts(const BuildInput& input, const std:
     const size_t i = runs.size();
     if (previous != nullptr && i < previous->runs().size() &&
         previous->runs()[i]->parts->end() == end) {
-      runs.push_back(previous->runs()[i]);
+      const std::shared_ptr<const PartsRun>& run = previous->runs()[i];
+      runs.push_back(renew == nullptr ? run : renew(run));
       continue;
     }
     if (input.give_up()) return nullptr;

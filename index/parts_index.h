@@ -31,7 +31,7 @@ inline constexpr int kNodeParts = 16;
 enum class PartRank {
   kBound,    ///< upper bound of its scores; runs have bounds and nodes
   kSpread,   ///< mean of its scores plus their standard deviation
-  kLandmark  ///< score of a key that the client supplied for it
+  kLandmark  ///< score of a key that the client supplied for it, else of its mean key
 };
 
 /// Keys [parts->begin(), parts->end()). Immutable; shared by the index and its successors.
@@ -68,11 +68,17 @@ class PartsIndex final : public BuiltIndex {
 using MakePartsRun = std::function<std::shared_ptr<const PartsRun>(
     int64_t begin, int64_t end, std::shared_ptr<const CholeskyFactor> basis)>;
 
-/// Runs over all sealed keys: those of input.previous as far as they go, then new ones. The last
-/// run may be short; the next build makes it anew. Null if nothing is sealed, or when the build is
-/// given up.
+/// What becomes of a run of an earlier build over the same keys: itself, or one that shares its
+/// parts.
+using RenewPartsRun =
+    std::function<std::shared_ptr<const PartsRun>(const std::shared_ptr<const PartsRun>& run)>;
+
+/// Runs over all sealed keys: those of input.previous as far as they go, renewed (null: as they
+/// are), then new ones. The last run may be short; the next build makes it anew. Null if nothing is
+/// sealed, or when the build is given up.
 std::shared_ptr<const BuiltIndex> BuildParts(const BuildInput& input, const std::string& name,
-                                             PartRank rank, const MakePartsRun& make);
+                                             PartRank rank, const MakePartsRun& make,
+                                             const RenewPartsRun& renew = nullptr);
 
 }  // namespace kvseek::index
 

@@ -99,7 +99,8 @@ std::shared_ptr<const ProductStretch> ReadStretch(
        !reader.Numbers("value means", count * static_cast<size_t>(shape.value_dim), means))) {
     return nullptr;
   }
-  stretch->codes = Aligned(codes);
+  stretch->codes = MakeProductCodes(segments, layout);
+  std::memcpy(stretch->codes.get(), codes.data(), codes.size());
   stretch->value_means = Aligned(means);
   return stretch;
 }
@@ -128,8 +129,9 @@ void AppendProduct(const ProductIndex& index, std::string& to) {
       }
     }
     const auto segments = static_cast<size_t>(stretch->segments);
-    AppendArray(CopyOf(stretch->codes,
-                       segments * kSegmentBlocks * static_cast<size_t>(layout.BlockBytes())),
+    const uint8_t* const codes = stretch->Block(0);
+    AppendArray(std::vector<uint8_t>(codes, codes + segments * kSegmentBlocks *
+                                                        static_cast<size_t>(layout.BlockBytes())),
                 to);
     if (layout.sketch) {
       AppendArray(CopyOf(stretch->value_means, segments * static_cast<size_t>(index.value_dim())),

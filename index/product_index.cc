@@ -3,6 +3,7 @@
 #include <time.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <utility>
 
@@ -35,6 +36,11 @@ std::shared_ptr<const ProductCodebook> FindCodebook(
   return segments < kTrainSegmentsMin ? before : nullptr;
 }
 
+size_t CodeBytes(int segments, const kernels::ProductLayout& layout) {
+  return static_cast<size_t>(std::bit_ceil(static_cast<uint32_t>(segments))) *
+         static_cast<size_t>(kSegmentBlocks) * static_cast<size_t>(layout.BlockBytes());
+}
+
 /// Codes of `segments` with `book`: those of `previous` where it has the same, then new ones. Null
 /// when it is given up.
 std::shared_ptr<const ProductStretch> EncodeStretch(
@@ -46,7 +52,7 @@ std::shared_ptr<const ProductStretch> EncodeStretch(
   const size_t mean_each = book->layout.sketch ? static_cast<size_t>(shape.value_dim) : 0;
   auto stretch = std::make_shared<ProductStretch>();
   stretch->segments = static_cast<int>(segments.size());
-  stretch->codes = MakeAligned<uint8_t>(segments.size() * codes_each);
+  stretch->codes = MakeProductCodes(stretch->segments, book->layout);
   stretch->value_means = MakeAligned<uint16_t>(segments.size() * mean_each);
   size_t done = 0;
   if (previous != nullptr && previous->codebook == book) {
@@ -57,7 +63,8 @@ std::shared_ptr<const ProductStretch> EncodeStretch(
   }
   for (; done < segments.size(); ++done) {
     if (input.give_up()) return nullptr;
-    book->Encode(shape, *segments[done], stretch->codes.get() + done * codes_each,
+    book->Encode(shape, *segments[done],
+                 reinterpret_cast<uint8_t*>(stretch->codes.get() + done * codes_each),
                  stretch->value_means.get() + done * mean_each);
   }
   stretch->codebook = std::move(book);
@@ -69,8 +76,11 @@ std::shared_ptr<const ProductStretch> EncodeStretch(
 size_t ProductStretch::Bytes(int value_dim) const {
   const kernels::ProductLayout& layout = codebook->layout;
   const size_t means = layout.sketch ? static_cast<size_t>(value_dim) * sizeof(uint16_t) : 0;
-  return static_cast<size_t>(segments) *
-         (static_cast<size_t>(kSegmentBlocks) * static_cast<size_t>(layout.BlockBytes()) + means);
+  return CodeBytes(segments, layout) + static_cast<size_t>(segments) * means;
+}
+
+Slot MakeProductCodes(int segments, const kernels::ProductLayout& layout) {
+  return MakeSlot(CodeBytes(segments, layout));
 }
 
 std::shared_ptr<const ProductIndex> ProductIndex::Build(const BuildInput& input,

@@ -15,6 +15,7 @@
 #include "index/built_index.h"
 #include "index/product_codebook.h"
 #include "index/scratch.h"
+#include "index/slab_memory.h"
 
 namespace kvseek::index {
 
@@ -25,11 +26,19 @@ inline constexpr int kProductQueriesMin = 64;  ///< tokens whose queries are nee
 struct ProductStretch {
   std::shared_ptr<const ProductCodebook> codebook;
   int segments = 0;                    ///< 1..kStretchSegments
-  AlignedArray<uint8_t> codes;         ///< (segments * 16) blocks
+  Slot codes;                          ///< (segments * 16) blocks, and room for a few more
   AlignedArray<uint16_t> value_means;  ///< (segments, value_dim) bf16; with a sketch only
 
   size_t Bytes(int value_dim) const;
+  /// Of one block.
+  const uint8_t* Block(int64_t block) const {
+    return reinterpret_cast<const uint8_t*>(codes.get()) + block * codebook->layout.BlockBytes();
+  }
 };
+
+/// Memory for the codes of that many segments. The sizes are powers of two, so that stretches that
+/// grow fit few kinds of slots (slab_memory.h).
+Slot MakeProductCodes(int segments, const kernels::ProductLayout& layout);
 
 class ProductIndex final : public BuiltIndex {
  public:

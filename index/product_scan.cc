@@ -21,7 +21,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 }  // namespace
 
 ProductScan::ProductScan(const ProductIndex& index, const KvView& view, const ScanQueries& queries,
-                         int64_t last_segment)
+                         int64_t last_segment, Scratch& memory)
     : index_(index),
       view_(view),
       queries_(queries),
@@ -29,22 +29,21 @@ ProductScan::ProductScan(const ProductIndex& index, const KvView& view, const Sc
       first_stretch_(queries.first_segment / kStretchSegments) {
   const auto group = static_cast<size_t>(queries.group);
   const auto dim = static_cast<size_t>(view.shape.key_dim);
-  auto seen = MakeAligned<float>(group * dim);
+  auto* const seen = memory.Take<float>(group * dim);
   const ProductCodebook* last = nullptr;
   for (int64_t s = first_stretch_; s <= last_segment / kStretchSegments; ++s) {
     const ProductCodebook& book = *index.stretches()[static_cast<size_t>(s)]->codebook;
     if (&book != last) {
       kernels::ScoreRows(queries.scaled, queries.group, book.query_map.data(),
-                         kernels::DType::kBf16, view.shape.key_dim, view.shape.key_dim, seen.get(),
+                         kernels::DType::kBf16, view.shape.key_dim, view.shape.key_dim, seen,
                          view.shape.key_dim);
-      Tables tables;
-      tables.entries =
-          MakeAligned<int8_t>(group * static_cast<size_t>(layout_.Symbols()) * kernels::kTableSize);
-      tables.heads.resize(group);
-      kernels::BuildProductTables(seen.get(), queries.group, view.shape.key_dim,
-                                  book.centroids.data(), book.starts.data(), book.errors.data(),
-                                  layout_, tables.entries.get(), tables.heads.data());
-      tables_.push_back(std::move(tables));
+      const Tables tables = {
+          memory.Take<int8_t>(group * static_cast<size_t>(layout_.Symbols()) * kernels::kTableSize),
+          memory.Take<kernels::ProductTables>(group)};
+      kernels::BuildProductTables(seen, queries.group, view.shape.key_dim, book.centroids.data(),
+                                  book.starts.data(), book.errors.data(), layout_, tables.entries,
+                                  tables.heads);
+      tables_.push_back(tables);
       last = &book;
     }
     tables_of_.push_back(tables_.size() - 1);
@@ -52,8 +51,8 @@ ProductScan::ProductScan(const ProductIndex& index, const KvView& view, const Sc
 }
 
 void ProductScan::Scan(int64_t block, int blocks, const uint8_t* next, int16_t* sums) const {
-  kernels::ScanProducts(Block(block), blocks, layout_, TablesOf(block).entries.get(),
-                        queries_.group, sums, blocks * kScanBlock, next);
+  kernels::ScanProducts(Block(block), blocks, layout_, TablesOf(block).entries, queries_.group,
+                        sums, blocks * kScanBlock, next);
 }
 
 void ProductScan::Estimate(int64_t block, int blocks, const int16_t* sums, float* estimates,
@@ -108,9 +107,9 @@ void ProductScan::Weigh(int64_t block, int head, float reference, float* weights
   FillHeads(block, {{}, references.data()}, heads);
   alignas(kCacheLine) int16_t sums[kScanBlock];
   float estimates[kScanBlock];
-  const int8_t* const entries = TablesOf(block).entries.get() + static_cast<ptrdiff_t>(head) *
-                                                                    layout_.Symbols() *
-                                                                    kernels::kTableSize;
+  const int8_t* const entries = TablesOf(block).entries + static_cast<ptrdiff_t>(head) *
+                                                              layout_.Symbols() *
+                                                              kernels::kTableSize;
   kernels::ScanProducts(Block(block), 1, layout_, entries, 1, sums, kScanBlock);
   kernels::EstimateProducts(sums, kScanBlock, Block(block), 1, layout_, heads + head, 1, estimates,
                             weights, deviations, kScanBlock);
@@ -130,7 +129,7 @@ void ProductScan::PrefetchRest(int64_t block, int blocks) const {
 }
 
 const uint8_t* ProductScan::Block(int64_t block) const {
-  return StretchOf(block).codes.get() + block % kStretchBlocks * layout_.BlockBytes();
+  return StretchOf(block).Block(block % kStretchBlocks);
 }
 
 int64_t ProductScan::BytesRead(int64_t blocks, int64_t sampled) const {
@@ -160,7 +159,7 @@ void ProductScan::FillHeads(int64_t block, const ScanBounds& bounds,
       queries_.centre_scores + (block / kSegmentBlocks - queries_.first_segment) * queries_.group;
   for (int h = 0; h < queries_.group; ++h) {
     const auto i = static_cast<size_t>(h);
-    heads[h] = {&tables.heads[i], centres[h],
+    heads[h] = {tables.heads + i, centres[h],
                 bounds.thresholds.empty() ? kInfinity : bounds.thresholds[i], bounds.reference[i]};
   }
 }

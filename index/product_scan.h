@@ -16,9 +16,9 @@ namespace kvseek::index {
 class ProductScan final : public ScanCode {
  public:
   /// For blocks of the segments [queries.first_segment, last_segment], which the index covers.
-  /// `index` and `view` must outlive it.
+  /// `index` and `view` must outlive it. Its tables stand in `memory`.
   ProductScan(const ProductIndex& index, const KvView& view, const ScanQueries& queries,
-              int64_t last_segment);
+              int64_t last_segment, Scratch& memory);
 
   void Scan(int64_t block, int blocks, const uint8_t* next, int16_t* sums) const override;
   void Estimate(int64_t block, int blocks, const int16_t* sums, float* estimates,
@@ -36,8 +36,8 @@ class ProductScan final : public ScanCode {
  private:
   /// The queries' tables for one codebook.
   struct Tables {
-    AlignedArray<int8_t> entries;  ///< (group, symbols, 64)
-    std::vector<kernels::ProductTables> heads;
+    int8_t* entries;                ///< (group, symbols, 64)
+    kernels::ProductTables* heads;  ///< (group)
   };
 
   const ProductStretch& StretchOf(int64_t block) const;

@@ -1,5 +1,5 @@
-// Aligned memory: arrays that live as long as their owner, and a worker's scratch for one piece of
-// work.
+// Aligned memory: arrays that live as long as their owner, a worker's scratch for one piece of
+// work, and a search's own.
 #ifndef KVSEEK_INDEX_SCRATCH_H_
 #define KVSEEK_INDEX_SCRATCH_H_
 
@@ -53,6 +53,13 @@ class Scratch {
     used_ = 0;
   }
 
+  /// Of the blocks that it keeps.
+  size_t Bytes() const {
+    size_t bytes = 0;
+    for (const Block& block : blocks_) bytes += block.bytes;
+    return bytes;
+  }
+
  private:
   static constexpr size_t kBlockBytes = size_t{1} << 20;
 
@@ -79,6 +86,27 @@ class Scratch {
   std::vector<Block> blocks_;
   size_t block_ = 0;
   size_t used_ = 0;
+};
+
+/// A scratch that a search has for as long as it lives. It is one that an earlier search left, if
+/// there is one: large arrays that come and go with each search would be returned to the system and
+/// faulted in again. The process keeps kSpareSearches of at most kSpareBytes each. The scratch is
+/// not thread-safe; making and destroying one is.
+class SearchMemory {
+ public:
+  static constexpr size_t kSpareSearches = 64;
+  static constexpr size_t kSpareBytes = size_t{4} << 20;
+
+  SearchMemory();
+  ~SearchMemory();
+  SearchMemory(const SearchMemory&) = delete;
+  SearchMemory& operator=(const SearchMemory&) = delete;
+
+  Scratch& operator*() const { return *scratch_; }
+  Scratch* operator->() const { return scratch_.get(); }
+
+ private:
+  std::unique_ptr<Scratch> scratch_;
 };
 
 }  // namespace kvseek::index

@@ -48,19 +48,23 @@ void ScoredKeys::Reserve(size_t keys, int group) {
 }
 
 std::vector<uint32_t> BestIndices(absl::Span<const float> values, int64_t count) {
+  Scratch scratch;
+  return BestIndices(values, count, scratch);
+}
+
+std::vector<uint32_t> BestIndices(absl::Span<const float> values, int64_t count, Scratch& scratch) {
   const auto size = static_cast<int64_t>(values.size());
   count = std::clamp<int64_t>(count, 0, size);
-  std::vector<int32_t> work(values.size());
-  const float threshold = kernels::RankThreshold(values.data(), size, count, work.data());
+  auto* const work = scratch.Take<int32_t>(values.size());
+  const float threshold = kernels::RankThreshold(values.data(), size, count, work);
   int64_t above = 0;
   for (const float value : values) above += value > threshold ? 1 : 0;
   int64_t ties = count - above;
   std::vector<uint32_t> best;
   best.reserve(static_cast<size_t>(count));
   for (size_t i = 0; i < values.size() && count > 0; ++i) {
-    if (values[i] > threshold || (values[i] == threshold && ties-- > 0)) {
-      best.push_back(static_cast<uint32_t>(i));
-    }
+    if (values[i] < threshold) continue;  // nearly always
+    if (values[i] > threshold || ties-- > 0) best.push_back(static_cast<uint32_t>(i));
   }
   return best;
 }
@@ -86,10 +90,18 @@ OwnedState::OwnedState(int group, int value_dim)
   kernels::ResetState(view_);
 }
 
-std::vector<float> OwnedState::Lse() const {
-  std::vector<float> lse(static_cast<size_t>(view_.group));
-  for (int h = 0; h < view_.group; ++h) {
-    lse[static_cast<size_t>(h)] = view_.sum[h] > 0.0F ? view_.max[h] + std::log(view_.sum[h])
+kernels::GroupState MakeState(int group, int value_dim, Scratch& scratch) {
+  const kernels::GroupState state = kernels::BindState(
+      scratch.Take<float>(static_cast<size_t>(kernels::GroupStateFloats(group, value_dim))), group,
+      value_dim);
+  kernels::ResetState(state);
+  return state;
+}
+
+std::vector<float> LseOf(const kernels::GroupState& state) {
+  std::vector<float> lse(static_cast<size_t>(state.group));
+  for (int h = 0; h < state.group; ++h) {
+    lse[static_cast<size_t>(h)] = state.sum[h] > 0.0F ? state.max[h] + std::log(state.sum[h])
                                                       : -std::numeric_limits<float>::infinity();
   }
   return lse;
@@ -135,6 +147,13 @@ RowPointers FindRow(const KvView& view, int64_t position) {
 AlignedArray<float> ScaleQueries(const SearchQuery& query, const KvShape& shape) {
   const size_t count = static_cast<size_t>(query.group) * shape.key_dim;
   auto scaled = MakeAligned<float>(count);
+  for (size_t i = 0; i < count; ++i) scaled[i] = query.queries[i] * shape.softmax_scale;
+  return scaled;
+}
+
+const float* ScaleQueries(const SearchQuery& query, const KvShape& shape, Scratch& scratch) {
+  const size_t count = static_cast<size_t>(query.group) * shape.key_dim;
+  auto* const scaled = scratch.Take<float>(count);
   for (size_t i = 0; i < count; ++i) scaled[i] = query.queries[i] * shape.softmax_scale;
   return scaled;
 }

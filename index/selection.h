@@ -28,19 +28,25 @@ struct ScoredKeys {
 };
 
 /// Indices, ascending, of the (at most) `count` entries with the largest value; ties go to the
-/// lower index.
+/// lower index. `scratch` lends memory; it is not reset.
+std::vector<uint32_t> BestIndices(absl::Span<const float> values, int64_t count, Scratch& scratch);
 std::vector<uint32_t> BestIndices(absl::Span<const float> values, int64_t count);
 
 /// Each key's largest softmax weight in any head, as a logarithm: max_h(score_h - lse_h).
 std::vector<float> GroupScores(const ScoredKeys& keys, absl::Span<const float> lse);
+
+/// An empty state in the scratch's memory.
+kernels::GroupState MakeState(int group, int value_dim, Scratch& scratch);
+
+/// ln of the sum of exponentials of each head, -infinity where it is empty.
+std::vector<float> LseOf(const kernels::GroupState& state);
 
 /// A running state that owns its storage.
 class OwnedState {
  public:
   OwnedState(int group, int value_dim);
   const kernels::GroupState& view() const { return view_; }
-  /// ln of the sum of exponentials of each head, -infinity where it is empty.
-  std::vector<float> Lse() const;
+  std::vector<float> Lse() const { return LseOf(view_); }
 
  private:
   AlignedArray<float> storage_;
@@ -91,6 +97,7 @@ void VisitRows(const KvView& view, int64_t begin, int64_t end, const Visitor& vi
 
 /// Queries times the softmax scale: (group, key_dim).
 AlignedArray<float> ScaleQueries(const SearchQuery& query, const KvShape& shape);
+const float* ScaleQueries(const SearchQuery& query, const KvShape& shape, Scratch& scratch);
 
 }  // namespace kvseek::index
 

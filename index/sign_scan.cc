@@ -18,16 +18,15 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 }  // namespace
 
-SignScan::SignScan(const KvView& view, const ScanQueries& queries)
+SignScan::SignScan(const KvView& view, const ScanQueries& queries, Scratch& memory)
     : view_(view),
       queries_(queries),
       symbols_(kernels::Symbols(kernels::PaddedDim(view.shape.key_dim))),
       table_units_(static_cast<size_t>(queries.group)) {
   const int padded_dim = kernels::PaddedDim(view.shape.key_dim);
   tables_ =
-      MakeAligned<int8_t>(static_cast<size_t>(queries.group) * symbols_ * kernels::kTableSize);
-  kernels::BuildTables(queries.rotated, queries.group, padded_dim, tables_.get(),
-                       table_units_.data());
+      memory.Take<int8_t>(static_cast<size_t>(queries.group) * symbols_ * kernels::kTableSize);
+  kernels::BuildTables(queries.rotated, queries.group, padded_dim, tables_, table_units_.data());
   for (int h = 0; h < queries.group; ++h) {
     const float* row = queries.rotated + static_cast<ptrdiff_t>(h) * padded_dim;
     float squares = 0.0F;
@@ -37,8 +36,8 @@ SignScan::SignScan(const KvView& view, const ScanQueries& queries)
 }
 
 void SignScan::Scan(int64_t block, int blocks, const uint8_t* next, int16_t* sums) const {
-  kernels::ScanCodes(Block(block), blocks, symbols_, view_.shape.scan_bits, tables_.get(),
-                     queries_.group, sums, blocks * kScanBlock, next);
+  kernels::ScanCodes(Block(block), blocks, symbols_, view_.shape.scan_bits, tables_, queries_.group,
+                     sums, blocks * kScanBlock, next);
 }
 
 void SignScan::Estimate(int64_t block, int blocks, const int16_t* sums, float* estimates,
@@ -72,7 +71,7 @@ void SignScan::Weigh(int64_t block, int head, float reference, float* weights,
   kernels::ScanHead heads[kMaxGroup];
   FillHeads(block / kSegmentBlocks, {{}, references.data()}, heads);
   const int8_t* const table =
-      tables_.get() + static_cast<ptrdiff_t>(head) * symbols_ * kernels::kTableSize;
+      tables_ + static_cast<ptrdiff_t>(head) * symbols_ * kernels::kTableSize;
   alignas(kCacheLine) int16_t sums[kScanBlock];
   float estimates[kScanBlock];
   kernels::ScanCodes(Block(block), 1, symbols_, planes, table, 1, sums, kScanBlock);

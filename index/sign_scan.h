@@ -17,7 +17,8 @@ namespace kvseek::index {
 class SignScan final : public ScanCode {
  public:
   /// `view` must outlive it.
-  SignScan(const KvView& view, const ScanQueries& queries);
+  /// Its tables stand in `memory`.
+  SignScan(const KvView& view, const ScanQueries& queries, Scratch& memory);
 
   void Scan(int64_t block, int blocks, const uint8_t* next, int16_t* sums) const override;
   void Estimate(int64_t block, int blocks, const int16_t* sums, float* estimates,
@@ -41,7 +42,7 @@ class SignScan final : public ScanCode {
   const KvView& view_;
   ScanQueries queries_;
   int symbols_;
-  AlignedArray<int8_t> tables_;     ///< (group, symbols, 64)
+  int8_t* tables_;                  ///< (group, symbols, 64)
   std::vector<float> table_units_;  ///< (group)
   std::vector<float> query_norms_;  ///< (group)
 };

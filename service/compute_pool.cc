@@ -11,6 +11,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "proto/status_code.h"
+#include "transport/pause.h"
 
 namespace kvseek::service {
 namespace {
@@ -28,15 +29,6 @@ void PinToCore(int n) {
     pthread_setaffinity_np(pthread_self(), sizeof(one), &one);  // best effort
     return;
   }
-}
-
-/// Tells the core that this is a loop that waits.
-void Pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
 }
 
 /// What the threads of one ForEach share. Helpers that come late find no index left and touch
@@ -161,7 +153,7 @@ bool ComputePool::ClaimWithin(std::chrono::microseconds time) {
   const auto end = std::chrono::steady_clock::now() + time;
   do {
     if (Claim()) return true;
-    Pause();
+    transport::Pause();
   } while (std::chrono::steady_clock::now() < end && !stopping_.load(std::memory_order_relaxed));
   return false;
 }

@@ -75,7 +75,10 @@ bool IndexBuilder::IsDue(const SessionSettings& settings, const LayerState& stat
   const BuiltIndex* const built = state.Built(head, kind);
   const int64_t covered = built == nullptr ? 0 : built->covered();
   if (covered == 0) return sealed >= from_tokens_ && sealed > 0;
-  if (kind == BuiltKind::kCluster && !state.Learned(head, kind) && CanLearn(state)) return true;
+  if (settings.Learns(kind) && !state.Learned(head, kind) && CanLearn(state)) return true;
+  if (kind == BuiltKind::kLandmark && state.Landmarks(covered) != state.landmarks_built[head]) {
+    return true;  // some came late
+  }
   if (kind == BuiltKind::kProduct) return sealed > covered;  // it encodes what is new, no more
   return sealed - covered >= std::max(kUncoveredMin, covered / kUncoveredShare);
 }
@@ -122,13 +125,16 @@ void IndexBuilder::Work() {
 void IndexBuilder::BuildQueued(const Job& job) {
   SessionSettings settings;
   std::shared_ptr<const QuerySample> queries;
+  std::shared_ptr<const LandmarkKeys> landmarks;
   int64_t tokens = 0;
   {
     const std::shared_ptr<Session> session = job.session.lock();
     if (session == nullptr) return;
     settings = session->settings();
-    tokens = session->State(job.layer)->tokens;
-    queries = session->State(job.layer)->queries;
+    const std::shared_ptr<const LayerState> state = session->State(job.layer);
+    tokens = state->tokens;
+    queries = state->queries;
+    landmarks = state->landmarks;
   }
   BuildLayer(job, settings);
   const std::shared_ptr<Session> session = job.session.lock();
@@ -136,7 +142,9 @@ void IndexBuilder::BuildQueued(const Job& job) {
   session->GiveBuildPlaceBack(job.layer);
   // What came meanwhile found the place taken. Without any, what was refused is not tried again.
   const std::shared_ptr<const LayerState> state = session->State(job.layer);
-  if (state->tokens != tokens || state->queries != queries) Consider(session, job.layer);
+  if (state->tokens != tokens || state->queries != queries || state->landmarks != landmarks) {
+    Consider(session, job.layer);
+  }
 }
 
 void IndexBuilder::BuildLayer(const Job& job, const SessionSettings& settings) {
@@ -172,14 +180,23 @@ bool IndexBuilder::BuildHead(const Job& job, const SessionSettings& settings, si
     input.query_positions = state->queries->positions();
   }
   input.queries = queries;
+  std::vector<float> landmarks;
+  std::vector<int64_t> landmark_positions;
+  if (state->landmarks != nullptr && kind == BuiltKind::kLandmark) {
+    landmark_positions = state->landmarks->Positions();
+    landmarks =
+        state->landmarks->OfHead(head, static_cast<size_t>(settings.kv.key_dim), settings.kv.dtype);
+  }
+  input.landmark_positions = landmark_positions;
+  input.landmarks = landmarks;
   // Parts of one that has learned nothing would not learn now.
-  if (queries.empty() || state->Learned(head, kind)) {
+  if (!settings.Learns(kind) || queries.empty() || state->Learned(head, kind)) {
     input.previous = state->built[head][static_cast<size_t>(kind)];
   }
   input.give_up = [this, &job] {
     return stopping_.load(std::memory_order_relaxed) || job.session.expired();
   };
-  std::shared_ptr<const BuiltIndex> built = index::BuildIndex(kind, input);
+  std::shared_ptr<const BuiltIndex> built = index::BuildIndex(kind, input, settings.landmark);
   if (built == nullptr) return !input.give_up();
 
   absl::StatusOr<MemoryBudget::Reservation> memory = budget_.Reserve(built->Bytes(), "build");

@@ -4,8 +4,9 @@
 // answer waits for a build: it takes a core away from nobody. A build reads a layer's state as a
 // query does, and what comes out is published as the layer's next state, if the keys it was made of
 // are still there; queries never wait. An index is due again when the keys that it does not cover,
-// which are read exactly until then, are many; and clusters that were built before there were
-// queries to learn from, once there are.
+// which are read exactly until then, are many; one that was built before there were queries to
+// learn from, once there are (clusters, landmark means); and landmark when landmarks of the
+// client's came for blocks that it covers already.
 #ifndef KVSEEK_SERVICE_INDEX_BUILDER_H_
 #define KVSEEK_SERVICE_INDEX_BUILDER_H_
 

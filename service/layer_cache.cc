@@ -15,11 +15,11 @@ namespace {
 /// Elements that one thread checks at a time: enough to hide the hand-over.
 constexpr int64_t kCheckElements = int64_t{1} << 18;
 
-/// Refuses elements that are not finite or too large for the codes. `tensor` is (tokens, kv_heads,
-/// dim).
-absl::Status CheckElements(const char* name, const uint16_t* tensor, int64_t tokens, int64_t heads,
+/// Refuses elements that are not finite or too large for the codes. `tensor` is (rows, heads, dim);
+/// `name` says what a row is.
+absl::Status CheckElements(const char* name, const uint16_t* tensor, int64_t rows, int64_t heads,
                            int64_t dim, kernels::DType dtype, Worker worker) {
-  const int64_t count = tokens * heads * dim;
+  const int64_t count = rows * heads * dim;
   std::atomic<int64_t> first_bad{count};
   const auto parts = static_cast<int>((count + kCheckElements - 1) / kCheckElements);
   worker.pool.ForEach(
@@ -38,8 +38,8 @@ absl::Status CheckElements(const char* name, const uint16_t* tensor, int64_t tok
   if (bad == count) return absl::OkStatus();
   return proto::FieldError(
       absl::StatusCode::kInvalidArgument, "payload",
-      absl::StrCat(name, " of token ", bad / dim / heads, ", KV head ", bad / dim % heads,
-                   ", element ", bad % dim, " is not finite or its magnitude exceeds 65504"));
+      absl::StrCat(name, " ", bad / dim / heads, ", KV head ", bad / dim % heads, ", element ",
+                   bad % dim, " is not finite or its magnitude exceeds 65504"));
 }
 
 }  // namespace
@@ -50,6 +50,7 @@ std::shared_ptr<const LayerState> LayerState::Empty(const index::KvShape& shape,
   state->heads.assign(kv_heads, HeadCache(shape));
   state->built.resize(kv_heads);
   state->learned.resize(kv_heads);
+  state->landmarks_built.resize(kv_heads);
   return state;
 }
 
@@ -74,16 +75,21 @@ absl::StatusOr<int64_t> LayerCache::Append(const LayerRows& rows, MemoryBudget& 
   }
   const auto heads = static_cast<int>(state->heads.size());
   const index::KvShape& shape = state->heads.front().shape();
-  for (const auto& [name, tensor, dim] : {std::tuple("key", rows.keys, shape.key_dim),
-                                          std::tuple("value", rows.values, shape.value_dim)}) {
+  for (const auto& [name, tensor, dim] :
+       {std::tuple("key of token", rows.keys, shape.key_dim),
+        std::tuple("value of token", rows.values, shape.value_dim)}) {
     absl::Status status = CheckElements(name, tensor, rows.tokens, heads, dim, shape.dtype, worker);
     if (!status.ok()) return status;
   }
   const auto query_elements = static_cast<int64_t>(rows.queries.positions.size());
   absl::Status queries_good =
-      CheckElements("query", rows.queries.rows, query_elements,
+      CheckElements("query of token", rows.queries.rows, query_elements,
                     static_cast<int64_t>(rows.query_heads), shape.key_dim, shape.dtype, worker);
   if (!queries_good.ok()) return queries_good;
+  absl::Status landmarks_good = CheckElements("landmark", rows.landmarks.rows,
+                                              static_cast<int64_t>(rows.landmarks.positions.size()),
+                                              heads, shape.key_dim, shape.dtype, worker);
+  if (!landmarks_good.ok()) return landmarks_good;
   const int64_t skipped = std::min(state->tokens - rows.start, rows.tokens);
   const int64_t added = rows.tokens - skipped;
   std::shared_ptr<const QuerySample> queries = state->queries;
@@ -93,7 +99,13 @@ absl::StatusOr<int64_t> LayerCache::Append(const LayerRows& rows, MemoryBudget& 
     if (!more.ok()) return more.status();
     queries = *std::move(more);
   }
-  if (added == 0 && queries == state->queries) return state->tokens;
+  auto landmarks =
+      LandmarkKeys::With(state->landmarks, rows.landmarks,
+                         static_cast<size_t>(heads) * static_cast<size_t>(shape.key_dim), budget);
+  if (!landmarks.ok()) return landmarks.status();
+  if (added == 0 && queries == state->queries && *landmarks == state->landmarks) {
+    return state->tokens;
+  }
 
   std::vector<uint64_t> bytes(state->heads.size());
   uint64_t total = 0;
@@ -108,6 +120,7 @@ absl::StatusOr<int64_t> LayerCache::Append(const LayerRows& rows, MemoryBudget& 
   next->tokens = state->tokens + added;
   next->queries = std::move(queries);
   next->queries_sent = state->queries_sent || !rows.queries.positions.empty();
+  next->landmarks = *std::move(landmarks);
   std::vector<absl::Status> failures(bytes.size());
   worker.pool.ForEach(
       heads,
@@ -164,6 +177,9 @@ bool LayerCache::Publish(size_t head, index::BuiltKind kind,
     return false;
   }
   auto next = std::make_shared<LayerState>(*state);
+  if (kind == index::BuiltKind::kLandmark) {
+    next->landmarks_built[head] = source.Landmarks(built->covered());
+  }
   next->built[head][static_cast<size_t>(kind)] = std::move(built);
   const uint32_t bit = 1U << static_cast<uint32_t>(kind);
   next->learned[head] &= ~bit;
@@ -190,6 +206,10 @@ absl::StatusOr<std::shared_ptr<const LayerState>> TruncateState(
   if (!queries.ok()) return queries.status();
   next->queries = *std::move(queries);
   next->queries_sent = state->queries_sent;
+  auto landmarks = LandmarkKeys::Below(state->landmarks, tokens, budget);
+  if (!landmarks.ok()) return landmarks.status();
+  next->landmarks = *std::move(landmarks);
+  next->landmarks_built = state->landmarks_built;
   next->learned = state->learned;
   next->built = state->built;
   for (LayerState::BuiltSet& set : next->built) {

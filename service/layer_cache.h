@@ -21,6 +21,7 @@
 #include "index/scratch.h"
 #include "service/compute_pool.h"
 #include "service/head_cache.h"
+#include "service/landmark_keys.h"
 #include "service/memory_budget.h"
 #include "service/query_sample.h"
 #include "service/selection_memory.h"
@@ -38,6 +39,8 @@ struct LayerState {
   /// The client sends queries with its appends: none are taken from traffic.
   bool queries_sent = false;
   std::vector<uint32_t> learned;  ///< (kv_heads), a bit for each kind: built with queries
+  std::shared_ptr<const LandmarkKeys> landmarks;  ///< that the client supplied; null: none came
+  std::vector<int64_t> landmarks_built;  ///< (kv_heads): how many of them its landmark index has
 
   const index::BuiltIndex* Built(size_t head, index::BuiltKind kind) const {
     return built[head][static_cast<size_t>(kind)].get();
@@ -45,6 +48,9 @@ struct LayerState {
   bool Learned(size_t head, index::BuiltKind kind) const {
     return (learned[head] >> static_cast<uint32_t>(kind) & 1U) != 0;
   }
+
+  /// How many blocks that end at `end` or before have a landmark of the client's.
+  int64_t Landmarks(int64_t end) const { return landmarks == nullptr ? 0 : landmarks->Count(end); }
 
   /// A layer without tokens.
   static std::shared_ptr<const LayerState> Empty(const index::KvShape& shape, uint32_t kv_heads);
@@ -58,6 +64,7 @@ struct LayerRows {
   const uint16_t* values = nullptr;  ///< (tokens, kv_heads, value_dim)
   SampledQueries queries{};          ///< of some of the tokens
   size_t query_heads = 0;
+  GivenLandmarks landmarks{};  ///< of blocks that end in these tokens
 };
 
 /// Where changes compute: a worker of a pool and its scratch, which must be empty and is used.

@@ -1,6 +1,7 @@
 #include "service/request_validation.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <utility>
@@ -51,6 +52,65 @@ absl::Status CheckQueryPositions(const proto::AppendRequest& message) {
                                   ", ", end, "), not ", position));
     }
     least = position + 1;
+  }
+  return absl::OkStatus();
+}
+
+/// Fills settings.landmark. REQUIRES: settings.build is filled.
+absl::Status CheckLandmark(const proto::OpenSessionRequest& message, SessionSettings& settings) {
+  if (!message.has_landmark()) return absl::OkStatus();
+  if (!settings.Builds(index::BuiltKind::kLandmark)) {
+    return Invalid("landmark", "is for sessions that build the landmark index");
+  }
+  switch (message.landmark().summary()) {
+    case proto::LANDMARK_UNSPECIFIED:
+    case proto::LANDMARK_BOUNDS:
+      break;
+    case proto::LANDMARK_MEAN:
+      settings.landmark.summary = index::LandmarkSummary::kMean;
+      break;
+    case proto::LANDMARK_GIVEN:
+      settings.landmark.summary = index::LandmarkSummary::kGiven;
+      break;
+    default:
+      return Invalid("landmark.summary",
+                     absl::StrCat("there is no summary ", message.landmark().summary()));
+  }
+  const uint32_t block = message.landmark().block();
+  if (block == 0) return absl::OkStatus();
+  if (block < index::kLandmarkBlockMin || block > index::kLandmarkBlockMax ||
+      !std::has_single_bit(block)) {
+    return Invalid("landmark.block",
+                   absl::StrCat("must be a power of two between ", index::kLandmarkBlockMin,
+                                " and ", index::kLandmarkBlockMax, ", or 0, not ", block));
+  }
+  settings.landmark.block = static_cast<int>(block);
+  return absl::OkStatus();
+}
+
+/// First positions of blocks whose landmarks come: ascending, and their ends among the tokens that
+/// come with them.
+absl::Status CheckLandmarkPositions(const proto::AppendRequest& message,
+                                    const SessionSettings& settings) {
+  if (message.landmark_positions().empty()) return absl::OkStatus();
+  if (!settings.TakesLandmarks()) {
+    return proto::FieldError(absl::StatusCode::kFailedPrecondition, "landmark_positions",
+                             "the session was not opened for landmarks of the client's");
+  }
+  const auto block = static_cast<uint64_t>(settings.landmark.block);
+  const uint64_t end = message.start() + message.tokens();
+  uint64_t least = 0;
+  for (int i = 0; i < message.landmark_positions_size(); ++i) {
+    const uint64_t position = message.landmark_positions(i);
+    const bool inside =
+        position <= end && position + block > message.start() && position + block <= end;
+    if (position % block != 0 || position < least || !inside) {
+      return Invalid(absl::StrCat("landmark_positions[", i, "]"),
+                     absl::StrCat("must be more than the one before and begin a block of ", block,
+                                  " tokens whose last is one of [", message.start(), ", ", end,
+                                  "), not ", position));
+    }
+    least = position + block;
   }
   return absl::OkStatus();
 }
@@ -177,6 +237,7 @@ absl::StatusOr<SessionSettings> RequestValidator::Check(
   settings.plan = *std::move(plan);
   settings.own_plan = message.has_plan();
   if (settings.plan != nullptr) settings.build |= BuildsOf(*settings.plan);
+  if (status = CheckLandmark(message, settings); !status.ok()) return status;
   return settings;
 }
 
@@ -198,19 +259,25 @@ absl::StatusOr<CheckedAppend> RequestValidator::Check(const proto::AppendRequest
   const size_t values = layout.Add(rows * settings.kv.ValueRowBytes());
   const auto sampled = static_cast<size_t>(message.query_positions_size());
   const size_t queries = layout.Add(sampled * settings.query_heads * settings.kv.KeyRowBytes());
+  const auto given = static_cast<size_t>(message.landmark_positions_size());
+  const size_t landmarks = layout.Add(given * settings.kv_heads * settings.kv.KeyRowBytes());
   status.Update(CheckQueryPositions(message));
+  status.Update(CheckLandmarkPositions(message, settings));
   status.Update(CheckPayloadBytes(payload.size(), layout.bytes()));
   if (!status.ok()) return status;
   CheckedAppend append;
   append.session = *std::move(session);
   append.layer = message.layer();
-  append.rows = {static_cast<int64_t>(message.start()),
-                 message.tokens(),
-                 reinterpret_cast<const uint16_t*>(payload.data() + keys),
-                 reinterpret_cast<const uint16_t*>(payload.data() + values),
-                 {absl::MakeConstSpan(message.query_positions().data(), sampled),
-                  reinterpret_cast<const uint16_t*>(payload.data() + queries)},
-                 settings.query_heads};
+  append.rows = {
+      static_cast<int64_t>(message.start()),
+      message.tokens(),
+      reinterpret_cast<const uint16_t*>(payload.data() + keys),
+      reinterpret_cast<const uint16_t*>(payload.data() + values),
+      {absl::MakeConstSpan(message.query_positions().data(), sampled),
+       reinterpret_cast<const uint16_t*>(payload.data() + queries)},
+      settings.query_heads,
+      {absl::MakeConstSpan(message.landmark_positions().data(), given),
+       reinterpret_cast<const uint16_t*>(payload.data() + landmarks), settings.landmark.block}};
   return append;
 }
 

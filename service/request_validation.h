@@ -26,7 +26,7 @@ namespace kvseek::service {
 inline constexpr size_t kSessionNameBytesMax = 256;  ///< of a model's, too
 
 /// A checked Append. The rows point into the request's payload, the positions of sampled queries
-/// into its message.
+/// and of landmarks into its message.
 struct CheckedAppend {
   std::shared_ptr<Session> session;
   uint32_t layer = 0;

@@ -23,6 +23,7 @@
 #include "service/connection.h"
 #include "service/listener.h"
 #include "transport/lookout.h"
+#include "transport/pause.h"
 
 namespace kvseek::service {
 namespace {
@@ -141,6 +142,7 @@ class Server::Impl {
       bool found = false;
       for (int i = 0; i < kLooksBetween && !found && lookout_.HasStreams(); ++i) {
         found = lookout_.Look();
+        if (!found) transport::Pause();
       }
       if (io_.poll() != 0) found = true;
       now = std::chrono::steady_clock::now();

@@ -31,7 +31,13 @@ uint64_t Session::BookkeepingBytes(const SessionSettings& settings) {
 }
 
 uint64_t Session::KvBytes(const SessionSettings& settings, int64_t tokens) {
-  return uint64_t{settings.layers} * settings.kv_heads * HeadCache::Bytes(settings.kv, tokens);
+  const uint64_t rows = settings.kv_heads * HeadCache::Bytes(settings.kv, tokens);
+  const size_t block_elements = settings.kv_heads * static_cast<size_t>(settings.kv.key_dim);
+  const uint64_t landmarks =
+      settings.TakesLandmarks()
+          ? LandmarkKeys::Bytes(tokens, settings.landmark.block, block_elements)
+          : 0;
+  return settings.layers * (rows + landmarks);
 }
 
 absl::StatusOr<int64_t> Session::Append(uint32_t layer, const LayerRows& rows, MemoryBudget& budget,
@@ -99,6 +105,7 @@ uint64_t Session::Bytes() const {
     const std::shared_ptr<const LayerState> state = layer->State();
     bytes += settings_.kv_heads * HeadCache::Bytes(settings_.kv, state->tokens);
     bytes += layer->selections().Bytes();
+    if (state->landmarks != nullptr) bytes += state->landmarks->Bytes();
     for (const LayerState::BuiltSet& set : state->built) {
       for (const auto& built : set) bytes += built == nullptr ? 0 : built->Bytes();
     }

@@ -13,6 +13,7 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "index/built_index.h"
 #include "index/segment.h"
 #include "service/layer_cache.h"
 #include "service/live_planner.h"
@@ -34,6 +35,7 @@ struct SessionSettings {
   uint32_t build = 0;  ///< a bit for each BuiltKind that is to be built in the background
   std::shared_ptr<const proto::HeadPlan> plan{};  ///< checked; null: none
   float error_target = 0.0F;                      ///< 0: audits change no plan
+  index::LandmarkOptions landmark{};              ///< how landmark is built, where it is
   std::string model{};    ///< sessions of one share a planner; empty: this has its own
   bool own_plan = false;  ///< `plan` came with the request, not from the daemon
 
@@ -41,10 +43,21 @@ struct SessionSettings {
   bool Builds(index::BuiltKind kind) const {
     return (build >> static_cast<uint32_t>(kind) & 1U) != 0;
   }
-  /// One of the indexes to be built learns from queries.
+  bool TakesLandmarks() const {
+    return Builds(index::BuiltKind::kLandmark) &&
+           landmark.summary == index::LandmarkSummary::kGiven;
+  }
+  /// The index learns from queries.
+  bool Learns(index::BuiltKind kind) const {
+    return kind != index::BuiltKind::kLandmark || landmark.summary == index::LandmarkSummary::kMean;
+  }
+  /// One of the indexes to be built does.
   bool Learns() const {
-    return Builds(index::BuiltKind::kCluster) || Builds(index::BuiltKind::kGraph) ||
-           Builds(index::BuiltKind::kProduct);
+    for (int kind = 0; kind < index::kBuiltKinds; ++kind) {
+      const auto each = static_cast<index::BuiltKind>(kind);
+      if (Builds(each) && Learns(each)) return true;
+    }
+    return false;
   }
 };
 
@@ -64,7 +77,7 @@ class Session {
 
   /// Bytes that a session takes without keys and values.
   static uint64_t BookkeepingBytes(const SessionSettings& settings);
-  /// Bytes of keys, values and codes of so many tokens in every layer.
+  /// Bytes of keys, values, codes and landmarks of so many tokens in every layer.
   static uint64_t KvBytes(const SessionSettings& settings, int64_t tokens);
 
   uint64_t id() const { return id_; }
@@ -103,7 +116,7 @@ class Session {
   absl::StatusOr<std::vector<std::shared_ptr<const LayerState>>> States(const uint64_t* tokens,
                                                                         MemoryBudget& budget) const;
 
-  /// Bytes of keys, values, codes, built indexes and selections, shared or not.
+  /// Bytes of keys, values, codes, landmarks, built indexes and selections, shared or not.
   uint64_t Bytes() const;
 
   /// Renews the lease.

@@ -32,6 +32,29 @@ proto::BuiltIndexInfo DescribeBuilt(const Session& session, proto::IndexKind kin
   return info;
 }
 
+void DescribeLandmark(const Session& session, proto::SessionInfo& info) {
+  const index::LandmarkOptions& options = session.settings().landmark;
+  proto::LandmarkOptions& landmark = *info.mutable_landmark();
+  landmark.set_block(static_cast<uint32_t>(options.block));
+  switch (options.summary) {
+    case index::LandmarkSummary::kBounds:
+      landmark.set_summary(proto::LANDMARK_BOUNDS);
+      break;
+    case index::LandmarkSummary::kMean:
+      landmark.set_summary(proto::LANDMARK_MEAN);
+      break;
+    case index::LandmarkSummary::kGiven:
+      landmark.set_summary(proto::LANDMARK_GIVEN);
+      break;
+  }
+  int64_t given = std::numeric_limits<int64_t>::max();
+  for (uint32_t layer = 0; layer < session.settings().layers; ++layer) {
+    const std::shared_ptr<const LayerState> state = session.State(layer);
+    given = std::min(given, state->Landmarks(state->tokens));
+  }
+  info.set_landmarks_given(static_cast<uint64_t>(given));
+}
+
 }  // namespace
 
 uint64_t Milliseconds(std::chrono::steady_clock::duration duration) {
@@ -75,6 +98,7 @@ proto::SessionInfo DescribeSession(uint64_t boot_id, const Session& session, boo
     const index::BuiltKind built = *BuiltKindOf(kind);
     if (settings.Builds(built)) *info.add_built() = DescribeBuilt(session, kind, built);
   }
+  if (settings.Builds(index::BuiltKind::kLandmark)) DescribeLandmark(session, info);
   info.set_error_target(settings.error_target);
   info.set_model(settings.model);
   if (session.planner() != nullptr) info.set_planner_audits(session.planner()->audits());

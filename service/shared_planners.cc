@@ -17,8 +17,9 @@ std::string KeyOf(const SessionSettings& settings) {
   return absl::StrCat(settings.layers, " ", settings.kv_heads, " ", settings.query_heads, " ",
                       kv.key_dim, " ", kv.value_dim, " ", static_cast<int>(kv.dtype), " ",
                       kv.scan_bits, " ", std::bit_cast<uint32_t>(kv.softmax_scale), " ",
-                      settings.build, " ", std::bit_cast<uint32_t>(settings.error_target), " ",
-                      settings.model);
+                      settings.build, " ", static_cast<int>(settings.landmark.summary), " ",
+                      settings.landmark.block, " ", std::bit_cast<uint32_t>(settings.error_target),
+                      " ", settings.model);
 }
 
 }  // namespace

@@ -4,8 +4,9 @@
 // Which sessions share is for the client to say (OpenSession.model): a shape fits many models, and
 // heads that look alike from outside may need budgets that are far apart. Sessions with the same
 // `model`, and the same in all that a budget's worth depends on (shape, scale, dtype, scan bits,
-// indexes that are built, error target), have one planner. A session without a `model`, or with a
-// plan of its own, has a planner to itself, which goes with it and its forks (docs/adr/0016).
+// indexes that are built and how, error target), have one planner. A session without a `model`, or
+// with a plan of its own, has a planner to itself, which goes with it and its forks
+// (docs/adr/0016).
 //
 // Bounded: so many are kept; past it one goes that no session has, the least recently opened of
 // them first, else the least recently opened of all. Sessions that have it keep it.

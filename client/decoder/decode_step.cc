@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
-#include <cstring>
-#include <limits>
 #include <utility>
 
 #include "kernels/cuda/publish.h"
@@ -17,8 +15,6 @@ using kernels::cuda::PagePool;
 using kernels::cuda::PageQueries;
 using kernels::cuda::StateList;
 using Clock = std::chrono::steady_clock;
-
-constexpr float kEmpty = -std::numeric_limits<float>::infinity();
 
 int Int(size_t value) { return static_cast<int>(value); }
 
@@ -39,7 +35,7 @@ DecodeStep::DecodeStep(const DecoderOptions& options, const ZoneShape& zone,
       modes_(options.shape.layers, options.shape.kv_heads,
              *HeadModesOf(options.plan, options.shape.layers, options.shape.kv_heads),
              options.rows > 0),
-      rows_max_(RowsMax(options)),
+      answers_(options.shape, options.cache_rows, RowsMax(options)),
       head_rows_(
           *HeadRowsOf(options.plan, options.shape.layers, options.shape.kv_heads, options.rows)) {}
 
@@ -49,7 +45,7 @@ absl::Status DecodeStep::Allocate(size_t& device_bytes, size_t& pinned_bytes) {
   const size_t tokens = batch * options_.query_tokens_max;
   const size_t heads = tokens * shape.query_heads;
   const size_t kv_heads = tokens * shape.kv_heads;
-  const size_t rows = kv_heads * rows_max_;
+  const size_t rows = kv_heads * answers_.rows_max();
   const bool has_rows = options_.rows > 0;
   absl::Status status;
   const auto take = [&](auto& array, size_t count, size_t& total) {
@@ -87,15 +83,10 @@ absl::Status DecodeStep::Allocate(size_t& device_bytes, size_t& pinned_bytes) {
   take(device_tables_, tables_.count(), device_bytes);
   take(queries_, heads * shape.key_dim, pinned_bytes);
   take(queries_flags_, kernels::cuda::kPublishFlags, pinned_bytes);
-  take(rest_out_, heads * shape.value_dim, pinned_bytes);
-  take(rest_lse_, heads, pinned_bytes);
+  if (status.ok()) status = answers_.Allocate(tokens, pinned_bytes);
   take(steady_out_, heads * shape.value_dim, device_bytes);
   take(steady_lse_, heads, device_bytes);
   if (has_rows) {
-    take(arrived_keys_, rows * shape.key_dim, pinned_bytes);
-    take(arrived_values_, rows * shape.value_dim, pinned_bytes);
-    take(arrived_slots_, rows, pinned_bytes);
-    take(row_lists_, kv_heads + rows, pinned_bytes);
     take(device_row_lists_, kv_heads + rows, device_bytes);
     take(rows_out_, heads * shape.value_dim, device_bytes);
     take(rows_lse_, heads, device_bytes);
@@ -338,18 +329,13 @@ absl::Status DecodeStep::TakeReplies(uint32_t layer, Parts& parts) {
   stats_.daemon_us += daemon_us;
   timings_[layer].valid = !any_missed && !replies.empty() && modes_.Chooses(layer);
 
-  const ModelShape& shape = options_.shape;
-  arrivals_ = 0;
-  std::fill_n(rest_lse_.get(), Heads(), kEmpty);
-  if (options_.rows > 0) {
-    std::fill_n(row_lists_.get(), batch_.size() * tokens_ * shape.kv_heads, 0);
-  }
+  answers_.Clear(batch_.size(), tokens_);
   for (const FarReply& reply : replies) {
     if (!reply.answer.ok()) continue;
-    PlaceState(reply);
+    answers_.PlaceState(reply, stats_);
     parts.rest = true;
     if (reply.rows) {
-      PlaceRows(layer, reply);
+      answers_.PlaceRows(layer, reply, batch_, stats_);
       parts.rows = true;
     }
   }
@@ -357,98 +343,17 @@ absl::Status DecodeStep::TakeReplies(uint32_t layer, Parts& parts) {
   return absl::OkStatus();
 }
 
-/// States of the heads asked for, (tokens, heads, group, value_dim), to their places among all.
-void DecodeStep::PlaceState(const FarReply& reply) {
-  const ModelShape& shape = options_.shape;
-  const size_t group = shape.Group();
-  const size_t heads = reply.heads.size();
-  for (size_t i = 0; i < reply.batch.size(); ++i) {
-    const ItemResult& item = reply.answer->items[i];
-    for (size_t t = 0; t < tokens_; ++t) {
-      for (size_t h = 0; h < heads; ++h) {
-        const size_t from = (t * heads + h) * group;
-        const size_t to =
-            ((reply.batch[i] * tokens_ + t) * shape.kv_heads + reply.heads[h]) * group;
-        std::copy_n(item.lse.data() + from, group, rest_lse_.get() + to);
-        std::copy_n(item.out.data() + from * shape.value_dim, group * shape.value_dim,
-                    rest_out_.get() + to * shape.value_dim);
-      }
-    }
-    stats_.bytes_to_device += (item.out.size() + item.lse.size()) * sizeof(float);
-  }
-}
-
-void DecodeStep::PlaceRows(uint32_t layer, const FarReply& reply) {
-  for (size_t i = 0; i < reply.batch.size(); ++i) {
-    for (size_t h = 0; h < reply.heads.size(); ++h) PlaceHeadRows(layer, reply, i, h);
-  }
-}
-
-/// One KV head's rows of all query tokens: into the cache's books, and those that are new into
-/// pinned memory.
-void DecodeStep::PlaceHeadRows(uint32_t layer, const FarReply& reply, size_t item, size_t head) {
-  const ModelShape& shape = options_.shape;
-  const size_t b = reply.batch[item];
-  const uint32_t kv_head = reply.heads[head];
-  const std::vector<Selection>& selections = reply.answer->items[item].selections;
-  std::vector<absl::Span<const int64_t>> positions;
-  size_t asked = 0;
-  for (size_t t = 0; t < tokens_; ++t) {
-    positions.emplace_back(selections[t * reply.heads.size() + head].positions);
-    asked += positions.back().size();
-  }
-  std::vector<int32_t> slots(asked);
-  RowCache& cache = (*batch_[b].caches)[layer * shape.kv_heads + kv_head];
-  const auto arrivals = cache.Admit(positions, slots.data());
-
-  const auto first_row =
-      static_cast<int32_t>((batch_[b].place * shape.kv_heads + kv_head) * options_.cache_rows);
-  int32_t* const counts = row_lists_.get();
-  int32_t* const lists = counts + batch_.size() * tokens_ * shape.kv_heads;
-  auto slot = slots.begin();
-  for (size_t t = 0; t < tokens_; ++t) {
-    const size_t list = (b * tokens_ + t) * shape.kv_heads + kv_head;
-    counts[list] = static_cast<int32_t>(positions[t].size());
-    for (size_t i = 0; i < positions[t].size(); ++i) {
-      lists[list * rows_max_ + i] = first_row + *slot++;
-    }
-  }
-  size_t t = 0;
-  size_t rows_before = 0;
-  for (const RowCache::Arrival& arrival : arrivals) {
-    const Selection* selection = &selections[t * reply.heads.size() + head];
-    while (arrival.row - rows_before >= selection->keys.size() / shape.key_dim) {
-      rows_before += selection->keys.size() / shape.key_dim;
-      selection = &selections[++t * reply.heads.size() + head];
-    }
-    const size_t row = arrival.row - rows_before;
-    std::copy_n(selection->keys.data() + row * shape.key_dim, shape.key_dim,
-                arrived_keys_.get() + arrivals_ * shape.key_dim);
-    std::copy_n(selection->values.data() + row * shape.value_dim, shape.value_dim,
-                arrived_values_.get() + arrivals_ * shape.value_dim);
-    arrived_slots_.get()[arrivals_++] = first_row + arrival.slot;
-  }
-  stats_.rows_asked += asked;
-  stats_.rows_cached += asked - std::min<size_t>(asked, arrivals.size());
-  stats_.bytes_to_device += arrivals.size() * (shape.key_dim + shape.value_dim) * sizeof(uint16_t);
-}
-
 /// With a local copy, a sequence that missed anything takes all from there, which is exact.
 void DecodeStep::FallBack(Parts& parts) {
   ++stats_.fallbacks;
   if (options_.fallback != Fallback::kLocalCopy) return;
-  const ModelShape& shape = options_.shape;
   parts.local = true;
   for (size_t b = 0; b < batch_.size(); ++b) {
     const FarSequence& far = far_sequences_[b];
     local_counts_.get()[b] = missed_[b] != 0 ? static_cast<int32_t>(far.end - far.begin) : 0;
     if (missed_[b] == 0) continue;
     ListLocal(b);
-    std::fill_n(rest_lse_.get() + b * tokens_ * shape.query_heads, tokens_ * shape.query_heads,
-                kEmpty);
-    if (options_.rows > 0) {
-      std::fill_n(row_lists_.get() + b * tokens_ * shape.kv_heads, tokens_ * shape.kv_heads, 0);
-    }
+    answers_.Drop(b);
   }
 }
 
@@ -466,20 +371,20 @@ void DecodeStep::ListLocal(size_t b) {
 
 absl::Status DecodeStep::AttendRows(uint32_t layer, const void* queries, cudaStream_t stream) {
   const size_t lists = batch_.size() * tokens_ * options_.shape.kv_heads;
-  const size_t bytes = lists * (1 + rows_max_) * sizeof(int32_t);
-  absl::Status status = CudaStatus(cudaMemcpyAsync(device_row_lists_.get(), row_lists_.get(), bytes,
-                                                   cudaMemcpyHostToDevice, stream),
+  const size_t bytes = lists * (1 + answers_.rows_max()) * sizeof(int32_t);
+  absl::Status status = CudaStatus(cudaMemcpyAsync(device_row_lists_.get(), answers_.row_lists(),
+                                                   bytes, cudaMemcpyHostToDevice, stream),
                                    "lists of rows");
   if (!status.ok()) return status;
-  status = CudaStatus(
-      kernels::cuda::ScatterRows(arrived_keys_.get(), arrived_values_.get(), arrived_slots_.get(),
-                                 Int(arrivals_), 1, cache_pools_[layer], stream),
-      "ScatterRows");
+  status = CudaStatus(kernels::cuda::ScatterRows(answers_.arrived_keys(), answers_.arrived_values(),
+                                                 answers_.arrived_slots(), Int(answers_.arrivals()),
+                                                 1, cache_pools_[layer], stream),
+                      "ScatterRows");
   if (!status.ok()) return status;
   const KvPages rows{.pool = cache_pools_[layer],
                      .pages = device_row_lists_.get() + lists,
                      .counts = device_row_lists_.get(),
-                     .pages_max = Int(rows_max_),
+                     .pages_max = Int(answers_.rows_max()),
                      .sequences = Int(lists)};
   return CudaStatus(kernels::cuda::AttendPages(rows, Queries(queries, 1, false),
                                                {workspace_.get(), workspace_.bytes()},
@@ -523,7 +428,7 @@ absl::Status DecodeStep::FinishLayer(uint32_t layer, const Parts& parts, const v
   StateList lists[kernels::cuda::kMaxStateLists];
   int count = 0;
   lists[count++] = {steady_out_.get(), steady_lse_.get(), 1};
-  if (parts.rest) lists[count++] = {rest_out_.get(), rest_lse_.get(), 1};
+  if (parts.rest) lists[count++] = {answers_.rest_out(), answers_.rest_lse(), 1};
   if (parts.rows) lists[count++] = {rows_out_.get(), rows_lse_.get(), 1};
   if (parts.local) lists[count++] = {local_out_.get(), local_lse_.get(), 1};
   status = CudaStatus(kernels::cuda::MergeStates(lists, count, Int(Heads()), Int(shape.value_dim),

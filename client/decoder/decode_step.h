@@ -16,23 +16,16 @@
 #include "absl/status/status.h"
 #include "absl/types/span.h"
 #include "client/decoder/decoder_options.h"
+#include "client/decoder/far_answers.h"
 #include "client/decoder/far_attention.h"
 #include "client/decoder/far_store.h"
 #include "client/decoder/gpu_memory.h"
 #include "client/decoder/head_modes.h"
-#include "client/decoder/row_cache.h"
 #include "client/decoder/steady_zone.h"
+#include "client/decoder/step_sequence.h"
 #include "kernels/cuda/attention.h"
 
 namespace kvseek::client {
-
-/// One sequence of a step's batch.
-struct StepSequence {
-  uint32_t place = 0;  ///< of its row cache, below sequences_max
-  const SteadyZone* zone = nullptr;
-  FarStore* store = nullptr;
-  std::vector<RowCache>* caches = nullptr;  ///< (layers, kv_heads); empty without rows
-};
 
 class DecodeStep {
  public:
@@ -57,7 +50,7 @@ class DecodeStep {
  private:
   /// Parts of one layer's attention that are there to be merged.
   struct Parts {
-    bool rest = false;   ///< states of daemons, in rest_
+    bool rest = false;   ///< states of daemons
     bool rows = false;   ///< rows of daemons
     bool local = false;  ///< some sequence takes the local copy
   };
@@ -74,9 +67,6 @@ class DecodeStep {
   absl::Status MergeAhead(uint32_t layer, const void* queries, void* out, cudaStream_t stream);
   absl::Status TakeReplies(uint32_t layer, Parts& parts);
   void CountMiss(const absl::Status& status);
-  void PlaceState(const FarReply& reply);
-  void PlaceRows(uint32_t layer, const FarReply& reply);
-  void PlaceHeadRows(uint32_t layer, const FarReply& reply, size_t item, size_t head);
   void FallBack(Parts& parts);
   void ListLocal(size_t b);
   absl::Status FinishLayer(uint32_t layer, const Parts& parts, const void* queries, void* out,
@@ -90,7 +80,7 @@ class DecodeStep {
   LocalCopy& local_;
   FarAttention far_;
   ModeChooser modes_;
-  const size_t rows_max_;                  ///< of a KV head
+  FarAnswers answers_;                     ///< of this layer
   const std::vector<uint32_t> head_rows_;  ///< (layers, kv_heads)
   DecoderStats stats_;
 
@@ -100,7 +90,6 @@ class DecodeStep {
   std::vector<std::vector<uint8_t>> lost_;  ///< (batch, daemons), as the step knows it
   bool any_far_ = false;
   std::vector<uint8_t> missed_;    ///< (batch), of this layer
-  uint32_t arrivals_ = 0;          ///< rows of this layer
   std::vector<int64_t> local_at_;  ///< (batch): where its pages are in local_pages_, or -1
   size_t local_listed_ = 0;
 
@@ -120,16 +109,11 @@ class DecodeStep {
   PinnedArray<uint32_t> queries_flags_;
   uint32_t queries_number_ = 0;  ///< of the last that were published
 
-  // What the daemons answered.
-  PinnedArray<float> rest_out_, rest_lse_;
-  PinnedArray<uint32_t> rest_permit_;  ///< lets the merge that was launched ahead go on
-  uint32_t rest_number_ = 0;           ///< of the last that waits for it
-  PinnedArray<uint16_t> arrived_keys_, arrived_values_;
-  PinnedArray<int32_t> arrived_slots_;
-  PinnedArray<int32_t> row_lists_;  ///< counts (batch, tokens, kv_heads), then lists of rows_max_
-  DeviceArray<int32_t> device_row_lists_;
-  PinnedArray<int32_t> local_pages_;   ///< of the sequences that fell back in this step
-  PinnedArray<int32_t> local_counts_;  ///< (batch): rows there that this layer attends to
+  PinnedArray<uint32_t> rest_permit_;      ///< lets the merge that was launched ahead go on
+  uint32_t rest_number_ = 0;               ///< of the last that waits for it
+  DeviceArray<int32_t> device_row_lists_;  ///< answers_.row_lists()
+  PinnedArray<int32_t> local_pages_;       ///< of the sequences that fell back in this step
+  PinnedArray<int32_t> local_counts_;      ///< (batch): rows there that this layer attends to
 
   // States on the GPU: steady zone, rows, local copy.
   DeviceArray<float> steady_out_, steady_lse_, rows_out_, rows_lse_, local_out_, local_lse_;

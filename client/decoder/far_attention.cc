@@ -10,17 +10,12 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
 #include "absl/strings/strip.h"
+#include "transport/pause.h"
 
 namespace kvseek::client {
 namespace {
 
 constexpr int kLooks = 8;  ///< at the sockets between two at the clock
-
-void Pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#endif
-}
 
 /// Which item of a request an error blames, by its field ("items[3].session.boot_id"), if its
 /// session is what is gone; the others' sessions are as they were.
@@ -232,7 +227,7 @@ const std::deque<FarReply>& FarAttention::Wait() {
   for (int i = 1; left.load(std::memory_order_acquire) != 0; ++i) {
     if (i % kLooks == 0 && std::chrono::steady_clock::now() >= sleep_at) break;
     for (KvClient* const client : asked_) client->Poll();
-    Pause();
+    transport::Pause();
   }
   for (int now = left.load(std::memory_order_acquire); now != 0;
        now = left.load(std::memory_order_acquire)) {

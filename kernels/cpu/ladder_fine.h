@@ -12,11 +12,11 @@
 
 namespace kvseek::kernels {
 
-/// Rounds rotated queries (heads, padded_dim) to int16 for the 4-bit dot products: quantised
-/// (heads, padded_dim), units (heads, 0 for a zero query), query ~ unit * quantised. |quantised| <=
-/// 2047, so that 512 products with a nibble's +-15 add up in an int32 and still convert to float
-/// within 1e-6. Only 2-byte alignment is needed, but scoring is faster with queries on 64 bytes.
-void QuantiseQueries(const float* rotated_queries, int heads, int padded_dim, int16_t* quantised,
+/// Rounds rotated queries (heads, padded_dim) to bytes for the 4-bit dot products: quantised
+/// (heads, padded_dim), units (heads, 0 for a zero query), query ~ unit * quantised, |quantised| <=
+/// 127. The noise of a score is a sixteenth of what the key's four bits make. Scoring is faster
+/// with queries on 64 bytes.
+void QuantiseQueries(const float* rotated_queries, int heads, int padded_dim, int8_t* quantised,
                      float* units) noexcept;
 
 /// Where a key's codes stand.
@@ -34,13 +34,15 @@ struct FineHead {
 
 /// scores[h * score_stride + i] of rows[i], all of one segment; record_bytes =
 /// FineRecordBytes(padded_dim, value_dim).
-void ScoreFine(const FineRow* rows, int count, int record_bytes, const int16_t* quantised,
+void ScoreFine(const FineRow* rows, int count, int record_bytes, const int8_t* quantised,
                int padded_dim, const FineHead* fine_heads, int heads, float* scores,
                int score_stride) noexcept;
 
 /// Adds the keys, of any segments, to `state` with their scores and their 4-bit values.
 /// value_offset = FineValueOffset(padded_dim). A score of -infinity leaves the key out for that
-/// head. 64 keys at a time: a call for few costs nearly as much as one for 64.
+/// head. 64 keys at a time: a call for few costs nearly as much as one for 64. Where products of
+/// bytes are used, weights are rounded to a 32639th of the largest of each 64 keys: a thousandth of
+/// what the values' own four bits leave.
 void AccumulateFine(const FineRow* rows, int count, int value_offset, const float* scores,
                     int score_stride, const GroupState& state) noexcept;
 

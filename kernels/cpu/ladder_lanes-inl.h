@@ -7,12 +7,19 @@
 #define KVSEEK_KERNELS_CPU_LADDER_LANES_INL_H_
 #endif
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 #include <cstring>
 
 #include "hwy/highway.h"
 #include "kernels/cpu/ladder_codes.h"
+
+// For functions of the level avx512-vbmi with products of bytes: every machine of that level has
+// them, but Highway 1.0 does not tell the compiler.
+#ifndef KVSEEK_VNNI
+#define KVSEEK_VNNI __attribute__((target("avx512vnni")))
+#endif
 
 HWY_BEFORE_NAMESPACE();
 namespace kvseek::kernels {
@@ -91,7 +98,22 @@ HWY_INLINE uint64_t MaskBits(D d, const M* any) {
 /// Writes first_index + i for every set bit i; returns how many there are.
 HWY_INLINE int PutIndices(uint64_t bits, uint32_t first_index, uint32_t* chosen) {
   const int count = std::popcount(bits);
-#if HWY_TARGET <= HWY_AVX3
+#if HWY_TARGET <= HWY_AVX3_DL
+  alignas(64) static constexpr uint8_t kNumbers[64] = {
+      0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
+      22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43,
+      44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
+  const __m512i first = _mm512_set1_epi32(static_cast<int>(first_index));
+  __m512i keys = _mm512_maskz_compress_epi8(bits, _mm512_load_si512(kNumbers));
+  for (int i = 0;; i += 16) {  // few blocks have more than 16
+    const __m512i some = _mm512_cvtepu8_epi32(_mm512_castsi512_si128(keys));
+    const int left = std::min(count - i, 16);
+    _mm512_mask_storeu_epi32(chosen + i, static_cast<__mmask16>((1U << left) - 1U),
+                             _mm512_add_epi32(some, first));
+    if (i + 16 >= count) break;
+    keys = _mm512_alignr_epi64(keys, keys, 2);
+  }
+#elif HWY_TARGET <= HWY_AVX3
   // Without branches: how many there are cannot be foreseen.
   __m512i indices =
       _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first_index)),

@@ -19,12 +19,8 @@
 namespace kvseek::kernels {
 namespace {
 
-inline constexpr float kVarianceMax = 2.0F;  // what the weight's correction counts at most
 inline constexpr int kHeadsMax = 64;
 inline constexpr float kLogBias = static_cast<float>(kLogOne) - kLogExcess;
-
-/// The correction of a weight's exponent, upwards.
-inline float Correction(float sigma) { return std::min(sigma * sigma, kVarianceMax) / 4.0F; }
 
 inline constexpr int kSumShift = 4;  // a sum, times 16, fits 16 bits
 inline constexpr float kBitsMax = kLogBias + kLogNat * kExponentMax;
@@ -82,72 +78,6 @@ namespace hn = hwy::HWY_NAMESPACE;
 
 using DF = hn::CappedTag<float, 16>;
 constexpr int kLanes = static_cast<int>(hn::MaxLanes(DF()));
-constexpr int kVectors = kScanBlock / kLanes;
-
-/// Scores of the 64 centroids of a sub-space.
-HWY_INLINE void ScoreCentroids(const float* query, const float* centroids, int dim, float* scores) {
-  const DF d;
-  for (int v = 0; v < kCentroids; v += kLanes) {
-    auto sum = hn::Zero(d);
-    for (int i = 0; i < dim; ++i) {
-      sum = hn::MulAdd(hn::Set(d, query[i]), hn::LoadU(d, centroids + i * kCentroids + v), sum);
-    }
-    hn::Store(sum, d, scores + v);
-  }
-}
-
-/// Entries := round((scores - middle) / unit).
-HWY_INLINE void QuantiseTable(const float* scores, float middle, float inverse, int8_t* entries) {
-  const DF d;
-  const hn::RebindToSigned<DF> di;
-  const hn::Rebind<int8_t, DF> d8;
-  const auto limit = hn::Set(di, kTableMax);
-  for (int v = 0; v < kCentroids; v += kLanes) {
-    const auto scaled =
-        hn::Mul(hn::Sub(hn::Load(d, scores + v), hn::Set(d, middle)), hn::Set(d, inverse));
-    const auto entry = hn::Max(hn::Min(hn::NearestInt(scaled), limit), hn::Neg(limit));
-    hn::StoreU(hn::DemoteTo(d8, entry), d8, entries + v);
-  }
-}
-
-void BuildProductTablesImpl(const float* queries, int heads, int dim, const float* centroids,
-                            const uint32_t* starts, const float* errors,
-                            const ProductLayout& layout, int8_t* entries, ProductTables* tables) {
-  HWY_ALIGN float scores[(kSubspacesMax + 1) * kCentroids];
-  float middles[kSubspacesMax + 1];
-  const int symbols = layout.Symbols();
-  for (int h = 0; h < heads; ++h, queries += dim, entries += symbols * kTableSize) {
-    ProductTables& table = tables[h];
-    for (int g = 0; g < layout.subspaces; ++g) {
-      ScoreCentroids(queries + starts[g], centroids + starts[g] * kCentroids,
-                     static_cast<int>(starts[g + 1] - starts[g]), scores + g * kCentroids);
-    }
-    float square = 0.0F;
-    for (int i = 0; i < dim; ++i) square += queries[i] * queries[i];
-    const float deviation = std::sqrt(square / static_cast<float>(dim));
-    for (int c = 0; c < kCentroids; ++c) {
-      const float sigma = deviation * errors[c];
-      table.sigma[c] = scores[layout.subspaces * kCentroids + c] = sigma;
-      table.excess[c] = sigma - Correction(sigma);
-    }
-    float half_range = 0.0F;
-    table.base = 0.0F;
-    for (int g = 0; g < symbols; ++g) {
-      const auto [low, high] =
-          std::minmax_element(scores + g * kCentroids, scores + (g + 1) * kCentroids);
-      middles[g] = 0.5F * (*low + *high);
-      table.base += middles[g];
-      half_range = std::max(half_range, 0.5F * (*high - *low));
-    }
-    table.unit = half_range / static_cast<float>(kTableMax);
-    // Below that the inverse is infinite.
-    if (table.unit < 1e-37F) table.unit = 0.0F;
-    const float inverse = table.unit == 0.0F ? 0.0F : 1.0F / table.unit;
-    for (int g = 0; g < symbols; ++g) {
-      QuantiseTable(scores + g * kCentroids, middles[g], inverse, entries + g * kTableSize);
-    }
-  }
-}
 
 void ScanProductsImpl(const uint8_t* codes, int blocks, const ProductLayout& layout,
                       const int8_t* entries, int heads, int16_t* sums, int sums_stride,
@@ -204,7 +134,15 @@ HWY_INLINE void FillRest(const float* excess, SelectHead& head) {
     const auto bounded = hn::NearestInt(hn::Max(hn::Min(rest, high), low));
     hn::Store(hn::DemoteTo(d16, bounded), d16, head.rest + c);
   }
-#if HWY_TARGET > HWY_AVX3 && HWY_TARGET != HWY_SCALAR
+#if HWY_TARGET <= HWY_AVX3_DL
+  for (int c = 0; c < kCentroids; c += 32) {
+    const __m512i rest = _mm512_load_si512(head.rest + c);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(head.rest_bytes[0] + c),
+                       _mm512_cvtepi16_epi8(rest));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(head.rest_bytes[1] + c),
+                       _mm512_cvtepi16_epi8(_mm512_srli_epi16(rest, 8)));
+  }
+#elif HWY_TARGET > HWY_AVX3 && HWY_TARGET != HWY_SCALAR
   for (int c = 0; c < kCentroids; ++c) {
     head.rest_bytes[0][c] = static_cast<uint8_t>(head.rest[c]);
     head.rest_bytes[1][c] = static_cast<uint8_t>(head.rest[c] >> 8);
@@ -240,7 +178,25 @@ HWY_INLINE V8 LevelBytes(const uint8_t* block, const ProductLayout& layout, int 
   return FourthSymbol(hn::LoadU(d8, rows - 2 * kScanBlock), hn::LoadU(d8, rows - kScanBlock), last);
 }
 
-#if HWY_TARGET <= HWY_AVX3
+#if HWY_TARGET <= HWY_AVX3_DL
+
+struct Levels {
+  Levels(const uint8_t* block, const ProductLayout& layout) {
+    // In the order that unpacking puts right again.
+    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    level = _mm512_permutexvar_epi64(order, LevelBytes(block, layout, 0).raw);
+  }
+  void LookUpRest(const SelectHead& head, __m512i* rest) const {
+    // The instruction ignores all but six bits of an index.
+    const __m512i low = _mm512_permutexvar_epi8(level, _mm512_load_si512(head.rest_bytes[0]));
+    const __m512i high = _mm512_permutexvar_epi8(level, _mm512_load_si512(head.rest_bytes[1]));
+    rest[0] = _mm512_unpacklo_epi8(low, high);
+    rest[1] = _mm512_unpackhi_epi8(low, high);
+  }
+  __m512i level;
+};
+
+#elif HWY_TARGET <= HWY_AVX3
 
 struct Levels {
   Levels(const uint8_t* block, const ProductLayout& layout) {
@@ -248,12 +204,12 @@ struct Levels {
     level[0] = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(bytes));
     level[1] = _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(bytes, 1));
   }
-  void LookUpRest(const SelectHead& head, int16_t* out) const {
+  void LookUpRest(const SelectHead& head, __m512i* rest) const {
     const __m512i low = _mm512_load_si512(head.rest);
     const __m512i high = _mm512_load_si512(head.rest + 32);
     // The instruction ignores all but six bits of an index.
-    _mm512_store_si512(out, _mm512_permutex2var_epi16(low, level[0], high));
-    _mm512_store_si512(out + 32, _mm512_permutex2var_epi16(low, level[1], high));
+    rest[0] = _mm512_permutex2var_epi16(low, level[0], high);
+    rest[1] = _mm512_permutex2var_epi16(low, level[1], high);
   }
   __m512i level[2];
 };
@@ -281,31 +237,79 @@ struct Levels {
 #endif
 #endif
 
-/// kept[key] := all bits set if no head's sum exceeds its bound, else 0; returns the chosen ones.
-HWY_INLINE uint64_t ChooseInBlock(const int16_t* sums, int sums_stride, const SelectHead* heads,
-                                  int count, int16_t* kept) {
-  const hn::CappedTag<int16_t, 32> d16;
-  constexpr int kLanes16 = static_cast<int>(hn::MaxLanes(decltype(d16)()));
-  hn::Mask<decltype(d16)> any[kScanBlock / kLanes16];
-  for (int v = 0; v < kScanBlock / kLanes16; ++v) {
-    any[v] = hn::MaskFromVec(hn::Zero(d16));
-    for (int h = 0; h < count; ++h) {
-      const auto sum =
-          hn::LoadU(d16, sums + static_cast<ptrdiff_t>(h) * sums_stride + v * kLanes16);
-      any[v] = hn::Or(any[v], hn::Gt(sum, hn::Set(d16, heads[h].bound)));
+#if HWY_TARGET <= HWY_AVX3
+
+/// Which keys of a block no head chooses: one bit each.
+struct Kept {
+  Kept(const int16_t* sums, int sums_stride, const SelectHead* heads, int count) {
+    __mmask32 low = 0;
+    __mmask32 high = 0;
+    for (int h = 0; h < count; ++h, sums += sums_stride) {
+      const __m512i bound = _mm512_set1_epi16(heads[h].bound);
+      low |= _mm512_cmpgt_epi16_mask(_mm512_loadu_si512(sums), bound);
+      high |= _mm512_cmpgt_epi16_mask(_mm512_loadu_si512(sums + 32), bound);
     }
-    hn::Store(hn::VecFromMask(d16, hn::Not(any[v])), d16, kept + v * kLanes16);
+    chosen = low | static_cast<uint64_t>(high) << 32;
   }
-  return MaskBits(d16, any);
-}
+  uint64_t chosen;
+};
 
 /// Weights of one head's keys of a block; returns their sum, lane by lane.
-HWY_INLINE hn::Vec<DF> WeighBlock(const int16_t* sums, const SelectHead& head, const int16_t* rest,
-                                  const int16_t* kept, uint16_t* weights) {
+HWY_INLINE hn::Vec<DF> WeighBlock(const int16_t* sums, const SelectHead& head, const Levels& levels,
+                                  const Kept& kept, uint16_t* weights) {
+  const DF d;
+  const hn::CappedTag<int16_t, 32> d16;
+  __m512i rest[2];
+  levels.LookUpRest(head, rest);
+  const __m512i slope = _mm512_set1_epi16(head.slope);
+  const __m512i most = _mm512_set1_epi16(head.most);
+  const __m512i least = _mm512_set1_epi16(head.least);
+  const __m512i shift = _mm512_set1_epi16(static_cast<int16_t>(head.shift));
+  auto total = hn::Zero(d);
+  for (int v = 0; v < 2; ++v) {
+    const __m512i sum = _mm512_slli_epi16(_mm512_loadu_si512(sums + 32 * v), kSumShift);
+    const __m512i exponent = _mm512_adds_epi16(_mm512_mulhrs_epi16(sum, slope), rest[v]);
+    const auto unread = static_cast<__mmask32>(~kept.chosen >> (32 * v));
+    const __mmask32 counts = _mm512_mask_cmpgt_epi16_mask(unread, exponent, least);
+    const __m512i weight = _mm512_maskz_sllv_epi16(counts, _mm512_min_epi16(exponent, most), shift);
+    _mm512_storeu_si512(weights + 32 * v, weight);
+    total = hn::Add(total, SumPairs(d, hn::Vec<decltype(d16)>{weight}));
+  }
+  return total;
+}
+
+#else
+
+/// Which keys of a block no head chooses: all bits of 16 set.
+struct Kept {
+  Kept(const int16_t* sums, int sums_stride, const SelectHead* heads, int count) {
+    const hn::CappedTag<int16_t, 32> d16;
+    constexpr int kLanes16 = static_cast<int>(hn::MaxLanes(decltype(d16)()));
+    hn::Mask<decltype(d16)> any[kScanBlock / kLanes16];
+    for (int v = 0; v < kScanBlock / kLanes16; ++v) {
+      any[v] = hn::MaskFromVec(hn::Zero(d16));
+      for (int h = 0; h < count; ++h) {
+        const auto sum =
+            hn::LoadU(d16, sums + static_cast<ptrdiff_t>(h) * sums_stride + v * kLanes16);
+        any[v] = hn::Or(any[v], hn::Gt(sum, hn::Set(d16, heads[h].bound)));
+      }
+      hn::Store(hn::VecFromMask(d16, hn::Not(any[v])), d16, unread + v * kLanes16);
+    }
+    chosen = MaskBits(d16, any);
+  }
+  uint64_t chosen;
+  HWY_ALIGN int16_t unread[kScanBlock];
+};
+
+/// Weights of one head's keys of a block; returns their sum, lane by lane.
+HWY_INLINE hn::Vec<DF> WeighBlock(const int16_t* sums, const SelectHead& head, const Levels& levels,
+                                  const Kept& kept, uint16_t* weights) {
   const DF d;
   const hn::CappedTag<int16_t, 32> d16;
   const hn::RebindToUnsigned<decltype(d16)> du16;
   constexpr int kLanes16 = static_cast<int>(hn::MaxLanes(decltype(d16)()));
+  HWY_ALIGN int16_t rest[kScanBlock];
+  levels.LookUpRest(head, rest);
   const auto slope = hn::Set(d16, head.slope);
   const auto most = hn::Set(d16, head.most);
   const auto least = hn::Set(d16, head.least);
@@ -315,13 +319,15 @@ HWY_INLINE hn::Vec<DF> WeighBlock(const int16_t* sums, const SelectHead& head, c
     const auto exponent =
         hn::SaturatedAdd(hn::MulFixedPoint15(sum, slope), hn::Load(d16, rest + i));
     const auto bits = hn::IfThenElseZero(hn::Gt(exponent, least), hn::Min(exponent, most));
-    const auto weight =
-        hn::BitCast(du16, hn::And(hn::ShiftLeftSame(bits, head.shift), hn::LoadU(d16, kept + i)));
+    const auto weight = hn::BitCast(
+        du16, hn::And(hn::ShiftLeftSame(bits, head.shift), hn::Load(d16, kept.unread + i)));
     hn::StoreU(weight, du16, weights + i);
     total = hn::Add(total, SumPairs(d, weight));
   }
   return total;
 }
+
+#endif
 
 int SelectProductsImpl(const int16_t* sums, int sums_stride, const uint8_t* codes, int blocks,
                        const ProductLayout& layout, const ProductHead* heads, int count,
@@ -341,20 +347,18 @@ int SelectProductsImpl(const int16_t* sums, int sums_stride, const uint8_t* code
       const uint8_t* block = next_codes + static_cast<ptrdiff_t>(b) * block_bytes;
       for (int i = block_bytes / 2; i < block_bytes; i += 64) __builtin_prefetch(block + i, 0, 2);
     }
-    HWY_ALIGN int16_t kept[kScanBlock];
-    const uint64_t bits = ChooseInBlock(sums + b * kScanBlock, sums_stride, select, count, kept);
+    const Kept kept(sums + b * kScanBlock, sums_stride, select, count);
     next_chosen +=
-        PutIndices(bits, first_index + static_cast<uint32_t>(b * kScanBlock), next_chosen);
+        PutIndices(kept.chosen, first_index + static_cast<uint32_t>(b * kScanBlock), next_chosen);
     const Levels levels(codes, layout);
     for (int h = 0; h < count; h += 4) {
       hn::Vec<DF> totals[4] = {hn::Zero(d), hn::Zero(d), hn::Zero(d), hn::Zero(d)};
       const int some = std::min(4, count - h);
       for (int j = 0; j < some; ++j) {
-        HWY_ALIGN int16_t rest[kScanBlock];
-        levels.LookUpRest(select[h + j], rest);
-        totals[j] = WeighBlock(
-            sums + static_cast<ptrdiff_t>(h + j) * sums_stride + b * kScanBlock, select[h + j],
-            rest, kept, weights + static_cast<ptrdiff_t>(h + j) * weights_stride + b * kScanBlock);
+        totals[j] =
+            WeighBlock(sums + static_cast<ptrdiff_t>(h + j) * sums_stride + b * kScanBlock,
+                       select[h + j], levels, kept,
+                       weights + static_cast<ptrdiff_t>(h + j) * weights_stride + b * kScanBlock);
       }
       float sums_of_four[4];
       SumFour(d, totals, sums_of_four);
@@ -373,18 +377,9 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace kvseek::kernels {
 
-HWY_EXPORT(BuildProductTablesImpl);
 HWY_EXPORT(ScanProductsImpl);
 HWY_EXPORT(EstimateProductsImpl);
 HWY_EXPORT(SelectProductsImpl);
-
-void BuildProductTables(const float* queries, int heads, int dim, const float* centroids,
-                        const uint32_t* starts, const float* errors, const ProductLayout& layout,
-                        int8_t* entries, ProductTables* tables) noexcept {
-  assert(layout.subspaces >= 1 && layout.subspaces <= kSubspacesMax);
-  HWY_DYNAMIC_DISPATCH(BuildProductTablesImpl)
-  (queries, heads, dim, centroids, starts, errors, layout, entries, tables);
-}
 
 void ScanProducts(const uint8_t* codes, int blocks, const ProductLayout& layout,
                   const int8_t* entries, int heads, int16_t* sums, int sums_stride,

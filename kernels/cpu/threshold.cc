@@ -26,6 +26,8 @@ namespace {
 
 namespace hn = hwy::HWY_NAMESPACE;
 using DI = hn::ScalableTag<int32_t>;
+constexpr int64_t kPartVectorsMax = 32;
+constexpr int64_t kWorthwhile = 4;  // at least so many values a part
 
 /// Writes the ordered integers of all values to `work` and finds the least and the largest.
 void Order(const float* values, int64_t count, int32_t* work, int32_t* least, int32_t* largest) {
@@ -75,10 +77,48 @@ int64_t CountFrom(const int32_t* order, int64_t count, int32_t bound) {
   return count - less;
 }
 
+/// Drops values that cannot be among the best `rank`, and keeps the others in their order. Of as
+/// many strided parts as the rank, each has a value no less than the least of the parts' best.
+/// Returns how many are left.
+int64_t KeepBest(int32_t* order, int64_t count, int64_t rank) {
+#if HWY_TARGET == HWY_SCALAR
+  (void)order;
+  (void)rank;
+  return count;
+#else
+  const DI d;
+  constexpr auto kLanes = static_cast<int64_t>(hn::MaxLanes(DI()));
+  const int64_t parts = (rank + kLanes - 1) / kLanes;  // vectors of them
+  if (parts > kPartVectorsMax || parts * kLanes * kWorthwhile > count) return count;
+  hn::Vec<DI> best[kPartVectorsMax];
+  for (int64_t p = 0; p < parts; ++p) best[p] = hn::LoadU(d, order + p * kLanes);
+  for (int64_t i = parts * kLanes; i + parts * kLanes <= count; i += parts * kLanes) {
+    for (int64_t p = 0; p < parts; ++p) {
+      best[p] = hn::Max(best[p], hn::LoadU(d, order + i + p * kLanes));
+    }
+  }
+  for (int64_t p = 1; p < parts; ++p) best[0] = hn::Min(best[0], best[p]);
+  const int32_t bound = hn::GetLane(hn::MinOfLanes(d, best[0]));
+  int64_t kept = 0;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const auto value = hn::LoadU(d, order + i);
+    // What is written past the kept ones has been read.
+    kept += static_cast<int64_t>(
+        hn::CompressStore(value, hn::Not(hn::Lt(value, hn::Set(d, bound))), d, order + kept));
+  }
+  for (; i < count; ++i) {
+    if (order[i] >= bound) order[kept++] = order[i];
+  }
+  return kept;
+#endif
+}
+
 float RankThresholdImpl(const float* values, int64_t count, int64_t rank, int32_t* work) {
   int32_t low = 0;   // at least `rank` values are >= low
   int32_t high = 0;  // and fewer than that are > high
   Order(values, count, work, &low, &high);
+  count = KeepBest(work, count, rank);
   while (low < high) {
     const auto middle = static_cast<int32_t>((int64_t{low} + high + 1) >> 1);
     const int64_t found = CountFrom(work, count, middle);

@@ -20,16 +20,13 @@ constexpr int kLanes = static_cast<int>(hn::MaxLanes(DF()));
 
 #if HWY_TARGET <= HWY_AVX3_DL
 
-/// Components c and c + 4 of 64 keys, as 2n - 15.
-HWY_INLINE void LoadComponents(const uint8_t* rows, __m512i* components) {
-  const __m512i nibble = _mm512_set1_epi8(15);
-  const __m512i odd = _mm512_broadcast_i32x4(
-      _mm_setr_epi8(-15, -13, -11, -9, -7, -5, -3, -1, 1, 3, 5, 7, 9, 11, 13, 15));
+/// Nibbles of components c and c + 4 of 64 keys.
+HWY_INLINE void LoadNibbles(const uint8_t* rows, __m512i* nibbles) {
+  const __m512i low = _mm512_set1_epi8(15);
   for (int c = 0; c < kSketchDim / 2; ++c) {
     const __m512i row = _mm512_loadu_si512(rows + c * kScanBlock);
-    components[c] = _mm512_shuffle_epi8(odd, _mm512_and_si512(row, nibble));
-    components[c + kSketchDim / 2] =
-        _mm512_shuffle_epi8(odd, _mm512_and_si512(_mm512_srli_epi16(row, 4), nibble));
+    nibbles[c] = _mm512_and_si512(row, low);
+    nibbles[c + kSketchDim / 2] = _mm512_and_si512(_mm512_srli_epi16(row, 4), low);
   }
 }
 
@@ -54,57 +51,53 @@ HWY_INLINE int LargestExponent(const uint16_t* numbers, int count) {
 
 /// All components for kHeads heads, weights in eight bits of each head's largest.
 template <int kHeads>
-HWY_NOINLINE void AddSketchesOf(const uint8_t* codes, int blocks, int block_bytes,
-                                const uint16_t* weights, int weights_stride, float* sums) {
+KVSEEK_VNNI HWY_NOINLINE void AddSketchesOf(const uint8_t* codes, int blocks, int block_bytes,
+                                            const uint16_t* weights, int weights_stride,
+                                            float* sums) {
   alignas(64) static constexpr uint8_t kEven[64] = {
       0,  2,  4,   6,   8,   10,  12,  14,  16,  18,  20,  22,  24,  26,  28,  30,
       32, 34, 36,  38,  40,  42,  44,  46,  48,  50,  52,  54,  56,  58,  60,  62,
       64, 66, 68,  70,  72,  74,  76,  78,  80,  82,  84,  86,  88,  90,  92,  94,
       96, 98, 100, 102, 104, 106, 108, 110, 112, 114, 116, 118, 120, 122, 124, 126};
   const __m512i even = _mm512_load_si512(kEven);
-  const hn::CappedTag<int32_t, 16> d32;
-  using V32 = hn::Vec<decltype(d32)>;
+  const __m512i ones = _mm512_set1_epi8(1);
   int largest[kHeads];
   __m512i exponents[kHeads];
-  // Two products of 255 * 15 at most, of so many blocks, fit 16 bits.
-  constexpr int kNarrowBlocks = 4;
-  __m512i some[kHeads][kSketchDim];
-  V32 totals[kHeads][kSketchDim];
+  __m512i totals[kHeads][kSketchDim];
+  __m512i weight_totals[kHeads];
   for (int h = 0; h < kHeads; ++h) {
     largest[h] =
         LargestExponent(weights + static_cast<ptrdiff_t>(h) * weights_stride, blocks * kScanBlock);
     exponents[h] = _mm512_set1_epi16(static_cast<int16_t>(largest[h]));
-    for (V32& total : totals[h]) total = hn::Zero(d32);
-    for (__m512i& sum : some[h]) sum = _mm512_setzero_si512();
+    for (__m512i& total : totals[h]) total = _mm512_setzero_si512();
+    weight_totals[h] = _mm512_setzero_si512();
   }
   for (int b = 0; b < blocks; ++b, codes += block_bytes, weights += kScanBlock) {
-    __m512i components[kSketchDim];
-    LoadComponents(codes, components);
+    __m512i nibbles[kSketchDim];
+    LoadNibbles(codes, nibbles);
     for (int h = 0; h < kHeads; ++h) {
       const uint16_t* const block = weights + static_cast<ptrdiff_t>(h) * weights_stride;
       const __m512i low = RoundedWeights(_mm512_loadu_si512(block), exponents[h]);
       const __m512i high = RoundedWeights(_mm512_loadu_si512(block + 32), exponents[h]);
       const __m512i bytes = _mm512_permutex2var_epi8(low, even, high);
+      weight_totals[h] = _mm512_dpbusd_epi32(weight_totals[h], bytes, ones);
       for (int c = 0; c < kSketchDim; ++c) {
-        some[h][c] = _mm512_add_epi16(some[h][c], _mm512_maddubs_epi16(bytes, components[c]));
-      }
-    }
-    if (b % kNarrowBlocks != kNarrowBlocks - 1 && b != blocks - 1) continue;
-    for (int h = 0; h < kHeads; ++h) {
-      for (int c = 0; c < kSketchDim; ++c) {
-        const __m512i wide = _mm512_madd_epi16(some[h][c], _mm512_set1_epi16(1));
-        totals[h][c] = hn::Add(totals[h][c], V32{wide});
-        some[h][c] = _mm512_setzero_si512();
+        totals[h][c] = _mm512_dpbusd_epi32(totals[h][c], bytes, nibbles[c]);
       }
     }
   }
+  const hn::CappedTag<int32_t, 16> d32;
+  using V32 = hn::Vec<decltype(d32)>;
   for (int h = 0; h < kHeads; ++h) {
-    const float unit = std::ldexp(0.5F, largest[h] - 134);
+    const float unit = std::ldexp(1.0F, largest[h] - 134);
+    const auto centre = kSketchBias * static_cast<float>(_mm512_reduce_add_epi32(weight_totals[h]));
     for (int c = 0; c < kSketchDim; c += 4) {
+      const V32 four_totals[4] = {V32{totals[h][c]}, V32{totals[h][c + 1]}, V32{totals[h][c + 2]},
+                                  V32{totals[h][c + 3]}};
       int32_t four[4];
-      SumFour(d32, totals[h] + c, four);
+      SumFour(d32, four_totals, four);
       for (int j = 0; j < 4; ++j) {
-        sums[h * kSketchDim + c + j] += unit * static_cast<float>(four[j]);
+        sums[h * kSketchDim + c + j] += unit * (static_cast<float>(four[j]) - centre);
       }
     }
   }

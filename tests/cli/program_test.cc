@@ -80,7 +80,7 @@ TEST(ProgramTest, WrongFlagsAreUsageErrors) {
   ExpectUsageError(
       "eval" + Head15() + Queries() + " --index cluster --keys-per-cluster 20 --via unix:x",
       "--via");
-  ExpectUsageError("eval" + Head15() + Queries() + " --index landmark --summary mean --via unix:x",
+  ExpectUsageError("eval" + Head15() + Queries() + " --index graph --degree 20 --via unix:x",
                    "--via");
   ExpectUsageError("ping", "--via");
   ExpectUsageError("bench --kv-heads 3 --query-heads 8", "--query-heads");
@@ -174,6 +174,10 @@ TEST(ProgramTest, EvalBuildsLandmarkAndCluster) {
                               " --index landmark,cluster --candidates 256 --steps 2");
   ASSERT_EQ(table.exit_code, 0) << table.err;
   EXPECT_THAT(table.out, HasSubstr("minmax 16, 256"));
+  const Ran given = RunKvseek("eval" + Head20() + Queries() + " --index landmark --summary given" +
+                              " --block 64 --candidates 256 --steps 2");
+  ASSERT_EQ(given.exit_code, 0) << given.err;
+  EXPECT_THAT(given.out, HasSubstr("given 64, 256"));
   EXPECT_THAT(table.out, HasSubstr("1/16, 256"));
 }
 

@@ -167,6 +167,39 @@ TEST(EncodeRequestsTest, FieldsTravel) {
   EXPECT_TRUE(sent.with_state());
 }
 
+TEST(EncodeRequestsTest, LandmarksTravelBehindSampledQueries) {
+  OpenOptions options;
+  proto::OpenSessionRequest open;
+  ASSERT_TRUE(open.ParseFromString(EncodeOpen(kShape, options)->metadata));
+  EXPECT_FALSE(open.has_landmark());
+  options.landmark = {.summary = LandmarkSummary::kGiven, .block = 128};
+  ASSERT_TRUE(open.ParseFromString(EncodeOpen(kShape, options)->metadata));
+  EXPECT_EQ(open.landmark().summary(), proto::LANDMARK_GIVEN);
+  EXPECT_EQ(open.landmark().block(), 128U);
+
+  const Session session{.shape = kShape};
+  const std::vector<uint16_t> keys(size_t{16} * 2 * 8, 1);
+  const std::vector<uint16_t> values(size_t{16} * 2 * 16, 1);
+  const std::vector<uint16_t> queries(size_t{1} * 4 * 8, 2);
+  std::vector<uint16_t> landmarks(size_t{1} * 2 * 8, 3);
+  const std::vector<uint64_t> positions = {16};
+  const std::vector<uint64_t> sampled = {20};
+  const auto encode = [&] {
+    return EncodeAppend(session, 0, 16, 16, keys, values, {sampled, queries},
+                        {positions, landmarks});
+  };
+  auto message = encode();
+  ASSERT_TRUE(message.ok()) << message.status();
+  message->BringTogether();
+  proto::AppendRequest sent;
+  ASSERT_TRUE(sent.ParseFromString(message->metadata));
+  EXPECT_THAT(sent.landmark_positions(), testing::ElementsAre(16));
+  ASSERT_EQ(message->payload.size(), 512U + 1024 + 64 + 32);
+  EXPECT_EQ(message->payload.last(32), AsBytes(landmarks));
+  landmarks.pop_back();
+  EXPECT_EQ(ErrorField(encode().status()), "landmarks.rows");
+}
+
 TEST(EncodeRequestsTest, PlansTravelAndMustFit) {
   OpenOptions options;
   options.error_target = 0.25F;

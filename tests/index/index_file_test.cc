@@ -33,14 +33,20 @@ struct Kind {
   std::shared_ptr<const BuiltIndex> (*build)(const BuildInput& input);
 };
 
+/// Every second block has a landmark of the client's.
 std::shared_ptr<const BuiltIndex> BuildGiven(const BuildInput& input) {
   std::mt19937_64 random(5);
   std::normal_distribution<float> normal;
-  std::vector<float> landmarks(static_cast<size_t>(input.view.SealedTokens() / 64) *
-                               static_cast<size_t>(input.view.shape.key_dim));
-  for (float& element : landmarks) element = normal(random);
-  return BuildLandmark(input,
-                       {.block = 64, .summary = LandmarkSummary::kGiven, .landmarks = landmarks});
+  BuildInput with_landmarks = input;
+  std::vector<int64_t> positions;
+  std::vector<float> landmarks;
+  for (int64_t begin = 0; begin < input.view.SealedTokens(); begin += 128) {
+    positions.push_back(begin);
+    for (int d = 0; d < input.view.shape.key_dim; ++d) landmarks.push_back(normal(random));
+  }
+  with_landmarks.landmark_positions = positions;
+  with_landmarks.landmarks = landmarks;
+  return BuildLandmark(with_landmarks, {.block = 64, .summary = LandmarkSummary::kGiven});
 }
 
 std::vector<Kind> AllKinds() {

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <random>
 #include <utility>
 #include <vector>
@@ -145,25 +146,101 @@ TEST(LandmarkIndexTest, TreeTakesTheBlocksOfHighestBound) {
   EXPECT_EQ(read, Sorted(blocks));
 }
 
+constexpr LandmarkOptions kGiven64{.block = 64, .summary = LandmarkSummary::kGiven};
+
+/// Landmarks of some blocks of 64: the query itself for block `best`, its opposite for the others.
+struct Landmarks {
+  Landmarks(const cli::HeadTrace& trace, const std::vector<int64_t>& blocks, int64_t best) {
+    for (const int64_t block : blocks) {
+      positions.push_back(block * 64);
+      for (int d = 0; d < trace.key_dim; ++d) {
+        rows.push_back((block == best ? 1.0F : -1.0F) * trace.queries[static_cast<size_t>(d)]);
+      }
+    }
+  }
+  BuildInput Input(const cli::StoredHead& head,
+                   std::shared_ptr<const BuiltIndex> previous = nullptr) const {
+    return {.view = head.view(),
+            .landmarks = rows,
+            .landmark_positions = positions,
+            .previous = std::move(previous)};
+  }
+
+  std::vector<int64_t> positions;
+  std::vector<float> rows;
+};
+
+std::vector<int64_t> Blocks(int64_t count) {
+  std::vector<int64_t> blocks(static_cast<size_t>(count));
+  std::iota(blocks.begin(), blocks.end(), 0);
+  return blocks;
+}
+
+/// First position of the 64 that a search of one block's budget reads.
+int64_t BlockRead(const BuiltIndex& built, const cli::HeadTrace& trace,
+                  const cli::StoredHead& head) {
+  Scratch scratch;
+  const SearchResult result =
+      built.Search(head.view(), {trace.StepQueries(0), trace.group, 0, built.covered()},
+                   {.candidates = 64, .list_read = true}, scratch);
+  EXPECT_EQ(result.positions.size(), 64U);
+  return result.positions.empty() ? -1 : result.positions.front();
+}
+
 TEST(LandmarkIndexTest, RanksByTheClientsKeys) {
   const cli::HeadTrace trace = RandomTrace({.tokens = 5 * kSegmentTokens, .group = 1});
   const cli::StoredHead head(trace, 2);
-  // The landmark of block 70 is the query itself, all others are its opposite.
-  const int blocks = 5 * kSegmentTokens / 64;
-  std::vector<float> landmarks;
-  for (int b = 0; b < blocks; ++b) {
-    for (int d = 0; d < 64; ++d) {
-      landmarks.push_back((b == 70 ? 1.0F : -1.0F) * trace.queries[static_cast<size_t>(d)]);
+  const Landmarks all(trace, Blocks(80), 70);
+  EXPECT_EQ(BlockRead(*BuildLandmark(all.Input(head), kGiven64), trace, head), 70 * 64);
+}
+
+TEST(LandmarkIndexTest, ABlockWithoutALandmarkIsRankedByItsMean) {
+  const cli::HeadTrace trace = RandomTrace({.tokens = 5 * kSegmentTokens + 70, .group = 1});
+  const cli::StoredHead head(trace, 2);
+  // Blocks 3 and 66 have none, and one that is not sealed whole has one.
+  std::vector<int64_t> blocks = Blocks(81);
+  blocks.erase(blocks.begin() + 66);
+  blocks.erase(blocks.begin() + 3);
+  const Landmarks some(trace, blocks, -1);
+  const auto built = BuildLandmark(some.Input(head), kGiven64);
+  const auto& runs = dynamic_cast<const PartsIndex&>(*built).runs();
+  ASSERT_EQ(runs.size(), 2U);
+  for (const int64_t block : Blocks(80)) {
+    const PartsRun& run = *runs[static_cast<size_t>(block / 64)];
+    const size_t at = static_cast<size_t>(block % 64) * 64;
+    const bool given = block != 3 && block != 66;
+    for (size_t d = 0; d < 64; ++d) {
+      ASSERT_EQ(run.landmarks[at + d], given ? -trace.queries[d] : run.parts->mean_keys()[at + d])
+          << block;
     }
   }
-  const auto built =
-      BuildLandmark({.view = head.view()},
-                    {.block = 64, .summary = LandmarkSummary::kGiven, .landmarks = landmarks});
-  Scratch scratch;
-  const SearchResult result = built->Search(head.view(), {trace.StepQueries(0), 1, 0, trace.tokens},
-                                            {.candidates = 64, .list_read = true}, scratch);
-  ASSERT_EQ(result.positions.size(), 64U);
-  EXPECT_EQ(result.positions.front(), 70 * 64);
+  // Of random keys, means score about 0 and opposites of the query far below.
+  const int64_t read = BlockRead(*built, trace, head);
+  EXPECT_TRUE(read == 3 * 64 || read == 66 * 64) << read;
+  // None at all.
+  const auto means = BuildLandmark({.view = head.view()}, kGiven64);
+  EXPECT_EQ(dynamic_cast<const PartsIndex&>(*means).runs()[1]->landmarks[5],
+            runs[1]->parts->mean_keys()[5]);
+}
+
+TEST(LandmarkIndexTest, ALandmarkThatComesLateCountsInTheNextBuild) {
+  const cli::HeadTrace trace = RandomTrace({.tokens = 9 * kSegmentTokens, .group = 1});
+  const cli::StoredHead head(trace, 2);
+  std::vector<int64_t> blocks = Blocks(144);
+  blocks.erase(blocks.begin() + 10);
+  const Landmarks before(trace, blocks, 100);
+  const auto old = BuildLandmark(before.Input(head), kGiven64);
+  EXPECT_EQ(BlockRead(*old, trace, head), 100 * 64);
+  Landmarks after(trace, Blocks(144), 10);
+  const auto renewed = BuildLandmark(after.Input(head, old), kGiven64);
+  EXPECT_EQ(BlockRead(*renewed, trace, head), 10 * 64);
+  const auto& were = dynamic_cast<const PartsIndex&>(*old).runs();
+  const auto& are = dynamic_cast<const PartsIndex&>(*renewed).runs();
+  EXPECT_NE(are[0], were[0]);
+  EXPECT_EQ(are[0]->parts, were[0]->parts);
+  EXPECT_NE(are[1], were[1]);  // block 100 is one of the others now
+  const auto again = BuildLandmark(after.Input(head, renewed), kGiven64);
+  EXPECT_EQ(dynamic_cast<const PartsIndex&>(*again).runs()[0], are[0]);
 }
 
 }  // namespace

@@ -63,7 +63,7 @@ struct Records {
 TEST_P(LadderFineTest, QuantisedQueries) {
   auto queries = reference::RandomFloats(4, 3 * 128, 2.0F);
   std::fill_n(queries.begin() + 128, 128, 0.0F);
-  std::vector<int16_t> quantised(queries.size());
+  std::vector<int8_t> quantised(queries.size());
   std::vector<float> units(3);
   QuantiseQueries(queries.data(), 3, 128, quantised.data(), units.data());
   EXPECT_EQ(units[1], 0.0F);
@@ -73,7 +73,7 @@ TEST_P(LadderFineTest, QuantisedQueries) {
     EXPECT_NEAR(static_cast<float>(quantised[i]) * unit, queries[i], 0.501F * unit);
     largest = std::max(largest, std::abs(static_cast<int>(quantised[i])));
   }
-  EXPECT_EQ(largest, 2047);
+  EXPECT_EQ(largest, 127);
 }
 
 TEST_P(LadderFineTest, ScoresMatchTheReference) {
@@ -82,10 +82,10 @@ TEST_P(LadderFineTest, ScoresMatchTheReference) {
       SCOPED_TRACE(std::to_string(dim) + " dimensions, heads " + std::to_string(heads));
       const Records records(dim, 24, 45);
       auto queries = reference::RandomFloats(5, static_cast<size_t>(heads * dim), 1.0F);
-      std::vector<int16_t> quantised(queries.size());
+      std::vector<int8_t> quantised(queries.size());
       std::vector<float> units(static_cast<size_t>(heads));
       QuantiseQueries(queries.data(), heads, dim, quantised.data(), units.data());
-      std::fill_n(quantised.begin(), dim, int16_t{2047});  // the largest sums there are
+      std::fill_n(quantised.begin(), dim, int8_t{127});  // the largest sums there are
       std::vector<FineHead> fine_heads;
       for (int h = 0; h < heads; ++h) {
         fine_heads.push_back(
@@ -168,7 +168,8 @@ TEST_P(LadderFineTest, ValuesMatchTheReference) {
                          state);
           const auto error = reference::Compare(
               Expected(records, scores, stride, heads, first_score, 0.25F), state);
-          EXPECT_LT(error.out, 2e-5);
+          // This level rounds weights to a 32639th of the largest of each 64.
+          EXPECT_LT(error.out, GetParam() == "avx512-vbmi" ? 2e-4 : 2e-5);
           EXPECT_LT(error.lse, 2e-5);
         }
       }

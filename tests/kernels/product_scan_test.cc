@@ -10,6 +10,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/dtype.h"
+#include "tests/kernels/aligned.h"
 #include "tests/kernels/reference.h"
 #include "tests/kernels/simd_level_fixture.h"
 
@@ -24,18 +25,6 @@ using ProductScanTest = SimdLevelTest;
 INSTANTIATE_TEST_SUITE_P(Levels, ProductScanTest, testing::ValuesIn(SupportedSimdLevels()),
                          LevelName);
 
-/// 64-byte aligned.
-template <class T>
-struct Aligned {
-  explicit Aligned(size_t count) : storage(count + 64 / sizeof(T)) {
-    const auto address = reinterpret_cast<uintptr_t>(storage.data());
-    first = storage.data() + (64 - address % 64) % 64 / sizeof(T);
-  }
-  Aligned(const Aligned&) = delete;
-  std::vector<T> storage;
-  T* first;
-};
-
 /// Random codes, centroids and queries, and what is computed from them.
 struct Subject {
   Subject(int subspaces, bool sketch, int block_count, int head_count, float spread = 1.0F)
@@ -46,7 +35,7 @@ struct Subject {
         sums(static_cast<size_t>(heads * blocks * 64)) {
     std::mt19937 random(9);
     for (int i = 0; i < blocks * layout.BlockBytes(); ++i) {
-      codes.first[i] = static_cast<uint8_t>(random());
+      codes[static_cast<size_t>(i)] = static_cast<uint8_t>(random());
     }
     for (int g = 0; g <= subspaces; ++g) {
       starts.push_back(static_cast<uint32_t>(g * kDim / subspaces));
@@ -58,7 +47,7 @@ struct Subject {
     tables.resize(static_cast<size_t>(heads));
     BuildProductTables(queries.data(), heads, kDim, centroids.data(), starts.data(), errors.data(),
                        layout, entries.data(), tables.data());
-    ScanProducts(codes.first, blocks, layout, entries.data(), heads, sums.first, blocks * 64);
+    ScanProducts(codes.data(), blocks, layout, entries.data(), heads, sums.data(), blocks * 64);
   }
 
   std::vector<ProductHead> Heads(float threshold, float reference) const {
@@ -70,7 +59,7 @@ struct Subject {
     return all;
   }
   int Symbol(int key, int g) const {
-    return ProductSymbol(codes.first + key / 64 * layout.BlockBytes(), layout, g, key % 64) & 63;
+    return ProductSymbol(codes.data() + key / 64 * layout.BlockBytes(), layout, g, key % 64) & 63;
   }
   double Sigma(int h, int key) const {
     double square = 0.0;
@@ -118,7 +107,7 @@ TEST_P(ProductScanTest, SumsAreTheEntries) {
                 subject
                     .entries[static_cast<size_t>((h * symbols + g) * 64 + subject.Symbol(key, g))];
           }
-          ASSERT_EQ(subject.sums.first[h * 3 * 64 + key], sum) << h << ' ' << key;
+          ASSERT_EQ(subject.sums.data()[h * 3 * 64 + key], sum) << h << ' ' << key;
         }
       }
     }
@@ -130,8 +119,8 @@ TEST_P(ProductScanTest, EstimatesAreNear) {
     const Subject subject(subspaces, true, 2, 3);
     const auto heads = subject.Heads(kInfinity, 0.5F);
     std::vector<float> estimates(3 * 128), weights(3 * 128), deviations(3 * 128);
-    EstimateProducts(subject.sums.first, 128, subject.codes.first, 2, subject.layout, heads.data(),
-                     3, estimates.data(), weights.data(), deviations.data(), 128);
+    EstimateProducts(subject.sums.data(), 128, subject.codes.data(), 2, subject.layout,
+                     heads.data(), 3, estimates.data(), weights.data(), deviations.data(), 128);
     for (int h = 0; h < 3; ++h) {
       const double unit = subject.tables[static_cast<size_t>(h)].unit;
       const double rounding = 0.5 * unit * subject.layout.Symbols();
@@ -159,14 +148,14 @@ TEST_P(ProductScanTest, SelectsAndWeighsAsEstimated) {
         const auto given = subject.Heads(threshold, 0.7F);
         const auto count = static_cast<size_t>(heads) * 192;
         std::vector<float> estimates(count), expected(count);
-        EstimateProducts(subject.sums.first, 192, subject.codes.first, 3, subject.layout,
+        EstimateProducts(subject.sums.data(), 192, subject.codes.data(), 3, subject.layout,
                          given.data(), heads, estimates.data(), expected.data(), nullptr, 192);
         std::vector<uint32_t> chosen(3 * 64 + 1, 77777);
         Aligned<uint16_t> weights(count);
         std::vector<float> block_weights(static_cast<size_t>(heads) * 4, -1.0F);
-        const int found = SelectProducts(subject.sums.first, 192, subject.codes.first, 3,
+        const int found = SelectProducts(subject.sums.data(), 192, subject.codes.data(), 3,
                                          subject.layout, given.data(), heads, 1000, chosen.data(),
-                                         weights.first, 192, block_weights.data(), 4);
+                                         weights.data(), 192, block_weights.data(), 4);
         int next = 0;
         for (int key = 0; key < 192; ++key) {
           bool any = false;
@@ -178,7 +167,7 @@ TEST_P(ProductScanTest, SelectsAndWeighsAsEstimated) {
             EXPECT_EQ(chosen[static_cast<size_t>(next++)], 1000U + static_cast<uint32_t>(key));
           }
           for (int h = 0; h < heads; ++h) {
-            const float weight = Bf16ToFloat(weights.first[h * 192 + key]);
+            const float weight = Bf16ToFloat(weights.data()[h * 192 + key]);
             const float right = any ? 0.0F : expected[static_cast<size_t>(h * 192 + key)];
             ASSERT_NEAR(weight, right, tolerance * right) << key;
           }
@@ -189,7 +178,7 @@ TEST_P(ProductScanTest, SelectsAndWeighsAsEstimated) {
           for (int b = 0; b < 3; ++b) {
             double sum = 0.0;
             for (int i = 0; i < 64; ++i) {
-              sum += Bf16ToFloat(weights.first[h * 192 + b * 64 + i]);
+              sum += Bf16ToFloat(weights.data()[h * 192 + b * 64 + i]);
             }
             EXPECT_NEAR(block_weights[static_cast<size_t>(h * 4 + b)], sum, 1e-5 * sum);
           }
@@ -206,17 +195,17 @@ TEST_P(ProductScanTest, WeightsAreUnbiased) {
   const auto heads = subject.Heads(kInfinity, 0.0F);
   const size_t count = 2 * 64 * 64;
   std::vector<float> estimates(count), expected(count);
-  EstimateProducts(subject.sums.first, 64 * 64, subject.codes.first, 64, subject.layout,
+  EstimateProducts(subject.sums.data(), 64 * 64, subject.codes.data(), 64, subject.layout,
                    heads.data(), 2, estimates.data(), expected.data(), nullptr, 64 * 64);
   Aligned<uint16_t> weights(count);
   std::vector<float> block_weights(2 * 64);
   std::vector<uint32_t> chosen(64 * 64);
-  EXPECT_EQ(SelectProducts(subject.sums.first, 64 * 64, subject.codes.first, 64, subject.layout,
-                           heads.data(), 2, 0, chosen.data(), weights.first, 64 * 64,
+  EXPECT_EQ(SelectProducts(subject.sums.data(), 64 * 64, subject.codes.data(), 64, subject.layout,
+                           heads.data(), 2, 0, chosen.data(), weights.data(), 64 * 64,
                            block_weights.data(), 64),
             0);
   double ratios = 0.0;
-  for (size_t i = 0; i < count; ++i) ratios += Bf16ToFloat(weights.first[i]) / expected[i];
+  for (size_t i = 0; i < count; ++i) ratios += Bf16ToFloat(weights.data()[i]) / expected[i];
   EXPECT_NEAR(ratios / count, 1.0, 0.01);
 }
 
@@ -228,12 +217,40 @@ TEST_P(ProductScanTest, ExtremeReferences) {
   std::vector<uint32_t> chosen(64);
   const auto weigh = [&](float reference) {
     const auto heads = subject.Heads(kInfinity, reference);
-    SelectProducts(subject.sums.first, 64, subject.codes.first, 1, subject.layout, heads.data(), 1,
-                   0, chosen.data(), weights.first, 64, &block_weight, 1);
+    SelectProducts(subject.sums.data(), 64, subject.codes.data(), 1, subject.layout, heads.data(),
+                   1, 0, chosen.data(), weights.data(), 64, &block_weight, 1);
     return block_weight;
   };
   EXPECT_EQ(weigh(1e6F), 0.0F);
   EXPECT_NEAR(std::log(weigh(-200.0F) / 64.0F), 80.0, 0.1);
+}
+
+// Subnormal weights, and products with them, take hundreds of cycles.
+TEST_P(ProductScanTest, WeightsAreZeroOrFarFromSubnormal) {
+  const float bound = std::exp2(-101.0F);
+  for (const float spread : {0.1F, 1.0F, 30.0F}) {
+    const Subject subject(11, true, 2, 2, spread);
+    Aligned<uint16_t> weights(2 * 128);
+    std::vector<float> block_weights(4);
+    std::vector<uint32_t> chosen(128);
+    int zeros = 0;
+    int small = 0;  // above the bound, but near it
+    for (int reference = 50; reference < 100; ++reference) {
+      const auto heads = subject.Heads(kInfinity, static_cast<float>(reference));
+      SelectProducts(subject.sums.data(), 128, subject.codes.data(), 2, subject.layout,
+                     heads.data(), 2, 0, chosen.data(), weights.data(), 128, block_weights.data(),
+                     2);
+      for (size_t i = 0; i < 2 * 128; ++i) {
+        const float weight = Bf16ToFloat(weights[i]);
+        ASSERT_TRUE(weight == 0.0F || weight >= bound) << weight << ' ' << reference;
+        if (weight == 0.0F) ++zeros;
+        if (weight > 0.0F && weight < 1024.0F * bound) ++small;
+      }
+      EXPECT_THAT(block_weights, testing::Each(testing::AnyOf(0.0F, testing::Ge(bound))));
+    }
+    EXPECT_GT(zeros, 0) << spread;
+    EXPECT_GT(small, 0) << spread;
+  }
 }
 
 TEST_P(ProductScanTest, NoQueryScoresNothing) {
@@ -245,8 +262,8 @@ TEST_P(ProductScanTest, NoQueryScoresNothing) {
   for (const float threshold : {-1.0F, 1.0F}) {
     const auto heads = subject.Heads(threshold, 0.0F);
     EXPECT_EQ(
-        SelectProducts(subject.sums.first, 64, subject.codes.first, 1, subject.layout, heads.data(),
-                       1, 0, chosen.data(), weights.first, 64, &block_weight, 1),
+        SelectProducts(subject.sums.data(), 64, subject.codes.data(), 1, subject.layout,
+                       heads.data(), 1, 0, chosen.data(), weights.data(), 64, &block_weight, 1),
         threshold < 0.0F ? 64 : 0);
     EXPECT_NEAR(block_weight, threshold < 0.0F ? 0.0F : 64.0F, 4.0F);
   }

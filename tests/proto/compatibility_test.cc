@@ -237,6 +237,13 @@ TEST_F(CompatibilityTest, PayloadsOfRowsAreAsLongAsTheirMessagesSay) {
   const size_t tokens = MessageOf<AppendRequest>("append_request").tokens();
   EXPECT_EQ(PayloadBytes("append_request"),
             PaddedSum({tokens * kGroups * kKeyDim * 2, tokens * kGroups * kValueDim * 2}));
+  const auto append = MessageOf<AppendRequest>("append_with_landmarks_request");
+  const auto sampled = static_cast<size_t>(append.query_positions_size());
+  const auto landmarks = static_cast<size_t>(append.landmark_positions_size());
+  EXPECT_EQ(
+      PayloadBytes("append_with_landmarks_request"),
+      PaddedSum({append.tokens() * kGroups * kKeyDim * 2, append.tokens() * kGroups * kValueDim * 2,
+                 sampled * kQueryHeads * kKeyDim * 2, landmarks * kGroups * kKeyDim * 2}));
   const size_t count = MessageOf<FetchRowsRequest>("fetch_rows_request").count();
   EXPECT_EQ(PayloadBytes("fetch_rows_request"), count * 8);
   EXPECT_EQ(PayloadBytes("fetch_rows_response"),

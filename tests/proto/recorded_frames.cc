@@ -196,6 +196,12 @@ void RecordSessions(Recorder& recorder) {
   open.set_error_target(0.0625F);
   recorder.Request("open_session_with_plan_request", Op::kOpenSession, open);
   open.clear_plan();
+  open.add_build(INDEX_LANDMARK);
+  open.mutable_landmark()->set_summary(LANDMARK_GIVEN);
+  open.mutable_landmark()->set_block(32);
+  recorder.Request("open_session_with_landmarks_request", Op::kOpenSession, open);
+  open.clear_build();
+  open.clear_landmark();
   open.set_model("org/a-model-8b@1, kv_heads 0..3");
   recorder.Request("open_session_of_model_request", Op::kOpenSession, open);
   OpenSessionResponse opened;
@@ -236,6 +242,19 @@ void RecordAppend(Recorder& recorder) {
                    PayloadWriter()
                        .Bf16(size_t{3} * kKvHeads * kKeyDim, 1)
                        .Bf16(size_t{3} * kKvHeads * kValueDim, -96)
+                       .Take());
+  // Two blocks of 32 end in [4090, 4160), and the queries of one token come along.
+  request.set_start(4090);
+  request.set_tokens(70);
+  request.add_query_positions(4100);
+  request.add_landmark_positions(4064);
+  request.add_landmark_positions(4128);
+  recorder.Request("append_with_landmarks_request", Op::kAppend, request,
+                   PayloadWriter()
+                       .Bf16(size_t{70} * kKvHeads * kKeyDim, 1)
+                       .Bf16(size_t{70} * kKvHeads * kValueDim, -96)
+                       .Bf16(size_t{1} * kQueryHeads * kKeyDim, 7)
+                       .Bf16(size_t{2} * kKvHeads * kKeyDim, -32)
                        .Take());
   AppendResponse response;
   response.set_tokens_held(4099);
@@ -412,6 +431,13 @@ void RecordObservation(Recorder& recorder) {
   SetPlan(found.mutable_sessions(0)->mutable_plan());
   found.mutable_sessions(0)->set_error_target(0.0625F);
   recorder.Response("stats_with_plans_response", Op::kStats, found);
+  found.mutable_sessions(0)->clear_plan();
+  found.mutable_sessions(0)->mutable_landmark()->set_summary(LANDMARK_GIVEN);
+  found.mutable_sessions(0)->mutable_landmark()->set_block(32);
+  found.mutable_sessions(0)->set_landmarks_given(127);
+  recorder.Response("stats_with_landmarks_response", Op::kStats, found);
+  found.mutable_sessions(0)->clear_landmark();
+  found.mutable_sessions(0)->clear_landmarks_given();
   found.mutable_sessions(0)->set_model("org/a-model-8b@1, kv_heads 0..3");
   found.mutable_sessions(0)->set_planner_audits(12345);
   recorder.Response("stats_with_models_response", Op::kStats, found);

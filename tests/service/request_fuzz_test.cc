@@ -14,7 +14,6 @@
 #include <utility>
 #include <vector>
 
-#include "kernels/dtype.h"
 #include "proto/frame.h"
 #include "proto/kvseek.pb.h"
 #include "proto/status_code.h"
@@ -26,6 +25,8 @@
 #include "tests/proto/message_mutator.h"
 #include "tests/proto/messages.h"
 #include "tests/proto/recorded_frames.h"
+#include "tests/service/right_calls.h"
+#include "tests/service/service_fixture.h"
 
 namespace kvseek::service {
 namespace {
@@ -34,14 +35,8 @@ using google::protobuf::Message;
 using proto::Op;
 using std::chrono::milliseconds;
 
-constexpr uint32_t kLayers = 2;
-constexpr uint32_t kKvHeads = 2;
-constexpr uint32_t kQueryHeads = 6;
-constexpr uint32_t kKeyDim = 16;
-constexpr uint32_t kValueDim = 24;
 constexpr uint32_t kBystanderTokens = 1100;  // a sealed segment and a tail
-constexpr uint32_t kVictimTokens = 1030;
-constexpr size_t kTogether = 8;  // requests under way at a time
+constexpr size_t kTogether = 8;              // requests under way at a time
 
 DaemonOptions SmallDaemon() {
   DaemonOptions options;
@@ -86,40 +81,6 @@ class Ticket {
   int answers_ = 0;
   Response response_;
 };
-
-struct Call {
-  Op op = Op::kHealth;
-  std::string metadata;
-  std::string payload;
-  milliseconds time_left{30000};
-  bool cancelled = false;
-};
-
-// Tensor bytes whose parts stand where the protocol wants them.
-class Parts {
- public:
-  Parts& Add(const std::string& bytes) {
-    const size_t offset = layout_.Add(bytes.size());
-    payload_.resize(layout_.bytes());
-    if (!bytes.empty()) std::memcpy(payload_.data() + offset, bytes.data(), bytes.size());
-    return *this;
-  }
-  std::string Take() { return std::move(payload_); }
-
- private:
-  proto::PayloadLayout layout_;
-  std::string payload_;
-};
-
-std::string RandomBf16(size_t count, proto::MessageMutator& random) {
-  std::string bytes(2 * count, '\0');
-  for (size_t i = 0; i < count; ++i) {
-    const float value = static_cast<float>(random.Below(2001)) / 500.0F - 2.0F;
-    const uint16_t bits = kernels::FloatToBf16(value);
-    std::memcpy(bytes.data() + 2 * i, &bits, 2);
-  }
-  return bytes;
-}
 
 class RequestFuzzTest : public testing::Test {
  protected:
@@ -178,20 +139,16 @@ class RequestFuzzTest : public testing::Test {
 
   proto::SessionRef MakeSession(uint32_t tokens, uint64_t seed) {
     proto::OpenSessionRequest open;
-    proto::ModelShape* shape = open.mutable_shape();
-    shape->set_layers(kLayers);
-    shape->set_kv_heads(kKvHeads);
-    shape->set_query_heads(kQueryHeads);
-    shape->set_key_dim(kKeyDim);
-    shape->set_value_dim(kValueDim);
-    shape->set_dtype(proto::DTYPE_BF16);
+    *open.mutable_shape() = SmallShape();
     for (const proto::IndexKind kind :
          {proto::INDEX_LANDMARK, proto::INDEX_CLUSTER, proto::INDEX_GRAPH, proto::INDEX_PRODUCT}) {
       open.add_build(kind);
     }
+    open.mutable_landmark()->set_summary(proto::LANDMARK_GIVEN);
+    open.mutable_landmark()->set_block(kLandmarkBlock);
     auto session = Succeed<proto::OpenSessionResponse>(Op::kOpenSession, open).session();
     proto::MessageMutator random(seed);
-    for (uint32_t layer = 0; layer < kLayers; ++layer) {
+    for (uint32_t layer = 0; layer < open.shape().layers(); ++layer) {
       const Call append = AppendCall(session, layer, 0, tokens, random);
       proto::AppendRequest message;
       message.ParseFromString(append.metadata);
@@ -200,82 +157,6 @@ class RequestFuzzTest : public testing::Test {
     }
     return session;
   }
-
-  static Call AppendCall(const proto::SessionRef& session, uint32_t layer, uint64_t start,
-                         uint32_t tokens, proto::MessageMutator& random) {
-    proto::AppendRequest message;
-    *message.mutable_session() = session;
-    message.set_layer(layer);
-    message.set_start(start);
-    message.set_tokens(tokens);
-    if (tokens > 0) message.add_query_positions(start + tokens / 2);
-    const size_t rows = size_t{tokens} * kKvHeads;
-    const size_t queries = tokens > 0 ? kQueryHeads : 0;
-    return {.op = Op::kAppend,
-            .metadata = message.SerializeAsString(),
-            .payload = Parts()
-                           .Add(RandomBf16(rows * kKeyDim, random))
-                           .Add(RandomBf16(rows * kValueDim, random))
-                           .Add(RandomBf16(queries * kKeyDim, random))
-                           .Take()};
-  }
-
-  template <typename M>
-  static Call QueryCall(Op op, M message, const std::vector<proto::SessionRef>& sessions,
-                        proto::IndexKind index, uint64_t seed) {
-    proto::MessageMutator random(seed);
-    Parts parts;
-    uint32_t tokens = 0;
-    for (const proto::SessionRef& session : sessions) {
-      proto::QueryItem* item = message.add_items();
-      *item->mutable_session() = session;
-      item->set_layer(1);
-      item->set_tokens(++tokens);
-      item->set_range_begin(3);
-      size_t heads = kQueryHeads;
-      if (tokens > 1) {  // the second item: a range's end, and one KV head only
-        item->add_range_end(1000);
-        item->add_kv_heads(1);
-        heads /= kKvHeads;
-      }
-      parts.Add(RandomBf16(tokens * heads * kKeyDim, random));
-      if (op != Op::kTopK) continue;
-      const size_t lists = tokens * heads * kKvHeads / kQueryHeads;
-      std::string held;
-      for (size_t list = 0; list < lists; ++list) {
-        item->add_held_counts(2);
-        for (const uint32_t position : {500U, 600U}) {
-          held.append(reinterpret_cast<const char*>(&position), sizeof(position));
-        }
-      }
-      parts.Add(held);
-    }
-    message.set_query_dtype(proto::DTYPE_BF16);
-    message.mutable_options()->set_index(index);
-    message.mutable_options()->set_candidates(128);
-    message.mutable_options()->set_exact_rows(8);
-    message.mutable_options()->set_audit_samples(16);
-    return {.op = op, .metadata = message.SerializeAsString(), .payload = parts.Take()};
-  }
-
-  static Call AttendCall(const std::vector<proto::SessionRef>& sessions, proto::IndexKind index,
-                         uint64_t seed) {
-    proto::AttendRequest message;
-    message.mutable_options()->set_list_read(true);
-    return QueryCall(Op::kAttend, message, sessions, index, seed);
-  }
-
-  static Call TopKCall(const std::vector<proto::SessionRef>& sessions, proto::IndexKind index,
-                       uint64_t seed) {
-    proto::TopKRequest message;
-    message.set_k(20);
-    message.set_with_rows(true);
-    message.set_with_state(true);
-    return QueryCall(Op::kTopK, message, sessions, index, seed);
-  }
-
-  // At least one right request of every op, all on `victim`.
-  static std::vector<Call> RightCalls(const proto::SessionRef& victim);
 
   // What the bystander answers, all bits of it but the time it took.
   std::string BystanderAnswer() {
@@ -307,63 +188,6 @@ class RequestFuzzTest : public testing::Test {
   std::vector<std::shared_ptr<Ticket>> tickets_;
   proto::SessionRef bystander_;
 };
-
-std::vector<Call> RequestFuzzTest::RightCalls(const proto::SessionRef& victim) {
-  std::vector<Call> calls;
-  const auto add = [&calls](Op op, const Message& message, std::string payload = {}) {
-    calls.push_back(
-        {.op = op, .metadata = message.SerializeAsString(), .payload = std::move(payload)});
-  };
-  proto::MessageMutator random(7);
-  for (const proto::IndexKind index :
-       {proto::INDEX_EXACT, proto::INDEX_LADDER, proto::INDEX_LANDMARK, proto::INDEX_CLUSTER,
-        proto::INDEX_GRAPH, proto::INDEX_PRODUCT}) {
-    calls.push_back(AttendCall({victim}, index, 1));
-    calls.push_back(AttendCall({victim, victim}, index, 2));
-    calls.push_back(TopKCall({victim, victim}, index, 3));
-  }
-  calls.push_back(AppendCall(victim, 0, kVictimTokens, 2, random));
-  calls.push_back(AppendCall(victim, 1, kVictimTokens - 5, 3, random));
-
-  proto::FetchRowsRequest fetch;
-  *fetch.mutable_session() = victim;
-  fetch.set_count(3);
-  const int64_t positions[] = {0, 1029, 500};
-  add(Op::kFetchRows, fetch, {reinterpret_cast<const char*>(positions), sizeof(positions)});
-
-  proto::OpenSessionRequest open;
-  open.mutable_shape()->set_layers(1);
-  open.mutable_shape()->set_kv_heads(1);
-  open.mutable_shape()->set_query_heads(2);
-  open.mutable_shape()->set_key_dim(8);
-  open.mutable_shape()->set_value_dim(8);
-  open.mutable_shape()->set_dtype(proto::DTYPE_FP16);
-  open.set_tokens_expected(100);
-  open.set_error_target(0.1F);
-  open.set_model("m");
-  open.mutable_plan()->set_version(1);
-  proto::PlannedHead& head = *open.mutable_plan()->add_heads();
-  head.set_mode("auto");
-  head.set_index("cluster");
-  head.set_candidates(200);
-  add(Op::kOpenSession, open);
-  proto::ForkRequest fork;
-  *fork.mutable_session() = victim;
-  fork.set_tokens(1000);
-  add(Op::kFork, fork);
-  proto::TruncateRequest truncate;
-  *truncate.mutable_session() = victim;
-  truncate.set_tokens(kVictimTokens);
-  add(Op::kTruncate, truncate);
-  proto::CloseSessionRequest close;
-  *close.mutable_session() = victim;
-  add(Op::kCloseSession, close);
-  proto::StatsRequest stats;
-  stats.set_with_sessions(true);
-  add(Op::kStats, stats);
-  add(Op::kHealth, proto::HealthRequest());
-  return calls;
-}
 
 // One right request, made wrong: in a field, in its bytes, in its payload, in its time, or sent as
 // another operation.

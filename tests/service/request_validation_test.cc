@@ -140,6 +140,96 @@ TEST_F(RequestValidationTest, SampledQueriesOfAppends) {
   EXPECT_TRUE(service_.Call(close).ok());
 }
 
+TEST_F(RequestValidationTest, HowLandmarkIsBuilt) {
+  const auto refused = [&](int summary, uint32_t block, proto::IndexKind build) {
+    return RefusedOpen([&](auto& m) {
+      m.add_build(build);
+      m.mutable_landmark()->set_summary(static_cast<proto::LandmarkSummary>(summary));
+      m.mutable_landmark()->set_block(block);
+      m.set_tokens_expected(1 << 20);
+      m.mutable_shape()->set_layers(512);  // else right ones would open
+    });
+  };
+  const std::string right = "RESOURCE_EXHAUSTED tokens_expected";
+  for (const int summary : {0, 1, 2, 3}) {
+    for (const uint32_t block : {0U, 16U, 32U, 64U, 128U, 256U}) {
+      EXPECT_EQ(refused(summary, block, proto::INDEX_LANDMARK), right) << summary << " " << block;
+    }
+  }
+  const std::string invalid = "INVALID_ARGUMENT ";
+  for (const uint32_t block : {1U, 8U, 15U, 24U, 512U, 1U << 31}) {
+    EXPECT_EQ(refused(1, block, proto::INDEX_LANDMARK), invalid + "landmark.block") << block;
+  }
+  EXPECT_EQ(refused(4, 16, proto::INDEX_LANDMARK), invalid + "landmark.summary");
+  EXPECT_EQ(refused(-1, 16, proto::INDEX_LANDMARK), invalid + "landmark.summary");
+  EXPECT_EQ(refused(2, 16, proto::INDEX_CLUSTER), invalid + "landmark");
+  EXPECT_EQ(RefusedOpen([](auto& m) { m.mutable_landmark(); }), invalid + "landmark");
+}
+
+TEST_F(RequestValidationTest, LandmarksOfAppends) {
+  proto::OpenSessionRequest open = Open();
+  open.add_build(proto::INDEX_LANDMARK);
+  const proto::SessionRef bounds = service_.Call(open).message.session();
+  open.mutable_landmark()->set_summary(proto::LANDMARK_GIVEN);
+  open.mutable_landmark()->set_block(32);
+  const proto::SessionRef given = service_.Call(open).message.session();
+  ASSERT_TRUE(AppendRows(service_, given, 0, 0, 40, RandomRows(3, SmallShape(), 40)).ok());
+  const auto append = [&](const proto::SessionRef& session, uint64_t start, uint32_t tokens,
+                          const std::vector<uint64_t>& positions,
+                          const std::vector<uint16_t>& landmarks) {
+    const Rows rows = RandomRows(3, SmallShape(), tokens);
+    proto::AppendRequest request;
+    *request.mutable_session() = session;
+    request.set_start(start);
+    request.set_tokens(tokens);
+    for (const uint64_t position : positions) request.add_landmark_positions(position);
+    return service_
+        .Call(request,
+              Tensors().Add(rows.keys).Add(rows.values).Add(std::vector<uint16_t>()).Add(landmarks))
+        .status;
+  };
+  const auto refused = [&](const std::vector<uint64_t>& positions, size_t landmarks) {
+    // Tokens [40, 130): blocks 1 to 3 end in them.
+    return Describe(append(given, 40, 90, positions, std::vector<uint16_t>(landmarks * 2 * 16)));
+  };
+  const std::string invalid = "INVALID_ARGUMENT ";
+  EXPECT_EQ(refused({32, 96}, 1), invalid + "payload");
+  EXPECT_EQ(refused({32, 96}, 4), invalid + "payload");  // fp32
+  EXPECT_EQ(refused({}, 1), invalid + "payload");
+  EXPECT_EQ(refused({40}, 1), invalid + "landmark_positions[0]");       // begins no block
+  EXPECT_EQ(refused({0, 32}, 2), invalid + "landmark_positions[0]");    // has ended before
+  EXPECT_EQ(refused({96, 128}, 2), invalid + "landmark_positions[1]");  // is not whole
+  EXPECT_EQ(refused({64, 64}, 2), invalid + "landmark_positions[1]");
+  EXPECT_EQ(refused({64, 32}, 2), invalid + "landmark_positions[1]");
+  EXPECT_EQ(refused({~uint64_t{31}}, 1), invalid + "landmark_positions[0]");
+  EXPECT_EQ(Describe(append(bounds, 0, 40, {0}, std::vector<uint16_t>(2 * 16))),
+            "FAILED_PRECONDITION landmark_positions");
+  EXPECT_EQ(Describe(append(given, 41, 90, {32}, std::vector<uint16_t>(2 * 16))),
+            "FAILED_PRECONDITION start");
+  std::vector<uint16_t> bad(2 * 2 * 16);
+  bad[2 * 16 + 16 + 5] = kBf16Infinity;
+  const absl::Status status = append(given, 40, 90, {32, 64}, bad);
+  EXPECT_EQ(Describe(status), invalid + "payload");
+  EXPECT_NE(status.message().find("landmark 1, KV head 1, element 5"), std::string::npos) << status;
+  const auto info = [&] {
+    proto::StatsRequest request;
+    request.set_with_sessions(true);
+    request.set_session_id(given.session_id());
+    return service_.Call(request).message.sessions(0);
+  };
+  EXPECT_EQ(info().tokens(0), 40U);
+  EXPECT_EQ(refused({32, 96}, 2), "OK");
+  EXPECT_EQ(info().tokens(0), 130U);
+  EXPECT_EQ(info().landmarks_given(), 0U) << "of layer 1";
+  EXPECT_EQ(info().landmark().summary(), proto::LANDMARK_GIVEN);
+  EXPECT_EQ(info().landmark().block(), 32U);
+  for (const proto::SessionRef& session : {bounds, given}) {
+    proto::CloseSessionRequest close;
+    *close.mutable_session() = session;
+    EXPECT_TRUE(service_.Call(close).ok());
+  }
+}
+
 TEST_F(RequestValidationTest, RowsForksAndCuts) {
   proto::FetchRowsRequest fetch;
   *fetch.mutable_session() = session_;

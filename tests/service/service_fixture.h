@@ -58,6 +58,7 @@ class Tensors {
     return payload;
   }
   std::vector<uint8_t>& bytes() { return bytes_; }
+  std::string Text() const { return {bytes_.begin(), bytes_.end()}; }
 
  private:
   proto::PayloadLayout layout_;

@@ -20,6 +20,7 @@
 #include "client/kv_client.h"
 #include "service/daemon.h"
 #include "tests/client/raw_socket.h"
+#include "tests/transport/receive_descriptor.h"
 #include "transport/shared_rings.h"
 
 namespace kvseek::service {
@@ -28,7 +29,6 @@ namespace {
 using proto::Op;
 using std::chrono::milliseconds;
 using test::MakeFrame;
-using test::RawFrame;
 using test::RawSocket;
 using transport::RingCounters;
 using Clock = std::chrono::steady_clock;
@@ -46,17 +46,8 @@ class Hostile {
     hello.add_features(proto::kSharedMemory);
     EXPECT_TRUE(socket_.SendFrame(Op::kHello, 1, hello.SerializeAsString()));
     EXPECT_TRUE(socket_.ReadFrame().has_value());
-    char byte = 0;
-    iovec part{.iov_base = &byte, .iov_len = 1};
-    alignas(cmsghdr) std::array<char, CMSG_SPACE(sizeof(int))> control{};
-    msghdr message{};
-    message.msg_iov = &part;
-    message.msg_iovlen = 1;
-    message.msg_control = control.data();
-    message.msg_controllen = control.size();
-    EXPECT_EQ(recvmsg(socket_.descriptor(), &message, 0), 1);
-    int descriptor = -1;
-    std::memcpy(&descriptor, CMSG_DATA(CMSG_FIRSTHDR(&message)), sizeof(int));
+    const int descriptor = transport::ReceiveDescriptor(socket_.descriptor());
+    EXPECT_GE(descriptor, 0);
     memory_ = static_cast<uint8_t*>(
         mmap(nullptr, kMemoryBytes, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, 0));
     close(descriptor);

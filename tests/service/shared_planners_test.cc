@@ -114,6 +114,11 @@ TEST(SharedPlannersTest, WhatDiffersDoesNotShare) {
   EXPECT_EQ(learned([](auto& m) { m.set_scan_bits(1); }), 0U);
   EXPECT_EQ(learned([](auto& m) { m.add_build(proto::INDEX_CLUSTER); }), 0U);
   EXPECT_EQ(learned([](auto& m) { m.mutable_plan()->set_version(1); }), 0U);
+  EXPECT_EQ(learned([](auto& m) {
+              m.add_build(proto::INDEX_LANDMARK);
+              m.mutable_landmark()->set_block(32);
+            }),
+            0U);
   EXPECT_EQ(learned([](auto& m) { m.mutable_shape()->set_layers(3); }), 0U);
   EXPECT_EQ(learned([](auto& m) { m.mutable_shape()->set_kv_heads(3); }), 0U);
   EXPECT_EQ(learned([](auto& m) { m.mutable_shape()->set_query_heads(4); }), 0U);
@@ -156,6 +161,19 @@ SessionSettings Settings(const std::string& model) {
   settings.model = model;
   settings.error_target = kTarget;
   return settings;
+}
+
+TEST(SharedPlannersTest, HowLandmarkIsBuiltCounts) {
+  SharedPlanners planners(4);
+  SessionSettings settings = Settings("a");
+  settings.build = 1U << static_cast<uint32_t>(index::BuiltKind::kLandmark);
+  const std::shared_ptr<LivePlanner> bounds = planners.Find(settings);
+  settings.landmark.summary = index::LandmarkSummary::kMean;
+  EXPECT_NE(planners.Find(settings), bounds);
+  settings.landmark = {.block = 32};
+  EXPECT_NE(planners.Find(settings), bounds);
+  settings.landmark = {};
+  EXPECT_EQ(planners.Find(settings), bounds);
 }
 
 TEST(SharedPlannersTest, TheLeastRecentlyOpenedGoes) {

@@ -10,13 +10,14 @@
 #include <array>
 #include <chrono>
 #include <condition_variable>
-#include <cstring>
 #include <memory>
 #include <mutex>
 #include <random>
 #include <string>
 #include <thread>
 #include <vector>
+
+#include "tests/transport/receive_descriptor.h"
 
 namespace kvseek::transport {
 namespace {
@@ -274,17 +275,8 @@ TEST_F(SharedRingsTest, WhatDoesNotComeAsAgreedIsRefused) {
 
 TEST_F(SharedRingsTest, NobodyCanTakePagesAway) {
   ASSERT_TRUE(daemon_->SendTo(ends_[0]).ok());
-  char byte = 0;
-  iovec part{.iov_base = &byte, .iov_len = 1};
-  alignas(cmsghdr) std::array<char, CMSG_SPACE(sizeof(int))> control{};
-  msghdr message{};
-  message.msg_iov = &part;
-  message.msg_iovlen = 1;
-  message.msg_control = control.data();
-  message.msg_controllen = control.size();
-  ASSERT_EQ(recvmsg(ends_[1], &message, 0), 1);
-  int descriptor = -1;
-  std::memcpy(&descriptor, CMSG_DATA(CMSG_FIRSTHDR(&message)), sizeof(int));
+  const int descriptor = ReceiveDescriptor(ends_[1]);
+  ASSERT_GE(descriptor, 0);
   EXPECT_NE(ftruncate(descriptor, 0), 0);
   EXPECT_NE(ftruncate(descriptor, 1 << 20), 0);
   EXPECT_NE(fcntl(descriptor, F_ADD_SEALS, F_SEAL_WRITE), 0);

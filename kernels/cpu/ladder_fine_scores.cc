@@ -1,0 +1,289 @@
+#include <algorithm>
+#include <cassert>
+#include <cmath>
+#include <cstddef>
+
+#include "kernels/cpu/ladder_fine.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/cpu/ladder_fine_scores.cc"
+#include "hwy/foreach_target.h"
+#include "hwy/highway.h"
+#include "kernels/cpu/ladder_fine-inl.h"
+#include "kernels/cpu/ladder_lanes-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace kvseek::kernels {
+namespace HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+constexpr int kAhead = 12;  // records between prefetch and use
+
+HWY_INLINE int32_t SumQuery(const int8_t* query, int padded_dim) {
+  const hn::ScalableTag<int32_t> d;
+  const hn::Rebind<int8_t, decltype(d)> d8;
+  auto sum = hn::Zero(d);
+  for (int i = 0; i < padded_dim; i += static_cast<int>(hn::Lanes(d))) {
+    sum = hn::Add(sum, hn::PromoteTo(d, hn::LoadU(d8, query + i)));
+  }
+  return hn::GetLane(hn::SumOfLanes(d, sum));
+}
+
+#if HWY_TARGET <= HWY_AVX3_DL
+
+/// Lane 4 j + h := sum of the lanes of sums[j][h].
+KVSEEK_VNNI HWY_INLINE __m512i SumSixteen(const __m512i (*sums)[4]) {
+  __m512i rows[4];
+  for (int j = 0; j < 4; ++j) {
+    const __m512i* v = sums[j];
+    const __m512i v01 =
+        _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
+    const __m512i v23 =
+        _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
+    rows[j] = _mm512_add_epi32(_mm512_unpacklo_epi64(v01, v23), _mm512_unpackhi_epi64(v01, v23));
+  }
+  // Blocks of four lanes: 0 + 2, 1 + 3 of two rows, then of four.
+  const __m512i low = _mm512_add_epi32(_mm512_shuffle_i32x4(rows[0], rows[1], 0x44),
+                                       _mm512_shuffle_i32x4(rows[0], rows[1], 0xee));
+  const __m512i high = _mm512_add_epi32(_mm512_shuffle_i32x4(rows[2], rows[3], 0x44),
+                                        _mm512_shuffle_i32x4(rows[2], rows[3], 0xee));
+  return _mm512_add_epi32(_mm512_shuffle_i32x4(low, high, 0x88),
+                          _mm512_shuffle_i32x4(low, high, 0xdd));
+}
+
+/// Four records at a time, for which each query is loaded once.
+template <int kHeads>
+KVSEEK_VNNI void ScoreT(const FineInput& in, int record_bytes, const int8_t* quantised,
+                        int padded_dim, const FineHead* fine_heads, float* scores,
+                        int score_stride) {
+  constexpr int kRows = 4;
+  const int half_dim = padded_dim / 2;
+  // Lane 4 h + j belongs to head h and record j.
+  alignas(64) float centres[16] = {};
+  alignas(64) float slopes[16] = {};
+  alignas(64) int32_t centrings[16] = {};
+  for (int h = 0; h < kHeads; ++h) {
+    const int32_t centring =
+        15 * SumQuery(quantised + static_cast<ptrdiff_t>(h) * padded_dim, padded_dim);
+    for (int j = 4 * h; j < 4 * h + kRows; ++j) {
+      centres[j] = fine_heads[h].centre;
+      slopes[j] = fine_heads[h].slope;
+      centrings[j] = centring;
+    }
+  }
+  const __m512 centre = _mm512_load_ps(centres);
+  const __m512 slope = _mm512_load_ps(slopes);
+  const __m512i centring = _mm512_load_si512(centrings);
+  const __m512i by_head = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i nibble = _mm512_set1_epi8(15);
+  for (int i = 0; i < in.count; i += kRows) {
+    const uint8_t* records[kRows];
+    alignas(16) float gains[kRows];
+    for (int j = 0; j < kRows; ++j) {
+      const FineRow& row = in.rows[std::min(i + j, in.count - 1)];
+      records[j] = row.record;
+      gains[j] = row.factors->gain;
+      if (i + j + kAhead >= in.count) continue;
+      const FineRow& next = in.rows[i + j + kAhead];
+      PrefetchLines(next.record, next.record + record_bytes);
+      hwy::Prefetch(next.factors);
+    }
+    __m512i sums[kRows][4];
+    for (auto& row : sums) std::fill_n(row, 4, _mm512_setzero_si512());
+    for (int at = 0; at < half_dim; at += 64) {
+      const __mmask64 bytes = half_dim - at >= 64 ? ~uint64_t{0} : 0xffffffffU;
+      __m512i low[kRows];
+      __m512i high[kRows];
+      for (int j = 0; j < kRows; ++j) {
+        const __m512i both = _mm512_maskz_loadu_epi8(bytes, records[j] + at);
+        low[j] = _mm512_and_si512(both, nibble);
+        high[j] = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
+      }
+      const int8_t* query = quantised + at;
+      for (int h = 0; h < kHeads; ++h, query += padded_dim) {
+        const __m512i query_low = _mm512_maskz_loadu_epi8(bytes, query);
+        const __m512i query_high = _mm512_maskz_loadu_epi8(bytes, query + half_dim);
+        for (int j = 0; j < kRows; ++j) {
+          sums[j][h] = _mm512_dpbusd_epi32(sums[j][h], low[j], query_low);
+          sums[j][h] = _mm512_dpbusd_epi32(sums[j][h], high[j], query_high);
+        }
+      }
+    }
+    const __m512i products = _mm512_permutexvar_epi32(by_head, SumSixteen(sums));
+    const __m512i centred = _mm512_sub_epi32(_mm512_slli_epi32(products, 1), centring);
+    const __m512 gain = _mm512_broadcast_f32x4(_mm_load_ps(gains));
+    const __m512 score =
+        _mm512_fmadd_ps(_mm512_mul_ps(slope, gain), _mm512_cvtepi32_ps(centred), centre);
+    const auto rows = static_cast<__mmask8>((1U << std::min(kRows, in.count - i)) - 1U);
+    alignas(64) float lanes[16];
+    _mm512_store_ps(lanes, score);
+    for (int h = 0; h < kHeads; ++h) {
+      _mm_mask_storeu_ps(scores + static_cast<ptrdiff_t>(h) * score_stride + i, rows,
+                         _mm_load_ps(lanes + static_cast<ptrdiff_t>(4 * h)));
+    }
+  }
+}
+
+#else
+
+constexpr int kDimMax = 512;
+
+using D16 = hn::ScalableTag<int16_t>;
+using D32 = hn::Repartition<int32_t, D16>;
+
+HWY_INLINE void Widen(const int8_t* from, int count, int16_t* to) {
+  const D16 d16;
+  const hn::Rebind<int8_t, D16> d8;
+  for (int i = 0; i < count; i += static_cast<int>(hn::Lanes(d16))) {
+    hn::Store(hn::PromoteTo(d16, hn::LoadU(d8, from + i)), d16, to + i);
+  }
+}
+
+/// sum_i nibble_i q_i of one record for four or fewer heads, in lanes: only the sum of a vector's
+/// lanes has a meaning.
+template <int kHeads>
+HWY_INLINE void NibbleProducts(const uint8_t* record, int half_dim, const int16_t* quantised,
+                               hn::Vec<D32>* sums) {
+  const D16 d16;
+  const D32 d32;
+  const hn::Rebind<uint8_t, D16> d8;
+  const auto mask = hn::Set(d16, 15);
+  hn::Vec<D32> other[kHeads];
+  for (int h = 0; h < kHeads; ++h) sums[h] = other[h] = hn::Zero(d32);
+  for (int i = 0; i < half_dim; i += static_cast<int>(hn::Lanes(d16))) {
+    const auto bytes = hn::PromoteTo(d16, hn::LoadU(d8, record + i));
+    const auto low = hn::And(bytes, mask);
+    const auto high = hn::ShiftRight<4>(bytes);
+    const int16_t* q = quantised + i;
+    for (int h = 0; h < kHeads; ++h, q += 2 * half_dim) {
+      sums[h] = hn::ReorderWidenMulAccumulate(D32(), low, hn::LoadU(d16, q), sums[h], other[h]);
+      sums[h] = hn::ReorderWidenMulAccumulate(D32(), high, hn::LoadU(d16, q + half_dim), sums[h],
+                                              other[h]);
+    }
+  }
+  for (int h = 0; h < kHeads; ++h) sums[h] = hn::RearrangeToOddPlusEven(sums[h], other[h]);
+}
+
+/// What turns products into scores, four heads at a time: centre + slope * gain * (2 product -
+/// centring).
+template <int kPadded>
+struct ScoreHeads {
+  static constexpr int kFour = 4;
+  alignas(64) float centre[kPadded] = {};
+  alignas(64) float slope[kPadded] = {};
+  alignas(64) int32_t centring[kPadded] = {};  // 15 * sum(q), for nibbles count from 0
+
+  void Finish(int h, const int32_t* products, float gain, float* scores) const {
+    const hn::CappedTag<float, kFour> d;
+    const hn::RebindToSigned<decltype(d)> di;
+    for (int j = 0; j < kFour; j += static_cast<int>(hn::Lanes(d))) {
+      const auto product = hn::LoadU(di, products + j);
+      const auto sum = hn::Sub(hn::Add(product, product), hn::LoadU(di, centring + h + j));
+      const auto factor = hn::Mul(hn::LoadU(d, slope + h + j), hn::Set(d, gain));
+      hn::StoreU(hn::MulAdd(factor, hn::ConvertTo(d, sum), hn::LoadU(d, centre + h + j)), d,
+                 scores + j);
+    }
+  }
+};
+
+template <int kHeads>
+void ScoreT(const FineInput& in, int record_bytes, const int8_t* quantised, int padded_dim,
+            const FineHead* fine_heads, float* scores, int score_stride) {
+  constexpr int kPadded = (kHeads + 3) / 4 * 4;
+  const D32 d32;
+  ScoreHeads<kPadded> score_heads;
+  HWY_ALIGN int16_t queries[kHeads * kDimMax];
+  Widen(quantised, kHeads * padded_dim, queries);
+  for (int h = 0; h < kHeads; ++h) {
+    score_heads.centring[h] =
+        15 * SumQuery(quantised + static_cast<ptrdiff_t>(h) * padded_dim, padded_dim);
+    score_heads.centre[h] = fine_heads[h].centre;
+    score_heads.slope[h] = fine_heads[h].slope;
+  }
+  for (int i = 0; i < in.count; ++i) {
+    if (i + kAhead < in.count) {
+      const FineRow& next = in.rows[i + kAhead];
+      PrefetchLines(next.record, next.record + record_bytes);
+      hwy::Prefetch(next.factors);
+    }
+    hn::Vec<D32> sums[kPadded];
+    for (int h = kHeads; h < kPadded; ++h) sums[h] = hn::Zero(d32);
+    NibbleProducts<kHeads>(in.rows[i].record, padded_dim / 2, queries, sums);
+    const float gain = in.rows[i].factors->gain;
+    for (int h = 0; h < kPadded; h += 4) {
+      int32_t products[4];
+      float four[4];
+      SumFour(d32, sums + h, products);
+      score_heads.Finish(h, products, gain, four);
+      for (int j = 0; j < 4 && h + j < kHeads; ++j) {
+        scores[static_cast<ptrdiff_t>(h + j) * score_stride + i] = four[j];
+      }
+    }
+  }
+}
+
+#endif
+
+struct ScoreCall {
+  FineInput in;
+  int record_bytes;
+  const int8_t* quantised;
+  int padded_dim;
+  const FineHead* fine_heads;
+  float* scores;
+  int score_stride;
+
+  template <int kHeads>
+  void operator()() const {
+    ScoreT<kHeads>(in, record_bytes, quantised, padded_dim, fine_heads, scores, score_stride);
+  }
+};
+
+void ScoreFineImpl(const FineRow* rows, int count, int record_bytes, const int8_t* quantised,
+                   int padded_dim, const FineHead* fine_heads, int heads, float* scores,
+                   int score_stride) {
+  for (int h = 0; h < heads; h += kHeadChunk) {
+    const ScoreCall call = {
+        {rows, count}, record_bytes,   quantised + static_cast<ptrdiff_t>(h) * padded_dim,
+        padded_dim,    fine_heads + h, scores + static_cast<ptrdiff_t>(h) * score_stride,
+        score_stride};
+    WithHeads(std::min(kHeadChunk, heads - h), call);
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace kvseek::kernels
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace kvseek::kernels {
+
+HWY_EXPORT(ScoreFineImpl);
+
+void QuantiseQueries(const float* rotated_queries, int heads, int padded_dim, int8_t* quantised,
+                     float* units) noexcept {
+  constexpr float kLargest = 127.0F;
+  for (int h = 0; h < heads; ++h, rotated_queries += padded_dim, quantised += padded_dim) {
+    float largest = 0.0F;
+    for (int i = 0; i < padded_dim; ++i) largest = std::max(largest, std::abs(rotated_queries[i]));
+    units[h] = largest / kLargest;
+    // Below that the inverse is infinite; such a query scores nothing.
+    if (units[h] < 1e-37F) units[h] = 0.0F;
+    const float inverse = units[h] == 0.0F ? 0.0F : 1.0F / units[h];
+    for (int i = 0; i < padded_dim; ++i) {
+      const float value = std::nearbyint(rotated_queries[i] * inverse);
+      quantised[i] = static_cast<int8_t>(std::clamp(value, -kLargest, kLargest));
+    }
+  }
+}
+
+void ScoreFine(const FineRow* rows, int count, int record_bytes, const int8_t* quantised,
+               int padded_dim, const FineHead* fine_heads, int heads, float* scores,
+               int score_stride) noexcept {
+  assert(padded_dim >= 64 && padded_dim <= 512 && padded_dim % 64 == 0);
+  HWY_DYNAMIC_DISPATCH(ScoreFineImpl)
+  (rows, count, record_bytes, quantised, padded_dim, fine_heads, heads, scores, score_stride);
+}
+
+}  // namespace kvseek::kernels
+#endif  // HWY_ONCE
