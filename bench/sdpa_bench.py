@@ -4,7 +4,7 @@
 One query token, 8 KV heads, 4 query heads each, 128 dimensions, bf16. Prints a JSON line for each
 measurement: the bytes of keys and values, and the median time of a call that finds them cold.
 
-Usage: sdpa_bench.py [--quick]
+Usage: sdpa_bench.py [--batch 1,16] [--rows 4096,16384,131072]
 """
 
 import argparse
@@ -90,8 +90,9 @@ def measure_flashinfer(flashinfer, batch, rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer shapes")
-    is_quick = parser.parse_args().quick
+    parser.add_argument("--batch", default="1,16", help="sequences, comma list")
+    parser.add_argument("--rows", default="4096,16384,131072", help="of a sequence, comma list")
+    flags = parser.parse_args()
     if not torch.cuda.is_available():
         print("skipped: no CUDA device")
         return
@@ -99,8 +100,8 @@ def main():
         import flashinfer
     except ImportError:
         flashinfer = None
-    for batch in (16,) if is_quick else (1, 16):
-        for rows in (4096, 16384) if is_quick else (4096, 16384, 131072):
+    for batch in map(int, flags.batch.split(",")):
+        for rows in map(int, flags.rows.split(",")):
             measure_sdpa(batch, rows)
             if flashinfer is not None:
                 measure_flashinfer(flashinfer, batch, rows)

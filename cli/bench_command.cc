@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "cli/bench.h"
 #include "cli/commands.h"
@@ -278,12 +279,17 @@ void PrintText(const BenchFlags& flags, const BenchResult& result, std::optional
   std::cout << table.Text();
 }
 
+/// Whether the daemon runs on this machine.
+bool IsLocal(const std::string& via) { return !absl::StartsWith(via, "tcp:"); }
+
 absl::Status RunBenchCommand(BenchFlags flags) {
   Progress progress(/*quiet=*/flags.format == "json");
   Subject subject;
   std::optional<double> roof;
   if (flags.connect.via.empty()) {
     if (absl::Status status = StartHere(flags, subject); !status.ok()) return status;
+  }
+  if (IsLocal(flags.connect.via)) {
     const auto cores = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
     roof = MeasureMemoryRoof(flags.workers > 0 ? flags.workers : cores);
   }

@@ -155,6 +155,7 @@ SearchFunction DaemonHead::Search(IndexKind index, int reuse_steps, int reuse_ke
     request.options.exact_top = static_cast<uint32_t>(options.exact_top);
     request.options.beta = options.beta;
     request.options.mass = options.mass;
+    if (options.threshold < 0.0F) request.options.threshold = options.threshold;
     request.options.vote = options.vote == index::Vote::kMax ? Vote::kMax : Vote::kSum;
     request.options.reuse_steps =
         static_cast<uint32_t>(follows ? reuse_steps : std::min(reuse_steps, 1));

@@ -54,6 +54,13 @@ class HeadRun {
   }
 
  private:
+  /// Who is asked, and where it is an index of this process, which one and what it reads.
+  struct Asked {
+    SearchFunction search;
+    const index::KeyIndex* index = nullptr;
+    const StoredHead* stored = nullptr;
+  };
+
   absl::Status RunIndex(const std::string& index) {
     if (index == "oracle") {
       for (size_t i = 0; i < reference_.oracles.size(); ++i) {
@@ -109,7 +116,7 @@ class HeadRun {
     auto remote = DaemonHead::Open(*client_, trace_, kDefaultScanBits, IndexKind::kProduct);
     if (!remote.ok()) return remote.status();
     return EvaluateProduct(scan.name, kernels::ProductLayout().sketch,
-                           (*remote)->Search(IndexKind::kProduct));
+                           {(*remote)->Search(IndexKind::kProduct)});
   }
 
   absl::Status RunProduct(const ScanName& scan, const kernels::ProductLayout& layout) {
@@ -123,8 +130,7 @@ class HeadRun {
           " tokens and prefill queries of ", index::kProductQueriesMin));
     }
     const size_t first = results_.size();
-    absl::Status status = EvaluateProduct(scan.name, layout.sketch,
-                                          flags_.policy.Search(trace_, stored, *built, runner_));
+    absl::Status status = EvaluateProduct(scan.name, layout.sketch, AskHere(stored, *built));
     for (size_t i = first; i < results_.size(); ++i) {
       results_[i].build_core_seconds = built->build_core_seconds();
       results_[i].index_bytes = static_cast<double>(built->Bytes());
@@ -132,12 +138,16 @@ class HeadRun {
     return status;
   }
 
-  absl::Status EvaluateProduct(const std::string& scan, bool sketch, const SearchFunction& search) {
+  Asked AskHere(const StoredHead& stored, const index::KeyIndex& index) const {
+    return {flags_.policy.Search(trace_, stored, index, runner_), &index, &stored};
+  }
+
+  absl::Status EvaluateProduct(const std::string& scan, bool sketch, const Asked& asked) {
     for (const int count : flags_.candidates) {
       const index::SearchOptions options = LadderOptions(count);
       Json settings = LadderSettings(scan, options);
       settings["sketch"] = sketch ? kernels::kSketchDim : 0;
-      absl::Status status = Evaluate("ladder", settings, search, options);
+      absl::Status status = Evaluate("ladder", settings, asked, options);
       if (!status.ok()) return status;
     }
     return absl::OkStatus();
@@ -150,27 +160,26 @@ class HeadRun {
     const int scan_bits = exact ? kDefaultScanBits : scan->sign_bits;
     std::optional<StoredHead> stored;
     std::unique_ptr<DaemonHead> remote;
-    SearchFunction search;
+    Asked asked;
     if (client_ != nullptr) {
       absl::StatusOr<std::unique_ptr<DaemonHead>> opened =
           DaemonHead::Open(*client_, trace_, scan_bits);
       if (!opened.ok()) return opened.status();
       remote = *std::move(opened);
-      search = flags_.policy.Search(*remote, exact ? IndexKind::kExact : IndexKind::kLadder);
+      asked = {flags_.policy.Search(*remote, exact ? IndexKind::kExact : IndexKind::kLadder)};
     } else {
       stored.emplace(trace_, scan_bits);
-      search = flags_.policy.Search(trace_, *stored,
-                                    exact ? index::ExactIndex() : index::LadderIndex(), runner_);
+      asked = AskHere(*stored, exact ? index::ExactIndex() : index::LadderIndex());
     }
     if (exact) {
       index::SearchOptions options;
       options.audit_samples = flags_.audit;
       options.seed = flags_.seed;
-      return Evaluate(index, Json::object(), search, options);
+      return Evaluate(index, Json::object(), asked, options);
     }
     for (const int count : flags_.candidates) {
       const index::SearchOptions options = LadderOptions(count);
-      absl::Status status = Evaluate(index, LadderSettings(scan->name, options), search, options);
+      absl::Status status = Evaluate(index, LadderSettings(scan->name, options), asked, options);
       if (!status.ok()) return status;
     }
     return absl::OkStatus();
@@ -183,7 +192,7 @@ class HeadRun {
                                                  : IndexKind::kGraph;
       auto remote = DaemonHead::Open(*client_, trace_, kDefaultScanBits, kind, build);
       if (!remote.ok()) return remote.status();
-      return EvaluateBuilt(name, build, flags_.policy.Search(**remote, kind));
+      return EvaluateBuilt(name, build, {flags_.policy.Search(**remote, kind)});
     }
     const StoredHead stored(trace_, kDefaultScanBits);
     const std::shared_ptr<const index::BuiltIndex> built =
@@ -194,8 +203,7 @@ class HeadRun {
                        " tokens", name == "graph" ? " and prefill queries" : ""));
     }
     const size_t first = results_.size();
-    absl::Status status =
-        EvaluateBuilt(name, build, flags_.policy.Search(trace_, stored, *built, runner_));
+    absl::Status status = EvaluateBuilt(name, build, AskHere(stored, *built));
     for (size_t i = first; i < results_.size(); ++i) {
       results_[i].build_core_seconds = built->build_core_seconds();
       results_[i].index_bytes = static_cast<double>(built->Bytes());
@@ -204,13 +212,14 @@ class HeadRun {
   }
 
   absl::Status EvaluateBuilt(const std::string& name, const BuildSettings& build,
-                             const SearchFunction& answer) {
-    const SearchFunction search = [&](int step, index::SearchOptions options) {
+                             const Asked& asked) {
+    Asked timed = asked;
+    timed.search = [&](int step, index::SearchOptions options) {
       if (flags_.stop_after_us > 0) {
         options.stop_at =
             std::chrono::steady_clock::now() + std::chrono::microseconds(flags_.stop_after_us);
       }
-      return answer(step, options);
+      return asked.search(step, options);
     };
     index::SearchOptions options;
     options.audit_samples = flags_.audit;
@@ -219,7 +228,7 @@ class HeadRun {
     if (name == "landmark") options.exact_top = flags_.exact_top;
     for (const int count : flags_.candidates) {
       options.candidates = count;
-      absl::Status status = Evaluate(name, BuiltSettings(name, build, options), search, options);
+      absl::Status status = Evaluate(name, BuiltSettings(name, build, options), timed, options);
       if (!status.ok()) return status;
     }
     return absl::OkStatus();
@@ -245,13 +254,20 @@ class HeadRun {
     return settings;
   }
 
-  absl::Status Evaluate(const std::string& index, const Json& settings,
-                        const SearchFunction& search, const index::SearchOptions& options) {
+  absl::Status Evaluate(const std::string& index, Json settings, const Asked& asked,
+                        const index::SearchOptions& options) {
     index::SearchOptions with_policy = options;
     flags_.policy.Apply(with_policy);
-    absl::StatusOr<Evaluation> figures = EvaluateSearch(trace_, reference_, search, with_policy);
+    if (asked.index != nullptr && index != "exact") {
+      absl::Status status =
+          flags_.policy.Calibrate(trace_, *asked.stored, *asked.index, with_policy);
+      if (!status.ok()) return status;
+    }
+    if (index != "exact") flags_.policy.DescribeThreshold(with_policy, settings);
+    absl::StatusOr<Evaluation> figures =
+        EvaluateSearch(trace_, reference_, asked.search, with_policy);
     if (!figures.ok()) return figures.status();
-    Add(index, settings, *figures);
+    Add(index, std::move(settings), *figures);
     return absl::OkStatus();
   }
 

@@ -58,6 +58,7 @@ constexpr char kHelp[] =
     "  keys_scanned   keys of the group of which anything was read in a step (oracle: the rows "
     "that it\n"
     "                 attends to, as if it knew them without a look)\n"
+    "  keys_read      keys of the group read at 4 bits or better in a step, the tail's among them\n"
     "  bytes_read     codes and rows read for the group in a step\n"
     "  searches_skipped  share of steps answered from an earlier step's selection (--reuse)\n"
     "  missed_mass    softmax mass of keys not read at 4 bits or better: as the answers estimate "
@@ -160,6 +161,9 @@ void CheckEvalFlags(const EvalFlags& flags) {
     FailUsage(
         "--via: the daemon checks a reuse in its own way; leave --reuse-samples and "
         "--reuse-tolerance out");
+  }
+  if (!flags.connect.via.empty() && flags.policy.CalibratedKeys() > 0) {
+    FailUsage("--via: a threshold is calibrated here; give the daemon its number");
   }
   if (!flags.connect.via.empty() && flags.threads != 1) {
     FailUsage("--threads: the daemon has its own; leave it out with --via");

@@ -146,6 +146,12 @@ std::string EvalJson(const std::vector<EvalResult>& results, const std::string& 
          {"output_error", {{"mean", f.error_mean}, {"p90", f.error_p90}, {"max", f.error_max}}},
          {"recall_at_100", f.recall_at_100},
          {"keys_scanned", f.keys_scanned},
+         {"keys_read",
+          {{"mean", f.keys_read_mean},
+           {"min", f.keys_read_min},
+           {"p10", f.keys_read_p10},
+           {"p90", f.keys_read_p90},
+           {"max", f.keys_read_max}}},
          {"bytes_read", f.bytes_read},
          {"searches_skipped", f.searches_skipped},
          {"missed_mass",
@@ -164,23 +170,37 @@ std::string EvalJson(const std::vector<EvalResult>& results, const std::string& 
 }
 
 std::string EvalTable(const std::vector<EvalResult>& results, const std::string& simd_level) {
-  Table table({"head", "index", "settings", "error mean", "p90", "max", "recall@100", "scanned",
-               "read", "skipped", "missed est.", "true", "cover", "width", "us p50", "p99",
-               "build s", "size"});
+  Table table({"head",  "index",      "settings",    "error mean", "p90",
+               "max",   "recall@100", "scanned",     "keys read",  "min-max",
+               "bytes", "skipped",    "missed est.", "true",       "cover",
+               "width", "us p50",     "p99",         "build s",    "size"});
   for (const EvalResult& result : results) {
     const Evaluation& f = result.figures;
-    table.Add({result.head, result.index, SettingsText(result), Digits(f.error_mean),
-               Digits(f.error_p90), Digits(f.error_max), Digits(f.recall_at_100),
-               Short(f.keys_scanned), ShortBytes(f.bytes_read), Digits(f.searches_skipped),
-               OrDash(f.missed_estimated), Digits(f.missed_true), OrDash(f.interval_cover),
-               OrDash(f.interval_width), OrDash(f.micros_p50), OrDash(f.micros_p99),
+    table.Add({result.head,
+               result.index,
+               SettingsText(result),
+               Digits(f.error_mean),
+               Digits(f.error_p90),
+               Digits(f.error_max),
+               Digits(f.recall_at_100),
+               Short(f.keys_scanned),
+               Short(f.keys_read_mean),
+               absl::StrCat(Short(f.keys_read_min), "-", Short(f.keys_read_max)),
+               ShortBytes(f.bytes_read),
+               Digits(f.searches_skipped),
+               OrDash(f.missed_estimated),
+               Digits(f.missed_true),
+               OrDash(f.interval_cover),
+               OrDash(f.interval_width),
+               OrDash(f.micros_p50),
+               OrDash(f.micros_p99),
                OrDash(result.build_core_seconds),
                result.index_bytes.has_value() ? ShortBytes(*result.index_bytes) : "-"});
   }
-  return absl::StrCat(
-      table.Text(), "\nSIMD level ", simd_level,
-      ". Per group and step: scanned (keys), read, us. `kvseek eval --help` explains the "
-      "columns.\n");
+  return absl::StrCat(table.Text(), "\nSIMD level ", simd_level,
+                      ". Per group and step: scanned (keys), keys read, bytes, us. `kvseek eval "
+                      "--help` explains the "
+                      "columns.\n");
 }
 
 std::vector<Plot> EvalPlots(const std::vector<EvalResult>& results) {

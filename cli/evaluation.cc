@@ -15,6 +15,7 @@ struct Samples {
   std::vector<double> errors;
   std::vector<double> recalls;
   std::vector<double> keys_scanned;
+  std::vector<double> keys_read;
   std::vector<double> bytes_read;
   std::vector<double> reused;
   std::vector<double> missed_estimated;
@@ -31,6 +32,11 @@ struct Samples {
     result.recall_at_100 = Mean(recalls);
     result.keys_scanned = Mean(keys_scanned);
     result.bytes_read = Mean(bytes_read);
+    result.keys_read_mean = Mean(keys_read);
+    result.keys_read_min = Percentile(keys_read, 0.0);
+    result.keys_read_p10 = Percentile(keys_read, 0.1);
+    result.keys_read_p90 = Percentile(keys_read, 0.9);
+    result.keys_read_max = Percentile(keys_read, 1.0);
     if (!reused.empty()) result.searches_skipped = Mean(reused);
     result.missed_true = Mean(missed_true);
     if (!missed_estimated.empty()) result.missed_estimated = Mean(missed_estimated);
@@ -89,6 +95,8 @@ void AddAnswer(const HeadTrace& trace, const Reference& reference, size_t s, boo
         MassOfKeys(trace, reference.steps[s], reference.lse.data() + s * group, answer.positions);
   }
   samples.keys_scanned.push_back(static_cast<double>(report.keys_scanned));
+  samples.keys_read.push_back(
+      static_cast<double>(all_read ? trace.tokens : static_cast<int64_t>(answer.positions.size())));
   samples.bytes_read.push_back(static_cast<double>(report.bytes_touched));
   samples.reused.push_back(report.reused ? 1.0 : 0.0);
   for (size_t h = 0; h < group; ++h) {
@@ -155,6 +163,7 @@ Evaluation EvaluateOracle(const HeadTrace& trace, const Reference& reference, si
   Samples samples;
   for (const int64_t keys : oracle.keys_read) {
     samples.keys_scanned.push_back(static_cast<double>(keys));
+    samples.keys_read.push_back(static_cast<double>(keys));
     samples.bytes_read.push_back(static_cast<double>(keys) * row_bytes);
   }
   std::vector<float> out(dim);

@@ -34,6 +34,12 @@ struct Evaluation {
   /// Of the group in one step, mean. The oracle counts the rows it attends to only.
   double keys_scanned = 0.0;
   double bytes_read = 0.0;
+  /// Keys of the group read at 4 bits or better in one step (oracle: those it attends to).
+  double keys_read_mean = 0.0;
+  double keys_read_min = 0.0;
+  double keys_read_p10 = 0.0;
+  double keys_read_p90 = 0.0;
+  double keys_read_max = 0.0;
   double searches_skipped = 0.0;  ///< share of steps answered from an earlier step's selection
   /// Softmax mass of keys not read at 4 bits or better: mean of the reports, and the truth.
   std::optional<double> missed_estimated;  ///< none for the oracle

@@ -180,6 +180,7 @@ absl::Status FillSearch(const Request& request, Proto& message, Message& out) {
   to.set_exact_top(options.exact_top);
   to.set_mass(options.mass);
   to.set_beta(options.beta);
+  if (options.threshold.has_value()) to.set_threshold(*options.threshold);
   if (options.vote.has_value()) to.set_vote(static_cast<proto::Vote>(*options.vote));
   to.set_reuse_steps(options.reuse_steps);
   to.set_reuse_keep(options.reuse_keep);

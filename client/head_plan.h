@@ -4,11 +4,11 @@
 //   auto plan = kvseek::ReadHeadPlan("plan.json");
 //   options.plan = *plan;  // DecoderOptions, or OpenOptions of a session
 //
-// A session that is opened with a plan answers each KV head with its index and candidates where a
-// request does not say; mode and k are what a SparseDecoder asks for. The file is JSON
-// (docs/planning.md), with a version. Heads that a plan does not name are asked as if there were
-// none. Errors: invalid_argument naming the field, e.g. "heads[3].mode"; not_found for a file that
-// is not there, unavailable for one that cannot be written. All functions are thread-safe.
+// A session that is opened with a plan answers each KV head with its index, candidates and
+// threshold where a request does not say; mode and k are what a SparseDecoder asks for. The file is
+// JSON (docs/planning.md), with a version. Heads that a plan does not name are asked as if there
+// were none. Errors: invalid_argument naming the field, e.g. "heads[3].mode"; not_found for a file
+// that is not there, unavailable for one that cannot be written. All functions are thread-safe.
 #ifndef KVSEEK_CLIENT_HEAD_PLAN_H_
 #define KVSEEK_CLIENT_HEAD_PLAN_H_
 
@@ -31,6 +31,7 @@ struct PlannedHead {
   std::string index = "auto";
   uint32_t candidates = 0;  ///< SearchOptions::candidates; 0: the daemon's default
   uint32_t k = 0;           ///< kRows: keys that TopK returns; 0: the decoder's default
+  float threshold = 0.0F;   ///< SearchOptions::threshold; 0: none
 
   bool operator==(const PlannedHead&) const = default;
 };

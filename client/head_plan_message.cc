@@ -17,6 +17,7 @@ proto::HeadPlan ToMessage(const HeadPlan& plan) {
     to.set_index(head.index);
     to.set_candidates(head.candidates);
     to.set_k(head.k);
+    to.set_threshold(head.threshold);
   }
   return message;
 }
@@ -28,7 +29,7 @@ HeadPlan FromMessage(const proto::HeadPlan& message) {
   for (const proto::PlannedHead& head : message.heads()) {
     plan.heads.push_back({head.layer(), head.kv_head(),
                           static_cast<HeadMode>(proto::HeadModeNumber(head)), head.index(),
-                          head.candidates(), head.k()});
+                          head.candidates(), head.k(), head.threshold()});
   }
   return plan;
 }

@@ -128,9 +128,9 @@ struct OpenOptions {
   uint64_t tokens_expected = 0;        ///< refuse now if there is no memory for so many
   std::string name{};                  ///< for listings
   std::vector<IndexKind> build{};      ///< kLandmark to kProduct: built in the background
-  /// Index and candidates of each KV head where a request does not say. Indexes that it names are
-  /// built; its scan_bits, unless 0, are the session's. None: the daemon's plan, if it has one; an
-  /// empty one: no plan.
+  /// Index, candidates and threshold of each KV head where a request does not say. Indexes that it
+  /// names are built; its scan_bits, unless 0, are the session's. None: the daemon's plan, if it
+  /// has one; an empty one: no plan.
   std::optional<HeadPlan> plan{};
   /// The daemon's audits look for the cheapest setting of each KV head whose mean output error is
   /// at most this, and change the session's plan as they find it; 0: the daemon's default.
@@ -160,6 +160,9 @@ struct SearchOptions {
   uint32_t exact_top = 0;
   float mass = 0.0F;  ///< fewer candidates where no head misses more of its mass; 0: all. Not graph
   float beta = 0.0F;  ///< fewer where fewer are within beta nats of a head's best score; 0: all
+  /// Of the candidates those alone whose share of any head's mass is at least exp(threshold); below
+  /// 0 and not below -1000 nats; 0: all.
+  std::optional<float> threshold{};
   std::chrono::microseconds search_time{0};  ///< landmark, cluster: answers by then; 0: no limit
   std::optional<Vote> vote{};                ///< landmark, cluster
   /// Ladder, landmark, cluster: of decode steps, at most n - 1 after one that was searched are

@@ -173,6 +173,7 @@ SearchResult ChosenPlan::Finish(Scratch& scratch) {
   const auto chosen = static_cast<int64_t>(chosen_.positions.size());
   result.report.keys_scanned = std::max(chosen_.keys_scored, chosen) + run;
   result.report.keys_exact = chosen + run;
+  result.report.keys_chosen = chosen;
   result.report.bytes_touched =
       chosen_.bytes_touched +
       result.report.keys_exact *

@@ -41,7 +41,7 @@ class GraphSearch {
         view_(view),
         query_(query),
         options_(options),
-        beta_(options.beta > 0.0F ? options.beta : kInfinity),
+        bounded_(options.beta > 0.0F || options.threshold < 0.0F),
         scratch_(scratch),
         group_(static_cast<size_t>(query.group)),
         end_(std::min({query.end, graph.Keys(), view.SealedTokens()})),
@@ -57,7 +57,7 @@ class GraphSearch {
     chosen.covered = std::min(graph_.Keys(), view_.SealedTokens());
     chosen.spread.assign(group_, 0.0F);
     if (part_count_ == 0) return chosen;
-    if (end_ - query_.begin <= options_.candidates) {
+    if (end_ - query_.begin <= options_.candidates && !bounded_) {
       for (int64_t p = query_.begin; p < end_; ++p) chosen.positions.push_back(p);
       return chosen;
     }
@@ -101,6 +101,8 @@ class GraphSearch {
   void Tell(size_t scored);
   void Observe(uint32_t key, float precision, const float* scores);
   float Priority(uint32_t slot) const;
+  /// The least score of a head that beta and threshold let pass.
+  float Bar(size_t head) const;
   bool WorthALook(uint32_t slot) const;
   void Enqueue();
   void TrimQueue();
@@ -113,7 +115,7 @@ class GraphSearch {
   const KvView& view_;
   const SearchQuery& query_;
   const SearchOptions& options_;
-  const float beta_;
+  const bool bounded_;  ///< by beta or threshold
   Scratch& scratch_;
   const size_t group_;
   const int64_t end_;  ///< of the graph's share of the range
@@ -344,13 +346,20 @@ float GraphSearch::Priority(uint32_t slot) const {
   return priority;
 }
 
+float GraphSearch::Bar(size_t head) const {
+  const float near = options_.beta > 0.0F ? best_[head] - options_.beta : -kInfinity;
+  const float heavy =
+      options_.threshold < 0.0F ? reference_[head] + options_.threshold : -kInfinity;
+  return std::max(near, heavy);
+}
+
 bool GraphSearch::WorthALook(uint32_t slot) const {
-  if (beta_ == kInfinity) return true;
+  if (!bounded_ || static_cast<int64_t>(keys_.size()) < options_.k) return true;
   const float variance = 1.0F / precisions_[slot];
   const float deviation = kOptimism * std::sqrt(variance);
   const float* const sums = sums_.data() + slot * group_;
   for (size_t h = 0; h < group_; ++h) {
-    if (sums[h] * variance + deviation * noise_[h] >= best_[h] - beta_) return true;
+    if (sums[h] * variance + deviation * noise_[h] >= Bar(h)) return true;
   }
   return false;
 }
@@ -383,12 +392,23 @@ void GraphSearch::RefillQueue() {
 }
 
 void GraphSearch::Choose(ChosenKeys& chosen) const {
+  if (!bounded_) {
+    chosen.positions.assign(keys_.begin(), keys_.end());
+    std::sort(chosen.positions.begin(), chosen.positions.end());
+    return;
+  }
+  // How far above its bar a key is; TopK's in that order.
+  std::vector<float> bars;
+  for (size_t h = 0; h < group_; ++h) bars.push_back(Bar(h));
+  std::vector<float> above(keys_.size(), -kInfinity);
   for (size_t i = 0; i < keys_.size(); ++i) {
-    bool near = false;
-    for (size_t h = 0; h < group_ && !near; ++h) {
-      near = scores_[i * group_ + h] >= best_[h] - beta_;
+    for (size_t h = 0; h < group_; ++h) {
+      above[i] = std::max(above[i], scores_[i * group_ + h] - bars[h]);
     }
-    if (near) chosen.positions.push_back(keys_[i]);
+  }
+  const auto pass = std::count_if(above.begin(), above.end(), [](float x) { return x >= 0.0F; });
+  for (const uint32_t i : BestIndices(above, std::max<int64_t>(pass, options_.k))) {
+    chosen.positions.push_back(keys_[i]);
   }
   std::sort(chosen.positions.begin(), chosen.positions.end());
 }

@@ -13,8 +13,8 @@
 //
 // It starts at the keys that most training queries rank first and at the best keys of the stretches
 // with the best means; it ends at the budget, or for each head by dynamic inner-product range
-// (AlayaDB, arXiv 2504.10326): keys that are predicted more than beta below the best score found
-// are not worth a look.
+// (AlayaDB, arXiv 2504.10326) and threshold: keys that are predicted more than beta below the best
+// score found, or to have less than the threshold's share of mass, are not worth a look.
 #ifndef KVSEEK_INDEX_GRAPH_SEARCH_H_
 #define KVSEEK_INDEX_GRAPH_SEARCH_H_
 
@@ -28,8 +28,9 @@
 
 namespace kvseek::index {
 
-/// Every key of the range that was scored is chosen; with a finite options.beta, those that are
-/// within it of the best in some head. `parts`: the graph's keys in order, in parts of
+/// Every key of the range that was scored is chosen; with options.beta or options.threshold, those
+/// that are within the one of the best in some head, and pass the other in one. Where these are
+/// fewer than options.k, so many of the best. `parts`: the graph's keys in order, in parts of
 /// kGraphPartTokens. What the arguments point at must outlive the call, the parts the result.
 ChosenKeys SearchGraph(const KeyGraph& graph,
                        absl::Span<const std::shared_ptr<const KeyParts>> parts, const KvView& view,

@@ -28,12 +28,13 @@
 
 namespace kvseek::index {
 
-inline constexpr int kMaxGroup = 64;            ///< query heads that share a KV head
-inline constexpr int kMaxK = 1 << 16;           ///< keys that one TopK may ask for
-inline constexpr int kMaxCandidates = 1 << 20;  ///< candidates that one search may ask for
-inline constexpr int kMaxExactRows = 1 << 16;   ///< exact rows a head that one search may ask for
-inline constexpr int kMaxAuditSamples = 4096;   ///< audit samples a head
-inline constexpr int kMaxKeep = 1 << 20;        ///< keys that one search may remember
+inline constexpr int kMaxGroup = 64;              ///< query heads that share a KV head
+inline constexpr int kMaxK = 1 << 16;             ///< keys that one TopK may ask for
+inline constexpr int kMaxCandidates = 1 << 20;    ///< candidates that one search may ask for
+inline constexpr int kMaxExactRows = 1 << 16;     ///< exact rows a head that one search may ask for
+inline constexpr int kMaxAuditSamples = 4096;     ///< audit samples a head
+inline constexpr int kMaxKeep = 1 << 20;          ///< keys that one search may remember
+inline constexpr float kMinThreshold = -1000.0F;  ///< nats; any key passes it
 inline constexpr int64_t kExactBelowTokens = 8192;  ///< `auto` answers shorter ranges exactly
 
 struct LastSearch;  // index/reuse.h
@@ -100,6 +101,16 @@ struct SearchOptions {
   /// Fewer where fewer are expected within `beta` nats of any head's best score (DIPR of AlayaDB,
   /// arXiv 2504.10326), and a graph's walk ends where it expects no more of them; 0: spend all.
   float beta = 0.0F;
+  /// Of the candidates that the other options allow, those whose estimated share of any head's
+  /// softmax mass is at least exp(threshold), in nats: below 0 and not below kMinThreshold; 0: all.
+  /// Calibrated for a head (threshold_calibration.h) it lets about the same number pass on average,
+  /// more where attention is broad and fewer where it is narrow (Top-Theta, arXiv 2502.08363). What
+  /// is compared: ladder: a key's estimate, of product codes + 1 deviation; landmark, cluster: the
+  /// mean share of a part's keys, taking or leaving it whole; graph: true scores, and a walk ends
+  /// where it expects no more keys that pass. The lse that makes a share of a score is estimated,
+  /// from the whole range by the ladder, from the keys that they cover by the others. TopK has k
+  /// candidates whether they pass or not.
+  float threshold = 0.0F;
   Vote vote = Vote::kSum;  ///< landmark, cluster
   /// Ladder, landmark, cluster: put the `keep` best keys, those read among them, into the result's
   /// `last`, for the next step (index/reuse.h); 0: none; 0..kMaxKeep.
@@ -114,6 +125,7 @@ struct SearchReport {
   int64_t keys_scanned = 0;  ///< keys of which at least a scan code or an exact row was read
   int64_t keys_fine = 0;     ///< keys of the group read at 4 bits
   int64_t keys_exact = 0;    ///< exact rows read for the answer, tail and range edges included
+  int64_t keys_chosen = 0;  ///< candidates: keys of the group that were read because of their score
   int64_t bytes_touched =
       0;  ///< of codes, factors and rows read for the answer (an audit's own reads are not counted)
   /// (group) estimated missed mass: the softmax mass within the range of keys not read at 4 bits or

@@ -238,6 +238,7 @@ void LadderPlan::ReportReads(SearchReport& report, Scratch& scratch) const {
   for (size_t w = 0; w < words; ++w) refined += std::popcount(read[w]);
   const auto row_bytes = static_cast<int64_t>(shape.KeyRowBytes() + shape.ValueRowBytes());
   report.keys_fine = fine;
+  report.keys_chosen = fine;
   report.keys_exact = exact_tokens_ + refined;
   int64_t chosen_by = 0;  // bytes
   if (recall_.last == nullptr) {

@@ -129,6 +129,8 @@ class LadderPlan final : public SearchPlan {
   int64_t WantedKeys(const float* estimates, int keys, int64_t wanted, Scratch& scratch) const;
   /// How many of the `count` sampled keys hold all but options_.mass of every head's mass.
   size_t KeysForMass(const float* estimates, size_t count, Scratch& scratch) const;
+  /// SearchOptions::threshold, as far as TopK's k allows.
+  void RaiseThresholds(const float* estimates, int keys, Scratch& scratch);
   void FillFineHeads(int64_t segment, kernels::FineHead* heads) const;
 
   // ---- scan (ladder_scan_piece.cc)

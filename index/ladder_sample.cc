@@ -91,15 +91,17 @@ void LadderPlan::RunSample(SamplePart& part, Scratch& scratch) {
       }
     }
     codes_->Select(sample_[i], 1, sums, {{}, part.largest.data()}, nullptr, results);
-    for (size_t h = 0; h < group; ++h) part.mass[h] += weights[h];
+    // The first block stands for itself: a sink in it would be counted many times.
+    const auto others = static_cast<float>(sample_.size() - 1);
+    const float stands_for =
+        i == 0 ? 1.0F : static_cast<float>(last_block_ - first_block_ - 1) / others;
+    for (size_t h = 0; h < group; ++h) part.mass[h] += weights[h] * stands_for;
   }
 }
 
 void LadderPlan::EstimateReference() {
   reference_ = LseOf(exact_state_);
-  // The sample's share, scaled up, beside the exact part's.
-  const float scale_up =
-      static_cast<float>(last_block_ - first_block_) / static_cast<float>(sample_.size());
+  // The sample's share beside the exact part's.
   for (size_t h = 0; h < reference_.size(); ++h) {
     float largest = -kInfinity;
     for (const SamplePart& part : sample_parts_) largest = std::max(largest, part.largest[h]);
@@ -107,7 +109,7 @@ void LadderPlan::EstimateReference() {
     for (const SamplePart& part : sample_parts_) {
       if (part.mass[h] > 0.0F) mass += part.mass[h] * std::exp(part.largest[h] - largest);
     }
-    const float sampled = largest + std::log(std::max(mass * scale_up, 1e-30F));
+    const float sampled = largest + std::log(std::max(mass, 1e-30F));
     const float high = std::max(reference_[h], sampled);
     const float low = std::min(reference_[h], sampled);
     reference_[h] = high + std::log1p(std::exp(low - high));
@@ -123,10 +125,20 @@ void LadderPlan::ChooseThreshold(Scratch& scratch) {
   const int64_t wanted = std::max<int64_t>(
       WantedKeys(estimates, keys, std::max(options_.candidates, options_.k), scratch), options_.k);
   thresholds_ = Thresholds(estimates, keys, wanted, scratch);
+  if (options_.threshold < 0.0F) RaiseThresholds(estimates, keys, scratch);
   if (options_.keep == 0) return;
   keep_thresholds_ = Thresholds(estimates, keys, options_.keep, scratch);
   for (size_t h = 0; h < thresholds_.size(); ++h) {
     keep_thresholds_[h] = std::min(keep_thresholds_[h], thresholds_[h]);
+  }
+}
+
+void LadderPlan::RaiseThresholds(const float* estimates, int keys, Scratch& scratch) {
+  std::vector<float> highest(thresholds_.size(), kInfinity);
+  if (options_.k > 0) highest = Thresholds(estimates, keys, options_.k, scratch);
+  for (size_t h = 0; h < thresholds_.size(); ++h) {
+    const float passes = std::min(reference_[h] + options_.threshold, highest[h]);
+    thresholds_[h] = std::max(thresholds_[h], passes);
   }
 }
 

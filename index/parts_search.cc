@@ -46,13 +46,7 @@ ChosenKeys PartsSearch::Choose() {
   SetLse();
   Queue(0);
   TakeParts(options_.candidates, false);
-  const size_t read = chosen_.positions.size();
-  if (options_.keep > options_.candidates && !prove_) {
-    TakeParts(options_.keep, true);
-    chosen_.kept.assign(chosen_.positions.begin() + static_cast<ptrdiff_t>(read),
-                        chosen_.positions.end());
-    chosen_.positions.resize(read);
-  }
+  if (options_.keep > options_.candidates && !prove_) TakeParts(options_.keep, true);
   return Finish();
 }
 
@@ -60,9 +54,9 @@ void PartsSearch::TakeParts(int64_t keys, bool all) {
   while (!queue_.empty() && std::chrono::steady_clock::now() < options_.stop_at) {
     const uint32_t slot = queue_.front().second;
     const Scored scored = scored_[slot];
-    const int64_t budget = keys - static_cast<int64_t>(chosen_.positions.size());
+    const int64_t budget = keys - taken_;
     // A part that is cut off or let in by no more than its half: the budget holds on average.
-    const bool fits = scored.keys <= 2 * budget || chosen_.positions.empty();
+    const bool fits = scored.keys <= 2 * budget || taken_ == 0;
     if (!IsNode(scored) && !fits && !prove_) break;
     if (!all && !prove_ && Enough()) break;
     std::pop_heap(queue_.begin(), queue_.end());
@@ -72,9 +66,10 @@ void PartsSearch::TakeParts(int64_t keys, bool all) {
     } else if (IsNode(scored)) {
       Open(slot);
     } else {
-      if (all) kept_.push_back(slot);
+      const bool read = !all && (prove_ || Passes(slot));
+      if (!read) kept_.push_back(slot);
       for (size_t h = 0; h < group_ && options_.mass > 0.0F; ++h) left_[h] -= Share(slot, h);
-      Take(scored);
+      Take(scored, read ? chosen_.positions : chosen_.kept);
     }
   }
 }
@@ -84,9 +79,24 @@ double PartsSearch::Share(size_t slot, size_t head) const {
 }
 
 bool PartsSearch::Enough() const {
+  if (taken_ < options_.k) return false;
+  // A part's best key outranks their mean, unless a landmark says so, and the heads' sum its best.
+  const bool descends = rank_ != PartRank::kLandmark && options_.beta == 0.0F;
+  if (options_.threshold < 0.0F && descends && queue_.front().first < options_.threshold) {
+    return true;
+  }
   if (options_.beta > 0.0F && queue_.front().first < -options_.beta) return true;
   return options_.mass > 0.0F &&
          *std::max_element(left_.begin(), left_.end()) <= double{options_.mass};
+}
+
+bool PartsSearch::Passes(size_t slot) const {
+  if (options_.threshold == 0.0F || taken_ < options_.k) return true;
+  const float keys = std::log(static_cast<float>(scored_[slot].keys));
+  for (size_t h = 0; h < group_; ++h) {
+    if (weights_[slot * group_ + h] - keys - lse_[h] >= options_.threshold) return true;
+  }
+  return false;
 }
 
 void PartsSearch::Score(const PartsRun& run, const KeyParts& of, int first, int last) {
@@ -183,12 +193,13 @@ void PartsSearch::Open(size_t slot) {
   Queue(first);
 }
 
-void PartsSearch::Take(const Scored& part) {
-  const size_t first = chosen_.positions.size();
+void PartsSearch::Take(const Scored& part, std::vector<int64_t>& positions) {
+  const size_t first = positions.size();
   for (const uint16_t member : part.of->Members(part.part)) {
     const int64_t position = part.of->begin() + member;
-    if (position >= query_.begin && position < end_) chosen_.positions.push_back(position);
+    if (position >= query_.begin && position < end_) positions.push_back(position);
   }
+  taken_ += part.keys;
   if (prove_) RaiseBars(first);
 }
 

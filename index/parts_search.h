@@ -40,11 +40,14 @@ class PartsSearch {
   /// Queues slots from `first` on.
   void Queue(size_t first);
   void Open(size_t slot);
-  /// Takes parts until there are about `keys` keys, or, unless `all`, enough by mass or beta.
+  /// Takes parts until there are about `keys` keys, or, unless `all`, enough by mass, beta or
+  /// threshold; what is taken is kept, and read unless `all`, or it does not pass the threshold.
   void TakeParts(int64_t keys, bool all);
   bool Enough() const;
-  void Take(const Scored& part);
-  /// Scores the keys just taken, and raises the heads' bars.
+  bool Passes(size_t slot) const;
+  /// Adds a part's keys to `positions`.
+  void Take(const Scored& part, std::vector<int64_t>& positions);
+  /// Scores the chosen keys from `first` on, and raises the heads' bars.
   void RaiseBars(size_t first);
   /// No key below has a place among any head's best exact_top.
   bool Beaten(size_t slot) const;
@@ -71,6 +74,7 @@ class PartsSearch {
   std::vector<std::pair<float, uint32_t>> queue_;   ///< a heap of (group's rank, slot)
   std::vector<uint32_t> beaten_;                    ///< slots
   std::vector<uint32_t> kept_;                      ///< slots taken to be kept, not read
+  int64_t taken_ = 0;                               ///< keys
   std::vector<float> best_rank_;                    ///< (group), of what was scored first
   std::vector<double> left_;  ///< (group): estimated share of mass in parts not taken
   /// (group) min-heaps of the best exact_top scores so far.

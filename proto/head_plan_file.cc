@@ -17,6 +17,7 @@ namespace {
 
 constexpr uint32_t kCandidatesMax = 1U << 20;  // as index::kMaxCandidates
 constexpr uint32_t kRowsMax = 1U << 16;        // as index::kMaxK
+constexpr float kThresholdMin = -1000.0F;      // as index::kMinThreshold
 
 absl::Status Refuse(absl::string_view field, absl::string_view why) {
   return FieldError(absl::StatusCode::kInvalidArgument, field, why);
@@ -45,6 +46,9 @@ absl::Status CheckHead(const PlannedHead& head, const PlannedHead* previous,
   if (!status.ok()) return status;
   if (head.candidates() > kCandidatesMax) {
     return Refuse(field + ".candidates", absl::StrCat("at most ", kCandidatesMax));
+  }
+  if (!(head.threshold() >= kThresholdMin && head.threshold() <= 0.0F)) {
+    return Refuse(field + ".threshold", absl::StrCat("must be between ", kThresholdMin, " and 0"));
   }
   if (head.k() > kRowsMax) return Refuse(field + ".k", absl::StrCat("at most ", kRowsMax));
   if (previous != nullptr && std::pair(head.layer(), head.kv_head()) <=

@@ -82,10 +82,10 @@ void Declare(CLI::App& app, Arguments& arguments) {
                  "Share of Attend requests that are also answered exactly where a core is idle")
       ->check(CLI::Range(0.0, 1.0))
       ->capture_default_str();
-  app.add_option(
-         "--plan", arguments.plan_file,
-         "File of `kvseek plan`: index and candidates of each KV head, for sessions that are "
-         "opened without a plan and that it fits")
+  app.add_option("--plan", arguments.plan_file,
+                 "File of `kvseek plan`: index, candidates and threshold of each KV head, for "
+                 "sessions that are "
+                 "opened without a plan and that it fits")
       ->check(CLI::ExistingFile);
   app.add_option("--error-target", options.error_target,
                  "Mean output error that audits plan KV heads for, in sessions that name none; 0: "

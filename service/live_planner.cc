@@ -61,8 +61,9 @@ HeadSetting LivePlanner::Get(uint32_t layer, uint32_t kv_head, int64_t range) co
   const size_t place = Place(layer, kv_head);
   const auto in = [&](size_t number) {
     const Octave* const octave = published_[number].load(std::memory_order_acquire);
-    return octave == nullptr ? HeadSetting()
-                             : octave->settings[place].load(std::memory_order_relaxed);
+    if (octave == nullptr) return HeadSetting();
+    const Planned planned = octave->settings[place].load(std::memory_order_relaxed);
+    return HeadSetting{planned.index, planned.candidates};
   };
   const size_t own = OctaveOf(range);
   for (size_t number = own + 1; number-- > 0;) {
@@ -91,6 +92,7 @@ LivePlanner::Learned LivePlanner::Learn(const AuditedSearch& audited, MemoryBudg
     if (index == nullptr) continue;  // not built yet
     index::SearchOptions options = audited.options;
     options.candidates = head->planner.curves()[setting.curve].candidates[setting.budget];
+    options.threshold = 0.0F;  // what is planned here has none
     const index::SearchResult result = index->Search(view, audited.query, options, scratch);
     trials.push_back({setting, static_cast<double>(result.report.bytes_touched),
                       MeanOf(audited.audit->Compare(result).output_error)});
@@ -105,7 +107,7 @@ LivePlanner::Octave* LivePlanner::FindOctave(size_t number, MemoryBudget& budget
   std::unique_ptr<Octave>& octave = octaves_[number];
   if (octave != nullptr) return octave.get();
   const size_t heads = Place(layers_, 0);
-  auto memory = budget.Reserve(sizeof(Octave) + heads * sizeof(HeadSetting), "error_target");
+  auto memory = budget.Reserve(sizeof(Octave) + heads * sizeof(Planned), "error_target");
   if (!memory.ok()) return nullptr;
   octave = std::make_unique<Octave>(heads);
   octave->memory = *std::move(memory);
@@ -134,14 +136,16 @@ bool LivePlanner::Choose(const AuditedSearch& audited, bool anything_wanted, Oct
   const bool searching = exact && anything_wanted && !head.planned.has_value();
   if (searching || head.planned == chosen) return false;
   head.planned = chosen;
-  HeadSetting setting{proto::INDEX_EXACT, 0};
+  HeadSetting setting{.index = proto::INDEX_EXACT};
   if (!exact) {
     const index::PlanCurve& curve = head.planner.curves()[chosen.curve];
-    setting = {head.kinds[chosen.curve], static_cast<uint32_t>(curve.candidates[chosen.budget])};
+    setting.index = head.kinds[chosen.curve];
+    setting.candidates = static_cast<uint32_t>(curve.candidates[chosen.budget]);
   }
   const HeadSetting before =
       Get(audited.layer, audited.kv_head, audited.query.end - audited.query.begin);
-  octave.settings[Place(audited.layer, audited.kv_head)].store(setting, std::memory_order_relaxed);
+  octave.settings[Place(audited.layer, audited.kv_head)].store({setting.index, setting.candidates},
+                                                               std::memory_order_relaxed);
   return setting != before;
 }
 

@@ -83,10 +83,16 @@ class LivePlanner {
     std::optional<index::PlanSetting> planned;  ///< what the table says
     MemoryBudget::Reservation memory;
   };
+  /// One word of a table. What is planned here has no threshold.
+  struct Planned {
+    proto::IndexKind index = proto::INDEX_AUTO;  ///< auto: nothing yet
+    uint32_t candidates = 0;
+  };
+  static_assert(std::atomic<Planned>::is_always_lock_free);
   struct Octave {
     explicit Octave(size_t heads) : settings(heads) {}
 
-    std::vector<std::atomic<HeadSetting>> settings;  ///< (layers, kv_heads); auto: none yet
+    std::vector<std::atomic<Planned>> settings;                   ///< (layers, kv_heads)
     absl::flat_hash_map<size_t, std::unique_ptr<Head>> planners;  ///< by place; Learn's alone
     MemoryBudget::Reservation memory;
   };

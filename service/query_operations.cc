@@ -294,6 +294,7 @@ std::vector<SearchTask> MakeTasks(const CheckedSearch& search) {
             item.layer->heads[item.kv_heads[h]].View(),
             index::SearchQuery{queries, group, item.begin, item.ends[t]}, search.options);
         task.options.candidates = static_cast<int>(item.settings_of_heads[h].candidates);
+        task.options.threshold = item.settings_of_heads[h].threshold;
         queries += group_elements;
       }
     }

@@ -145,6 +145,10 @@ absl::Status SearchValidator::CheckOptions(const proto::SearchOptions& message,
       CheckBetween("options.audit_samples", message.audit_samples(), 0, index::kMaxAuditSamples));
   status.Update(CheckBetween("options.exact_top", message.exact_top(), 0, index::kMaxK));
   if (!(message.beta() >= 0.0F)) status.Update(Invalid("options.beta", "must not be negative"));
+  if (!(message.threshold() >= index::kMinThreshold && message.threshold() <= 0.0F)) {
+    status.Update(Invalid("options.threshold",
+                          absl::StrCat("must be between ", index::kMinThreshold, " and 0")));
+  }
   if (!(message.mass() >= 0.0F && message.mass() <= 1.0F)) {
     status.Update(Invalid("options.mass", "must be between 0 and 1"));
   }
@@ -154,7 +158,8 @@ absl::Status SearchValidator::CheckOptions(const proto::SearchOptions& message,
   status.Update(CheckBetween("options.reuse_steps", message.reuse_steps(), 0, kReuseStepsMax));
   status.Update(CheckBetween("options.reuse_keep", message.reuse_keep(), 0, index::kMaxKeep));
   if (!status.ok()) return status;
-  search.asked = {message.index(), message.candidates()};
+  search.asked = {message.index(), message.candidates(), message.threshold()};
+  search.asks_threshold = message.has_threshold();
   search.options.exact_rows = static_cast<int>(exact_rows);
   search.options.audit_samples = static_cast<int>(message.audit_samples());
   search.options.seed = message.seed();
@@ -182,7 +187,7 @@ HeadSetting SearchValidator::Resolve(const CheckedSearch& search, const CheckedI
   const bool ready = !kind.has_value() || item.layer->Built(kv_head, *kind) != nullptr;
   // A budget is worth what it is worth with its own index.
   if (!ready || (asked.index != proto::INDEX_AUTO && asked.index != planned.index)) {
-    planned = {asked.index, 0};
+    planned = {asked.index, 0, 0.0F};
   }
   // It was planned for Attend; whoever asks for k keys gets so many.
   if (planned.candidates > 0 && search.topk()) {
@@ -190,6 +195,7 @@ HeadSetting SearchValidator::Resolve(const CheckedSearch& search, const CheckedI
   }
   if (asked.candidates > 0) planned.candidates = asked.candidates;
   if (planned.candidates == 0) planned.candidates = options_.candidates;
+  if (search.asks_threshold) planned.threshold = asked.threshold;
   return planned;
 }
 

@@ -51,10 +51,11 @@ struct CheckedItem {
 /// the payload.
 struct CheckedSearch {
   std::vector<CheckedItem> items;
-  index::SearchOptions options;  ///< k < 0: Attend; candidates are those of each head
+  index::SearchOptions options;  ///< k < 0: Attend; candidates and threshold are each head's
   /// every 0: nothing is reused or kept; keep 0: see AddReuse.
   index::ReuseOptions reuse{.every = 0};
-  HeadSetting asked;  ///< what the request says
+  HeadSetting asked;            ///< what the request says
+  bool asks_threshold = false;  ///< asked.threshold counts, be it 0
   bool with_rows = false;
   bool with_state = true;
   kernels::DType state_dtype = kernels::DType::kFp32;  ///< or kFp16

@@ -30,7 +30,8 @@ SessionPlan::SessionPlan(uint32_t layers, uint32_t kv_heads,
   settings_.resize(static_cast<size_t>(layers) * kv_heads);
   for (const proto::PlannedHead& head : opened_->heads()) {
     settings_[static_cast<size_t>(head.layer()) * kv_heads + head.kv_head()] = {
-        static_cast<proto::IndexKind>(proto::IndexNumber(head)), head.candidates()};
+        static_cast<proto::IndexKind>(proto::IndexNumber(head)), head.candidates(),
+        head.threshold()};
   }
 }
 
@@ -63,6 +64,7 @@ proto::HeadPlan SessionPlan::Message(absl::Span<const int64_t> ranges) const {
       if (planned) head = opened_->heads(next++);
       head.set_index(proto::kIndexNames[static_cast<size_t>(setting.index)]);
       head.set_candidates(setting.candidates);
+      head.set_threshold(setting.threshold);
     }
   }
   message.set_version(proto::kHeadPlanVersion);

@@ -7,7 +7,6 @@
 #ifndef KVSEEK_SERVICE_SESSION_PLAN_H_
 #define KVSEEK_SERVICE_SESSION_PLAN_H_
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -29,11 +28,11 @@ std::optional<index::BuiltKind> BuiltKindOf(proto::IndexKind kind);
 /// What a search of one KV head takes from a plan.
 struct HeadSetting {
   proto::IndexKind index = proto::INDEX_AUTO;
-  uint32_t candidates = 0;  ///< 0: the daemon's default
+  uint32_t candidates = 0;  ///< up to index::kMaxCandidates; 0: the daemon's default
+  float threshold = 0.0F;   ///< 0: none
 
   bool operator==(const HeadSetting&) const = default;
 };
-static_assert(std::atomic<HeadSetting>::is_always_lock_free);
 
 /// Immutable, but for what the planner learns; thread-safe. Shared by a session and its forks.
 class SessionPlan {

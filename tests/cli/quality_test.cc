@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <chrono>
+#include <cmath>
 #include <cstdlib>
 #include <filesystem>
 #include <map>
@@ -11,6 +12,7 @@
 #include "cli/build_index.h"
 #include "cli/evaluation.h"
 #include "cli/library_search.h"
+#include "index/threshold_calibration.h"
 
 namespace kvseek::cli {
 namespace {
@@ -111,6 +113,36 @@ void ExpectProductFloors(const Subject& subject, const ProductFloors& floors) {
   EXPECT_GE(*small.interval_cover, 0.85);
 }
 
+/// A threshold calibrated on prefill queries: about so many keys pass in decode steps too, and the
+/// ladder's error is as measured, at most a tenth more, and no more than that of a fixed budget of
+/// as many keys.
+void ExpectThresholdFloor(const Subject& subject, int wanted, double error_max) {
+  const HeadTrace& trace = subject.trace;
+  const StoredHead head(trace, 2);
+  index::BuildInput input;
+  input.view = head.view();
+  input.group = trace.group;
+  input.queries = trace.prefill_queries;
+  input.query_positions = trace.prefill_positions;
+  index::SearchOptions options;
+  options.candidates = 8 * wanted;
+  index::Scratch scratch;
+  const index::CalibratedThreshold found =
+      index::CalibrateThreshold(index::LadderIndex(), input, options, wanted, scratch);
+  EXPECT_NEAR(found.keys, wanted, 0.01 * wanted);
+  options.threshold = found.threshold;
+  const Evaluation calibrated = subject.Ask(index::LadderIndex(), head, options);
+  const auto tail = static_cast<double>(trace.tokens - head.view().SealedTokens());
+  const double mean = calibrated.keys_read_mean - tail;
+  EXPECT_GE(mean, 0.6 * wanted);
+  EXPECT_LE(mean, 2.0 * wanted);
+  EXPECT_LT(calibrated.keys_read_min - tail, 0.7 * mean);
+  EXPECT_GT(calibrated.keys_read_max - tail, 1.2 * mean);
+  EXPECT_LE(calibrated.error_mean, error_max);
+  EXPECT_LE(calibrated.error_mean,
+            subject.Ask(index::LadderIndex(), 2, std::lround(mean), 0).error_mean);
+}
+
 /// Landmark run to the end has every head's true best keys.
 void ExpectCompletionIsExact(const Subject& subject) {
   index::SearchOptions options;
@@ -182,6 +214,11 @@ TEST_P(ShortTraceTest, ProductFloors) {
                                       ProductFloors{"layer20.kv0", kShort, 0.023, 0.027, 0.019}}) {
     if (floors.head == subject_.trace.name) ExpectProductFloors(subject_, floors);
   }
+}
+
+TEST_P(ShortTraceTest, ThresholdFloors) {
+  const std::map<std::string, double> error_max = {{"layer15.kv1", 0.039}, {"layer20.kv0", 0.043}};
+  ExpectThresholdFloor(subject_, 512, error_max.at(GetParam()));
 }
 
 TEST_P(ShortTraceTest, LandmarkCompletionIsExact) { ExpectCompletionIsExact(subject_); }

@@ -114,6 +114,27 @@ TEST_F(ServedTest, VoteAndReuseAreAskedOfTheDaemon) {
   EXPECT_THAT(refused.err, HasSubstr("--reuse-samples"));
 }
 
+TEST_F(ServedTest, AThresholdIsAskedOfTheDaemon) {
+  const std::string arguments = absl::StrCat(
+      "eval --kv '", kData, "code8.layer15.kv1.safetensors' --queries '", kData,
+      "code8.queries.safetensors' --index exact,ladder --scan sign1,sign2 --candidates 2048 "
+      "--audit 0 --steps 12 --threshold ");
+  const auto without_time = [](json answer) {
+    for (json& result : answer.at("results")) result.erase("micros");
+    return answer;
+  };
+  const Ran here = RunKvseek(arguments + "-7.5 --format json");
+  ASSERT_EQ(here.exit_code, 0) << here.err;
+  const json computed = without_time(json::parse(here.out));
+  EXPECT_EQ(without_time(Ask(arguments + "-7.5")), computed);
+  const json& keys_read = computed.at("results")[1].at("keys_read");
+  EXPECT_LT(keys_read.at("max").get<double>(), 2048.0 + 512.0);
+  EXPECT_LT(1.5 * keys_read.at("min").get<double>(), keys_read.at("max").get<double>());
+  const Ran refused = RunKvseek(arguments + "calibrated:100 --via " + daemon_->address());
+  EXPECT_EQ(refused.exit_code, 2);
+  EXPECT_THAT(refused.err, HasSubstr("calibrated"));
+}
+
 TEST_F(ServedTest, PingTimesRoundTrips) {
   const json answer = Ask("ping --count 20");
   EXPECT_EQ(answer.at("count"), 20);

@@ -139,6 +139,7 @@ TEST(EncodeRequestsTest, FieldsTravel) {
                      .candidates = 0,
                      .audit_samples = 8,
                      .seed = 9,
+                     .threshold = 0.0F,
                      .vote = Vote::kMax,
                      .reuse_steps = 4,
                      .reuse_keep = 77};
@@ -159,6 +160,8 @@ TEST(EncodeRequestsTest, FieldsTravel) {
   EXPECT_FALSE(sent.options().has_exact_rows());
   EXPECT_EQ(sent.options().audit_samples(), 8U);
   EXPECT_EQ(sent.options().seed(), 9U);
+  EXPECT_TRUE(sent.options().has_threshold());  // none, whatever is planned
+  EXPECT_EQ(sent.options().threshold(), 0.0F);
   EXPECT_EQ(sent.options().vote(), proto::VOTE_MAX);
   EXPECT_EQ(sent.options().reuse_steps(), 4U);
   EXPECT_EQ(sent.options().reuse_keep(), 77U);

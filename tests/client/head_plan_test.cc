@@ -17,7 +17,8 @@ using ::testing::HasSubstr;
 constexpr char kPlan[] = R"({"version": 1, "scan_bits": 1, "error_target": 0.1, "heads": [
   {"layer": 2, "kv_head": 1, "mode": "state", "index": "ladder", "candidates": 6889},
   {"layer": 15, "kv_head": 0, "mode": "local", "index": "exact"},
-  {"layer": 15, "kv_head": 1, "mode": "rows", "index": "cluster", "candidates": 512, "k": 256}]})";
+  {"layer": 15, "kv_head": 1, "mode": "rows", "index": "cluster", "candidates": 512, "k": 256,
+   "threshold": -9.5}]})";
 
 std::string With(const std::string& old_text, const std::string& new_text) {
   const std::string changed = absl::StrReplaceAll(kPlan, {{old_text, new_text}});
@@ -39,7 +40,7 @@ TEST(HeadPlanTest, ReadsWhatTheDocumentShows) {
   ASSERT_EQ(plan->heads.size(), 3U);
   EXPECT_EQ(plan->heads[0], (PlannedHead{2, 1, HeadMode::kState, "ladder", 6889, 0}));
   EXPECT_EQ(plan->heads[1], (PlannedHead{15, 0, HeadMode::kLocal, "exact", 0, 0}));
-  EXPECT_EQ(plan->heads[2], (PlannedHead{15, 1, HeadMode::kRows, "cluster", 512, 256}));
+  EXPECT_EQ(plan->heads[2], (PlannedHead{15, 1, HeadMode::kRows, "cluster", 512, 256, -9.5F}));
 }
 
 TEST(HeadPlanTest, RefusalsNameTheField) {
@@ -57,6 +58,7 @@ TEST(HeadPlanTest, RefusalsNameTheField) {
   ExpectRefused(With("\"cluster\"", "\"magic\""), "heads[2].index");
   ExpectRefused(With(", \"index\": \"exact\"", ""), "heads[1].index");
   ExpectRefused(With("6889", "1048577"), "heads[0].candidates");
+  ExpectRefused(With("-9.5", "9.5"), "heads[2].threshold");
   ExpectRefused(With("6889", "\"many\""), "candidates");
   ExpectRefused(With("256", "65537"), "heads[2].k");
   ExpectRefused(With("\"layer\": 2,", "\"layer\": 15,"), "heads[1]");

@@ -47,6 +47,10 @@ TEST(HeadPlanFileTest, RefusalsNameTheField) {
   EXPECT_EQ(Refused([](HeadPlan& p) { p.mutable_heads(2)->clear_index(); }), "plan.heads[2].index");
   EXPECT_EQ(Refused([](HeadPlan& p) { p.mutable_heads(0)->set_candidates((1 << 20) + 1); }),
             "plan.heads[0].candidates");
+  for (const float threshold : {0.5F, -1001.0F, std::numeric_limits<float>::quiet_NaN()}) {
+    EXPECT_EQ(Refused([=](HeadPlan& p) { p.mutable_heads(1)->set_threshold(threshold); }),
+              "plan.heads[1].threshold");
+  }
   EXPECT_EQ(Refused([](HeadPlan& p) { p.mutable_heads(0)->set_k((1 << 16) + 1); }),
             "plan.heads[0].k");
   EXPECT_EQ(Refused([](HeadPlan& p) { p.mutable_heads(1)->set_layer(3); }), "plan.heads[2]");

@@ -54,6 +54,7 @@ Call QueryCall(Op op, M message, const std::vector<proto::SessionRef>& sessions,
   message.mutable_options()->set_candidates(128);
   message.mutable_options()->set_exact_rows(8);
   message.mutable_options()->set_audit_samples(16);
+  message.mutable_options()->set_threshold(-8.0F);
   return {.op = op, .metadata = message.SerializeAsString(), .payload = parts.Text()};
 }
 

@@ -147,6 +147,11 @@ TEST_F(SearchValidationTest, OptionsAndQueries) {
             invalid + "options.reuse_keep");
   EXPECT_EQ(RefusedAttend([](auto& m) { m.mutable_options()->set_beta(-1.0F); }),
             invalid + "options.beta");
+  for (const float threshold : {0.5F, -1001.0F, std::numeric_limits<float>::quiet_NaN(),
+                                -std::numeric_limits<float>::infinity()}) {
+    EXPECT_EQ(RefusedAttend([=](auto& m) { m.mutable_options()->set_threshold(threshold); }),
+              invalid + "options.threshold");
+  }
   EXPECT_EQ(RefusedAttend([](auto& m) { m.mutable_options()->set_candidates(0); }),
             invalid + "options.candidates");
   EXPECT_EQ(RefusedAttend([](auto& m) { m.mutable_options()->set_candidates((1 << 20) + 1); }),

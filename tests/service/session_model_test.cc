@@ -232,6 +232,10 @@ class SessionModelTest : public testing::TestWithParam<uint32_t> {
     sent.set_candidates(128);
     sent.set_exact_rows(16);
     sent.set_seed(options.seed);
+    if (OneIn(3)) {
+      options.threshold = -1.0F - static_cast<float>(Below(9));
+      sent.set_threshold(options.threshold);
+    }
     request.set_query_dtype(proto::DTYPE_FP32);
     Tensors answered;
     if (k.has_value()) {

@@ -118,6 +118,33 @@ TEST(SessionPlanTest, PlannedIsTheSameAsAskedFor) {
             std::vector<float>(theirs.begin() + 72, theirs.end()));
 }
 
+TEST(SessionPlanTest, APlannedThresholdIsTheSameAsOneAskedFor) {
+  Service service;
+  proto::HeadPlan plan = Plan();
+  plan.mutable_heads(2)->set_threshold(-6.5F);
+  const proto::SessionRef planned = FilledWith(service, plan);
+  const proto::SessionRef without = FilledWith(service, Plan());
+  const auto report = [&](const proto::SessionRef& session, const proto::SearchOptions& options) {
+    return Ask(service, session, 1, options).message.reports(1);
+  };
+  proto::SearchOptions options;
+  options.set_threshold(-6.5F);
+  const proto::Report answer = report(planned, {});
+  EXPECT_EQ(answer.SerializeAsString(), report(without, options).SerializeAsString());
+  EXPECT_LT(answer.keys_fine(), report(without, {}).keys_fine());
+  // None is something to ask for.
+  options.set_threshold(0.0F);
+  EXPECT_EQ(report(planned, options).SerializeAsString(), report(without, {}).SerializeAsString());
+  // The threshold is the planned index's.
+  options.Clear();
+  options.set_index(proto::INDEX_EXACT);
+  EXPECT_EQ(report(planned, options).index(), proto::INDEX_EXACT);
+  proto::StatsRequest stats;
+  stats.set_with_sessions(true);
+  stats.set_with_plans(true);
+  EXPECT_EQ(service.Call(stats).message.sessions(0).plan().heads(2).threshold(), -6.5F);
+}
+
 TEST(SessionPlanTest, WhatARequestSaysCounts) {
   Service service;
   const proto::SessionRef session = FilledWith(service, Plan());
@@ -267,6 +294,8 @@ TEST(SessionPlanTest, RefusalsNameTheField) {
   EXPECT_EQ(refused([](auto& m) { m.mutable_plan()->clear_version(); }), invalid + "plan.version");
   EXPECT_EQ(refused([](auto& m) { m.mutable_plan()->mutable_heads(2)->set_candidates(~0U); }),
             invalid + "plan.heads[2].candidates");
+  EXPECT_EQ(refused([](auto& m) { m.mutable_plan()->mutable_heads(2)->set_threshold(1.0F); }),
+            invalid + "plan.heads[2].threshold");
   EXPECT_EQ(refused([](auto& m) { m.mutable_plan()->mutable_heads(2)->set_layer(2); }),
             invalid + "plan.heads[2].layer");
   EXPECT_EQ(refused([](auto& m) { m.mutable_plan()->mutable_heads(1)->set_kv_head(2); }),
@@ -290,7 +319,7 @@ TEST(SessionPlanTest, WithoutAPlanThereIsNone) {
   EXPECT_EQ(none.Get(1, 1, 9000), HeadSetting());
   const SessionPlan opened(2, 2, std::make_shared<const proto::HeadPlan>(Plan()), nullptr);
   EXPECT_TRUE(opened.exists());
-  EXPECT_EQ(opened.Get(1, 1, 9000), (HeadSetting{proto::INDEX_LADDER, 512}));
+  EXPECT_EQ(opened.Get(1, 1, 9000), (HeadSetting{proto::INDEX_LADDER, 512, 0.0F}));
   EXPECT_EQ(opened.Message({9000, 0}).heads_size(), 3);
 }
 
