@@ -93,7 +93,9 @@ Json SessionJson(const SessionStats& session) {
           {"idle_ms", session.idle.count()},
           {"lease_ms", session.lease.count()},
           {"scan_bits", session.scan_bits},
-          {"error_target", session.error_target}};
+          {"error_target", session.error_target},
+          {"model", session.model},
+          {"planner_audits", session.planner_audits}};
 }
 
 void PrintStats(const std::string& address, const DaemonStats& stats) {

@@ -410,6 +410,8 @@ absl::StatusOr<DaemonStats> DecodeStats(const Answer& answer) {
       to.landmark = {.summary = ToSummary(from.landmark().summary()),
                      .block = from.landmark().block()};
     }
+    to.model = from.model();
+    to.planner_audits = from.planner_audits();
     for (const proto::BuiltIndexInfo& built : from.built()) {
       to.built.push_back({ToIndexKind(built.index()), built.tokens_covered(), built.bytes()});
     }

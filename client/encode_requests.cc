@@ -226,6 +226,7 @@ absl::StatusOr<Message> EncodeOpen(const ModelShape& shape, const OpenOptions& o
     landmark.set_summary(static_cast<proto::LandmarkSummary>(options.landmark->summary));
     landmark.set_block(options.landmark->block);
   }
+  request.set_model(options.model);
   return Serialise(Op::kOpenSession, request);
 }
 

@@ -137,6 +137,11 @@ struct OpenOptions {
   float error_target = 0.0F;
   /// How landmark is built; for sessions that build it only. None: bounds of blocks of 16.
   std::optional<LandmarkOptions> landmark{};
+  /// Which model's keys these are, and which part of it if the shape's heads are not all of its
+  /// heads; tenants whose traffic must not mix put their own name into it. With an error target,
+  /// sessions of the same model, shape, scan bits, indexes and target that bring no plan share what
+  /// the audits find. Empty: this one shares with its forks alone.
+  std::string model{};
 };
 
 /// How an answer is found; unset fields (kAuto counts as unset) take the session's plan for the KV
@@ -301,6 +306,8 @@ struct SessionStats {
   float error_target = 0.0F;  ///< OpenOptions::error_target; 0: audits change nothing
   std::optional<LandmarkOptions> landmark{};  ///< how landmark is built; none: it is not
   uint64_t landmarks_given = 0;  ///< blocks that have a LandmarkKeys', in the layer with least
+  std::string model;             ///< OpenOptions::model
+  uint64_t planner_audits = 0;   ///< that its planner, shared or not, has learned from
 };
 
 struct DaemonStats {

@@ -163,6 +163,7 @@ absl::StatusOr<SequenceId> SparseDecoder::Impl::Open() {
   for (size_t d = 0; d < shares.size(); ++d) {
     OpenOptions open = options_.open;
     open.plan = client::PlanOfShare(options_.plan, shares[d]);
+    open.model = client::ModelOfShare(options_.open.model, shape, shares[d]);
     auto session = shares[d].tokens->Open(client::ShapeOfShare(shape, shares[d]), open);
     if (!session.ok()) {
       while (d-- > 0) shares[d].tokens->Close(sequence->store->sessions[d]).IgnoreError();

@@ -6,6 +6,7 @@
 #include <limits>
 #include <utility>
 
+#include "index/chosen_audit.h"
 #include "index/rest_audit.h"
 #include "index/reuse.h"
 #include "kernels/cpu/attention.h"
@@ -69,14 +70,6 @@ class ChosenPlan final : public SearchPlan {
   void ReadRun(Piece& piece, Scratch& scratch) const;
   /// Of the unread parts, from their means.
   OwnedState RestState() const;
-  RestRatio Audit(int head, Scratch& scratch) const;
-  RestRatio SampleRest(int head, absl::Span<const float> weights, float reference, int samples,
-                       Scratch& scratch) const;
-  double ReadWild(int head, float reference, int& samples, std::vector<float>& weights,
-                  Scratch& scratch) const;
-  std::vector<float> ScoreKeys(int head, absl::Span<const int64_t> positions,
-                               Scratch& scratch) const;
-  std::vector<int64_t> UnreadKeys(const UnreadPart& part) const;
   void ReportMissed(absl::Span<const float> read, absl::Span<const float> rest,
                     SearchReport& report, Scratch& scratch) const;
   std::shared_ptr<const LastSearch> MakeLast(absl::Span<const float> read,
@@ -204,116 +197,20 @@ SearchResult ChosenPlan::Finish(Scratch& scratch) {
 /// `read` and `rest`: (group), logarithms of the masses.
 void ChosenPlan::ReportMissed(absl::Span<const float> read, absl::Span<const float> rest,
                               SearchReport& report, Scratch& scratch) const {
+  std::vector<RestRatio> ratios(read.size());
+  if (options_.audit_samples > 0 && !chosen_.unread.empty()) {
+    ratios = AuditChosen(view_, query_, options_, chosen_, queries_.get(), scratch);
+  }
   for (size_t h = 0; h < read.size(); ++h) {
-    RestRatio ratio;
     const bool has_rest = std::isfinite(rest[h]);
-    if (has_rest && options_.audit_samples > 0) ratio = Audit(static_cast<int>(h), scratch);
     const float log_odds = has_rest ? rest[h] - read[h] : -std::numeric_limits<float>::infinity();
     const auto share = [&](float factor) {
       return has_rest ? 1.0F / (1.0F + std::exp(-log_odds) / factor) : 0.0F;
     };
-    report.missed_mass.push_back(share(ratio.mean));
-    report.missed_low.push_back(share(ratio.low));
-    report.missed_high.push_back(share(ratio.high));
+    report.missed_mass.push_back(share(ratios[h].mean));
+    report.missed_low.push_back(share(ratios[h].low));
+    report.missed_high.push_back(share(ratios[h].high));
   }
-}
-
-RestRatio ChosenPlan::Audit(int head, Scratch& scratch) const {
-  const size_t parts = chosen_.unread.size();
-  const auto all =
-      absl::MakeConstSpan(chosen_.weights).subspan(static_cast<size_t>(head) * parts, parts);
-  const float reference = *std::max_element(all.begin(), all.end());
-  const auto total = [&](absl::Span<const float> weights) {
-    double sum = 0.0;
-    for (const float weight : weights) sum += std::exp(weight - reference);
-    return sum;
-  };
-  std::vector<float> sampled(all.begin(), all.end());
-  int samples = options_.audit_samples;
-  const double wild = ReadWild(head, reference, samples, sampled, scratch);
-  const double rest = total(sampled);
-  RestRatio ratio;
-  if (rest > 0.0) ratio = SampleRest(head, sampled, reference, samples, scratch);
-  const auto with_wild = [&](float factor) {
-    return static_cast<float>((wild + rest * factor) / total(all));
-  };
-  return {with_wild(ratio.mean), with_wild(ratio.low), with_wild(ratio.high)};
-}
-
-/// Reads parts whole in which one key may outweigh the estimate, the farthest-reaching first, for
-/// up to half of the samples. Returns their keys' mass over exp(reference), and takes them out of
-/// `weights` and what was read off `samples`.
-double ChosenPlan::ReadWild(int head, float reference, int& samples, std::vector<float>& weights,
-                            Scratch& scratch) const {
-  if (chosen_.reach.empty()) return 0.0;
-  const float* const reach = chosen_.reach.data() + static_cast<size_t>(head) * weights.size();
-  std::vector<std::pair<float, size_t>> wild;
-  for (size_t p = 0; p < weights.size(); ++p) {
-    if (reach[p] > weights[p]) wild.emplace_back(-reach[p], p);
-  }
-  std::sort(wild.begin(), wild.end());
-  const int least = samples / 2;
-  double mass = 0.0;
-  for (const auto& [falling, p] : wild) {
-    const UnreadPart& part = chosen_.unread[p];
-    if (samples - part.keys < least) break;
-    samples -= part.keys;
-    weights[p] = -std::numeric_limits<float>::infinity();
-    const std::vector<float> scores = ScoreKeys(head, UnreadKeys(part), scratch);
-    for (const float score : scores) mass += std::exp(score - reference);
-  }
-  return mass;
-}
-
-/// Draws `samples` keys in proportion to their estimated weights.
-RestRatio ChosenPlan::SampleRest(int head, absl::Span<const float> weights, float reference,
-                                 int samples, Scratch& scratch) const {
-  double total = 0.0;
-  for (const float weight : weights) total += std::exp(weight - reference);
-  const auto salt = static_cast<uint64_t>(head);
-  const double step = total / samples;
-  double next = step * UniformHash(options_.seed, static_cast<uint64_t>(query_.end), salt);
-  double passed = 0.0;
-  std::vector<int64_t> drawn;
-  std::vector<float> expected;
-  for (size_t p = 0; p < weights.size(); ++p) {
-    passed += std::exp(weights[p] - reference);
-    if (next >= passed) continue;
-    const UnreadPart& part = chosen_.unread[p];
-    const std::vector<int64_t> keys = UnreadKeys(part);
-    for (; next < passed && drawn.size() < static_cast<size_t>(samples); next += step) {
-      const double where = UniformHash(options_.seed + 1, drawn.size(), salt);
-      drawn.push_back(keys[static_cast<size_t>(where * static_cast<double>(keys.size()))]);
-      expected.push_back(weights[p] - std::log(static_cast<float>(part.keys)));
-    }
-  }
-  std::vector<float> ratios = ScoreKeys(head, drawn, scratch);
-  for (size_t i = 0; i < ratios.size(); ++i) ratios[i] = std::exp(ratios[i] - expected[i]);
-  return EstimateRatio(ratios, chosen_.spread[static_cast<size_t>(head)]);
-}
-
-std::vector<float> ChosenPlan::ScoreKeys(int head, absl::Span<const int64_t> positions,
-                                         Scratch& scratch) const {
-  scratch.Reset();
-  auto* rows = scratch.Take<const uint16_t*>(positions.size());
-  for (size_t i = 0; i < positions.size(); ++i) rows[i] = FindRow(view_, positions[i]).key;
-  std::vector<float> scores(positions.size());
-  const auto count = static_cast<int>(positions.size());
-  kernels::ScoreGathered(queries_.get() + static_cast<ptrdiff_t>(head) * view_.shape.key_dim, 1,
-                         rows, view_.shape.dtype, count, view_.shape.key_dim, scores.data(), count);
-  return scores;
-}
-
-std::vector<int64_t> ChosenPlan::UnreadKeys(const UnreadPart& part) const {
-  std::vector<int64_t> keys;
-  for (const uint16_t member : part.parts->Members(part.part)) {
-    const int64_t position = part.parts->begin() + member;
-    if (position >= query_.begin && position < query_.end &&
-        !std::binary_search(chosen_.positions.begin(), chosen_.positions.end(), position)) {
-      keys.push_back(position);
-    }
-  }
-  return keys;
 }
 
 std::shared_ptr<const LastSearch> ChosenPlan::MakeLast(absl::Span<const float> read,
@@ -341,7 +238,7 @@ std::shared_ptr<const LastSearch> ChosenPlan::MakeLast(absl::Span<const float> r
   for (size_t p = 0; p < chosen_.unread.size(); ++p) {
     const UnreadPart& part = chosen_.unread[p];
     if (part.kept) continue;
-    for (const int64_t position : UnreadKeys(part)) {
+    for (const int64_t position : UnreadKeys(part, chosen_, query_)) {
       if (!whole(position)) continue;
       const auto block = static_cast<size_t>(position / kBlock - last->first_block);
       for (size_t h = 0; h < read.size(); ++h) {
@@ -396,8 +293,17 @@ float PartWeight(float mean, float variance, int keys) {
   return mean + 0.5F * std::min(variance, kVarianceMax) + std::log(static_cast<float>(keys));
 }
 
-float PartReach(float mean, float variance, int keys) {
-  return mean + std::sqrt(variance * static_cast<float>(keys - 1));
+std::vector<int64_t> UnreadKeys(const UnreadPart& part, const ChosenKeys& chosen,
+                                const SearchQuery& query) {
+  std::vector<int64_t> keys;
+  for (const uint16_t member : part.parts->Members(part.part)) {
+    const int64_t position = part.parts->begin() + member;
+    if (position >= query.begin && position < query.end &&
+        !std::binary_search(chosen.positions.begin(), chosen.positions.end(), position)) {
+      keys.push_back(position);
+    }
+  }
+  return keys;
 }
 
 std::unique_ptr<SearchPlan> PlanChosen(const KvView& view, const SearchQuery& query,

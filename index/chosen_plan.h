@@ -36,10 +36,6 @@ struct ChosenKeys {
   std::vector<UnreadPart> unread;  ///< together: every key of the range that is not read
   /// (group, unread.size()): PartWeight of the part's unread keys.
   std::vector<float> weights;
-  /// (group, unread.size()): PartReach of the part, or empty. An audit reads some of the parts
-  /// whole in which a single key may outweigh the estimate; no sample in proportion to weights
-  /// would find it.
-  std::vector<float> reach;
   std::vector<float> spread;  ///< (group): standard deviation of scores within the unread parts
   int64_t keys_scored = 0;    ///< keys looked at while choosing, chosen or not
   int64_t bytes_touched = 0;  ///< by choosing
@@ -50,9 +46,9 @@ struct ChosenKeys {
 /// follow it into its tail. `mean` and `variance` are those of the scores.
 float PartWeight(float mean, float variance, int keys);
 
-/// The largest score that one of `keys` keys of that mean and variance can have, all others being
-/// equal (Samuelson's inequality).
-float PartReach(float mean, float variance, int keys);
+/// Positions of the part's unread keys, ascending.
+std::vector<int64_t> UnreadKeys(const UnreadPart& part, const ChosenKeys& chosen,
+                                const SearchQuery& query);
 
 /// Reads what was chosen. `view` must hold every member of the unread parts; what view, query and
 /// the parts point at must outlive the plan.

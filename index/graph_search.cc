@@ -451,7 +451,6 @@ void GraphSearch::Estimate(ChosenKeys& chosen) const {
       const float mean = means_[at] + shift;
       chosen.weights.push_back(PartWeight(mean, variance, left) +
                                LogBelow(reference_[h] + cutoff_ - mean, std::sqrt(variance)));
-      chosen.reach.push_back(PartReach(mean, variance, left));
       spread += variance;
     }
     if (!parts.empty()) {

@@ -66,7 +66,8 @@ RestRatio LadderAudit::Sample(const LadderPlan& plan, const ScoredKeys& candidat
   for (size_t i = 0; i < drawn; ++i) {
     scores[i] = std::exp(scores[i] - plan.reference_[static_cast<size_t>(head)]) / drawn_weights[i];
   }
-  return EstimateRatio({scores, drawn}, std::sqrt(variance / static_cast<double>(drawn)));
+  return EstimateRatio({scores, drawn}, std::sqrt(variance / static_cast<double>(drawn)),
+                       static_cast<int>(drawn));
 }
 
 }  // namespace kvseek::index

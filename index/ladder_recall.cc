@@ -155,7 +155,8 @@ std::vector<RestRatio> LadderPlan::SampleUnread(const ScoredKeys& candidates,
     }
     const double mean = sum / static_cast<double>(drawn.count);
     const double variance = std::max(squares / static_cast<double>(drawn.count) - mean * mean, 0.0);
-    ratios[h] = EstimateRatio({ratio, drawn.count}, std::sqrt(variance));
+    ratios[h] =
+        EstimateRatio({ratio, drawn.count}, std::sqrt(variance), static_cast<int>(drawn.count));
   }
   return ratios;
 }

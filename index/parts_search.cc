@@ -129,7 +129,6 @@ void PartsSearch::Score(const PartsRun& run, const KeyParts& of, int first, int 
       ranks_.push_back(ranks[at]);
       variances_.push_back(variances[at]);
       weights_.push_back(PartWeight(means[at], variances[at], keys));
-      reach_.push_back(PartReach(means[at], variances[at], keys));
     }
   }
 }
@@ -256,7 +255,6 @@ ChosenKeys PartsSearch::Finish() {
     for (const uint32_t slot : beaten_) {
       const size_t at = slot * group_ + h;
       chosen_.weights.push_back(weights_[at]);
-      chosen_.reach.push_back(reach_[at]);
       const double weight = std::exp(double{weights_[at]} - lse_[h]);
       sum += weight;
       variance += weight * variances_[at];

@@ -69,13 +69,13 @@ class PartsSearch {
   const bool prove_;  ///< exact_top is asked for and can be had
 
   std::vector<Scored> scored_;
-  std::vector<float> ranks_, weights_, reach_, variances_;  ///< (slots, group)
-  std::vector<float> lse_;                                  ///< (group), estimated
-  std::vector<std::pair<float, uint32_t>> queue_;           ///< a heap of (group's rank, slot)
-  std::vector<uint32_t> beaten_;                            ///< slots
-  std::vector<uint32_t> kept_;                              ///< slots taken to be kept, not read
-  int64_t taken_ = 0;                                       ///< keys
-  std::vector<float> best_rank_;                            ///< (group), of what was scored first
+  std::vector<float> ranks_, weights_, variances_;  ///< (slots, group)
+  std::vector<float> lse_;                          ///< (group), estimated
+  std::vector<std::pair<float, uint32_t>> queue_;   ///< a heap of (group's rank, slot)
+  std::vector<uint32_t> beaten_;                    ///< slots
+  std::vector<uint32_t> kept_;                      ///< slots taken to be kept, not read
+  int64_t taken_ = 0;                               ///< keys
+  std::vector<float> best_rank_;                    ///< (group), of what was scored first
   std::vector<double> left_;  ///< (group): estimated share of mass in parts not taken
   /// (group) min-heaps of the best exact_top scores so far.
   std::vector<std::vector<float>> best_;

@@ -7,10 +7,11 @@
 namespace kvseek::index {
 namespace {
 
-constexpr float kUnbounded = 1e30F;
 constexpr double kNormal95 = 1.96;
 // What a sample does not see of a mean but its logarithmic interval still covers.
 constexpr double kUnseenAllowed = 0.15;
+constexpr double kFreedomMin = 0.05;
+constexpr double kExponentMax = 80.0;
 
 /// Share of a lognormal mean (of logarithmic deviation `noise`) that lies beyond the largest of
 /// `count` draws.
@@ -22,19 +23,25 @@ double UnseenShare(double count, double noise) {
 
 }  // namespace
 
-RestRatio EstimateRatio(absl::Span<const float> ratios, double noise) {
+RestRatio EstimateRatio(absl::Span<const float> ratios, double noise, int own) {
   const auto count = static_cast<double>(ratios.size());
   double sum = 0.0;
-  for (const float ratio : ratios) sum += ratio;
+  double sum_of_squares = 0.0;
+  for (const float ratio : ratios) {
+    sum += ratio;
+    sum_of_squares += double{ratio} * ratio;
+  }
   const double mean = sum / count;
   double squares = 0.0;
   for (const float ratio : ratios) squares += (ratio - mean) * (ratio - mean);
   if (ratios.size() < 2 || !(mean > 0.0)) return {static_cast<float>(mean), 0.0F, kUnbounded};
   const double relative_error = std::sqrt(squares / (count - 1.0) / count) / mean;
-  // Student's quantile, nearly.
-  const double factor = std::exp(kNormal95 * (1.0 + 1.25 / (count - 1.0)) * relative_error);
+  // Kish's effective size, and nearly Student's quantile of it.
+  const double freedom = std::max(sum * sum / sum_of_squares - 1.0, kFreedomMin);
+  const double factor =
+      std::exp(std::min(kNormal95 * (1.0 + 1.25 / freedom) * relative_error, kExponentMax));
   const double unseen =
-      std::max(0.0, (UnseenShare(count, noise) - kUnseenAllowed) / (1.0 - kUnseenAllowed));
+      std::max(0.0, (UnseenShare(own, noise) - kUnseenAllowed) / (1.0 - kUnseenAllowed));
   const double high = mean * factor / std::max(1.0 - unseen, 1e-20);
   return {static_cast<float>(mean), static_cast<float>(mean / factor),
           static_cast<float>(std::min<double>(high, kUnbounded))};

@@ -16,13 +16,16 @@ struct RestRatio {
   float high = 1.0F;
 };
 
-/// The mean of sampled ratios of true to estimated weight, and a 95 % interval for it. `noise` is
-/// the standard deviation of the sampled keys' estimates. The interval is the usual one on the
-/// logarithm, since ratios are skewed to the right. Where the noise is so large that most of the
-/// mean sits in ratios rarer than one in a sample, the sample's own spread says nothing of them;
-/// the upper end is then raised by the share of a lognormal mean that lies beyond the sample's
-/// largest.
-RestRatio EstimateRatio(absl::Span<const float> ratios, double noise);
+inline constexpr float kUnbounded = 1e30F;  ///< an upper end that is as good as none
+
+/// The mean of sampled ratios of true to estimated weight, and a 95 % interval for it. The interval
+/// is the usual one on the logarithm, since ratios are skewed to the right; with few degrees of
+/// freedom where few ratios make up most of the mean. `noise` is the standard deviation of the
+/// sampled keys' estimates, and `own` how many of the ratios were drawn in proportion to them.
+/// Where the noise is so large that most of the mean sits in ratios rarer than one in so many, the
+/// sample's own spread says nothing of them; the upper end is then raised by the share of a
+/// lognormal mean that lies beyond the sample's largest.
+RestRatio EstimateRatio(absl::Span<const float> ratios, double noise, int own);
 
 /// A number in [0, 1) that depends on its arguments only.
 double UniformHash(uint64_t seed, uint64_t a, uint64_t b);

@@ -46,7 +46,7 @@ for queries in "$traces"/*.queries.safetensors; do
     (($#)) && [[ " $* " != *" $head "* ]] && continue
     common=(--kv "$kv" --queries "$queries" --head "$head" --steps "$steps" --audit 0 --format json)
     echo "$prefix $head"
-    "$kvseek" eval "${common[@]}" --index exact,ladder,landmark,cluster,graph,oracle --scan sign1,sign2,pq11 \
+    "$kvseek" eval "${common[@]}" --index exact,ladder,landmark,cluster,graph,oracle --scan sign1,sign2,pq11,pq22 \
       --summary minmax,mean --candidates 256,512,1024,2048,4096,8192 --exact 64,128,256,512,1024,2048,4096,8192 \
       --plot "$out/indexes.$prefix.$head.svg" >"$parts/$prefix.$head.json"
     "$kvseek" eval "${common[@]}" --index ladder,cluster,graph --per-head \

@@ -33,6 +33,7 @@ start() {
 if command -v nvidia-smi >/dev/null; then
   python3 bench/sdpa_bench.py --batch 1 --rows 32768,131072,524288 | tee "$out/sdpa.jsonl"
 fi
+number=0
 for case in "${cases[@]}"; do
   IFS=: read -r name tokens layers candidates <<<"$case"
   index=ladder bits=1 build=()
@@ -46,7 +47,7 @@ for case in "${cases[@]}"; do
   start
   "$bin/kvseek" bench --via "shm:$socket" --connections 1 --spin-us 2000 --shape llama3-8b --layers "$layers" --tokens "$tokens" \
     --sessions 1 --rate 0 --duration "${SECONDS_EACH:-3}" --scan-bits "$bits" --index "$index" --candidates "${candidates:-4096}" \
-    "${build[@]}" --format json >"$out/search.${case//:/.}.json"
+    "${build[@]}" --format json >"$out/run.$((number++)).json"
 done
 stop
 python3 - "$out" "$workers" "${cases[@]}" <<'PYTHON'
@@ -55,8 +56,8 @@ import json, pathlib, sys
 out, workers, cases = pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 sdpa = [json.loads(line) for line in (out / "sdpa.jsonl").read_text().splitlines() if line.startswith("{")]
 runs = []
-for case in cases:
-    path = out / f"search.{case.replace(':', '.')}.json"
+for number, case in enumerate(cases):
+    path = out / f"run.{number}.json"
     run = json.loads(path.read_text())
     path.unlink()
     touched = run["bytes_touched_per_second"] / run["achieved_per_second"]

@@ -1,20 +1,27 @@
-// Plans the KV heads of one session from audits of its own requests: for each head the cheapest
-// setting whose mean output error is at most the session's error_target (index/planner.h).
+// Plans KV heads from audits of traffic: for each head the cheapest setting whose mean output error
+// is at most an error target (index/planner.h). Of one session and its forks, or of all sessions of
+// a model (service/shared_planners.h).
 //
 // Each audited search of a head (service/request_audits.h) is answered again with the settings that
-// the head's planner wants to know about: budgets of the ladder, and of each index that the session
-// builds and has for that head. What the planner chooses becomes the head's setting in the
-// session's plan; until it has chosen, the head stays as it was opened. Exact is chosen only when
+// the head's planner wants to know about: budgets of the ladder, and of each index that the
+// sessions build and that is there for that head. What the planner chooses becomes the head's
+// setting; until it has chosen, the head stays as its session was opened. Exact is chosen only when
 // nothing else is worth a look.
 //
-// What a budget is worth depends on the number of keys: when a head's range has doubled or halved
-// since its planner began, a new one begins, and the setting stays until that one has chosen.
+// What a budget is worth depends on the number of keys: a head has a planner for each octave of its
+// range's length, [2^n, 2^(n+1)) keys, so that short and long sessions do not spoil each other's.
+// Where the planner of a range's octave has not chosen yet, what was chosen for the nearest shorter
+// octave counts, else for the nearest longer one.
 //
-// Memory: a head's planner is made with its first audit and reserved from the daemon's budget,
-// about 3 KiB for each index (37 budgets at 32K keys); without room for it the head is not planned.
+// Memory: an octave's table and a head's planner are made with their first audit and reserved from
+// the daemon's budget, 8 bytes a head and about 3 KiB for each index (37 budgets at 32K keys);
+// without room for them the audit teaches nothing.
 #ifndef KVSEEK_SERVICE_LIVE_PLANNER_H_
 #define KVSEEK_SERVICE_LIVE_PLANNER_H_
 
+#include <array>
+#include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -40,11 +47,11 @@ struct AuditedSearch {
   const index::SearchAudit* audit = nullptr;
 };
 
-/// Not thread-safe: the audits' thread alone calls it. Other threads read the plan meanwhile.
+/// The audits' thread alone calls Learn; everything else is thread-safe and waits for nothing.
 class LivePlanner {
  public:
   /// `build`: as SessionSettings::build.
-  LivePlanner(std::shared_ptr<SessionPlan> plan, float error_target, uint32_t build);
+  LivePlanner(uint32_t layers, uint32_t kv_heads, float error_target, uint32_t build);
 
   /// What one audit came to.
   struct Learned {
@@ -53,27 +60,61 @@ class LivePlanner {
   };
   Learned Learn(const AuditedSearch& audited, MemoryBudget& budget, index::Scratch& scratch);
 
+  /// What was chosen for a range of so many keys, which has an index other than auto; or
+  /// HeadSetting(), where nothing was.
+  HeadSetting Get(uint32_t layer, uint32_t kv_head, int64_t range) const;
+
+  uint64_t audits() const { return audits_.load(std::memory_order_relaxed); }
+  /// Planners of heads, each octave by itself.
+  uint64_t heads() const { return heads_.load(std::memory_order_relaxed); }
+
  private:
+  /// Ranges below 2^(kShortest + 1) keys, and those of 2^kLongest or more, are one octave each.
+  static constexpr int kShortest = 10;
+  static constexpr int kLongest = 24;
+  static constexpr size_t kOctaves = kLongest - kShortest + 1;
+
   struct Head {
-    Head(std::vector<proto::IndexKind> curve_kinds, int64_t keys,
+    Head(std::vector<proto::IndexKind> curve_kinds, int64_t longest,
          const index::PlannerOptions& options);
 
     std::vector<proto::IndexKind> kinds;  ///< by curve
-    int64_t range;                        ///< keys of the first audit
     index::HeadPlanner planner;
-    std::optional<index::PlanSetting> planned;  ///< what the plan says now, if it is this planner's
+    std::optional<index::PlanSetting> planned;  ///< what the table says
+    MemoryBudget::Reservation memory;
+  };
+  /// One word of a table. What is planned here has no threshold.
+  struct Planned {
+    proto::IndexKind index = proto::INDEX_AUTO;  ///< auto: nothing yet
+    uint32_t candidates = 0;
+  };
+  static_assert(std::atomic<Planned>::is_always_lock_free);
+  struct Octave {
+    explicit Octave(size_t heads) : settings(heads) {}
+
+    std::vector<std::atomic<Planned>> settings;                   ///< (layers, kv_heads)
+    absl::flat_hash_map<size_t, std::unique_ptr<Head>> planners;  ///< by place; Learn's alone
     MemoryBudget::Reservation memory;
   };
 
-  /// Null: there is no memory for it.
-  Head* FindHead(const AuditedSearch& audited, MemoryBudget& budget);
-  /// Writes down what the head's planner has chosen. False if the plan says so already.
-  bool Plan(const AuditedSearch& audited, bool anything_wanted, Head& head);
+  static size_t OctaveOf(int64_t range);
+  size_t Place(uint32_t layer, uint32_t kv_head) const {
+    return static_cast<size_t>(layer) * kv_heads_ + kv_head;
+  }
+  /// Null: there is no memory for it; also below.
+  Octave* FindOctave(size_t number, MemoryBudget& budget);
+  Head* FindHead(Octave& octave, size_t number, size_t place, MemoryBudget& budget);
+  /// Writes down what the head's planner has chosen. False if that is in force already.
+  bool Choose(const AuditedSearch& audited, bool anything_wanted, Octave& octave, Head& head);
 
-  const std::shared_ptr<SessionPlan> plan_;
+  const uint32_t layers_;
+  const uint32_t kv_heads_;
   const index::PlannerOptions options_;
   std::vector<proto::IndexKind> kinds_;  ///< that heads may be planned with, beside exact
-  absl::flat_hash_map<uint64_t, std::unique_ptr<Head>> heads_;  ///< by layer << 32 | kv_head
+  std::array<std::unique_ptr<Octave>, kOctaves> octaves_;         ///< Learn's alone, and ...
+  std::array<std::atomic<const Octave*>, kOctaves> published_{};  ///< ... everybody's
+  std::atomic<uint64_t> audits_{0};
+  std::atomic<uint64_t> heads_{0};
 };
 
 }  // namespace kvseek::service

@@ -77,6 +77,9 @@ struct DaemonOptions {
   // ---- plans of sessions that are opened without one (service/session_plan.h)
   std::shared_ptr<const proto::HeadPlan> plan;  ///< of those that it fits; null: none
   float error_target = 0.0F;  ///< audits change plans to meet it; needs audit_share; 0: they do not
+  /// Kept for sessions of a model (service/shared_planners.h), at most some MB each; the one least
+  /// recently opened goes. 0: no two sessions share one.
+  size_t planners_max = 16;
 
   // ---- defaults of searches (index/key_index.h)
   uint32_t scan_bits = 2;

@@ -315,6 +315,11 @@ absl::StatusOr<Response> RequestHandler::Impl::Stats(const proto::StatsRequest& 
   for (const auto& [name, value] : counters_.Values()) add_counter(name, value);
   for (const auto& [name, value] : audits_.Values()) add_counter(name, value);
   add_counter("sessions_expired", store_.expired());
+  const SharedPlanners::Counts planners = store_.planners().counts();
+  add_counter("planners", planners.kept);
+  add_counter("planners_evicted", planners.evicted);
+  add_counter("planner_heads", planners.heads);
+  add_counter("planner_audits", planners.audits);
   add_counter("indexes_built", builder_.built());
   add_counter("indexes_refused", builder_.refused());
   add_counter("indexes_outdated", builder_.outdated());

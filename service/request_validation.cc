@@ -201,6 +201,10 @@ absl::StatusOr<SessionSettings> RequestValidator::Check(
   if (message.scan_bits() > 2) return Invalid("scan_bits", "must be 1 or 2, or 0 for the default");
   status.Update(CheckBetween("tokens_expected", message.tokens_expected(), 0, options_.tokens_max));
   status.Update(CheckName(message.name()));
+  if (message.model().size() > kSessionNameBytesMax) {
+    status.Update(
+        Invalid("model", absl::StrCat("is longer than ", kSessionNameBytesMax, " bytes")));
+  }
   status.Update(CheckErrorTarget(message.error_target()));
   if (!status.ok()) return status;
   auto plan = CheckPlan(message);
@@ -219,6 +223,7 @@ absl::StatusOr<SessionSettings> RequestValidator::Check(
   const uint32_t scan_bits = message.scan_bits() != 0 ? message.scan_bits() : planned_bits;
   settings.kv.scan_bits = static_cast<int>(scan_bits != 0 ? scan_bits : options_.scan_bits);
   settings.name = message.name();
+  settings.model = message.model();
   settings.lease = Lease(message.lease_ms());
   for (int i = 0; i < message.build_size(); ++i) {
     const auto kind = BuiltKindOf(message.build(i));
@@ -230,6 +235,7 @@ absl::StatusOr<SessionSettings> RequestValidator::Check(
   settings.error_target =
       message.error_target() > 0.0F ? message.error_target() : options_.error_target;
   settings.plan = *std::move(plan);
+  settings.own_plan = message.has_plan();
   if (settings.plan != nullptr) settings.build |= BuildsOf(*settings.plan);
   if (status = CheckLandmark(message, settings); !status.ok()) return status;
   return settings;

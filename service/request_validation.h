@@ -24,7 +24,7 @@
 
 namespace kvseek::service {
 
-inline constexpr size_t kSessionNameBytesMax = 256;
+inline constexpr size_t kSessionNameBytesMax = 256;  ///< of a model's, too
 
 /// A checked Append. The rows point into the request's payload, the positions of sampled queries
 /// and of landmarks into its message.

@@ -181,7 +181,8 @@ absl::Status SearchValidator::CheckOptions(const proto::SearchOptions& message,
 HeadSetting SearchValidator::Resolve(const CheckedSearch& search, const CheckedItem& item,
                                      uint32_t kv_head) const {
   const HeadSetting asked = search.asked;
-  HeadSetting planned = item.session->plan().Get(item.layer_number, kv_head);
+  HeadSetting planned =
+      item.session->plan()->Get(item.layer_number, kv_head, item.ends.back() - item.begin);
   const auto kind = BuiltKindOf(planned.index);
   const bool ready = !kind.has_value() || item.layer->Built(kv_head, *kind) != nullptr;
   // A budget is worth what it is worth with its own index.

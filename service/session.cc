@@ -11,26 +11,20 @@
 namespace kvseek::service {
 
 Session::Session(uint64_t id, SessionSettings settings, MemoryBudget::Reservation memory,
-                 const Start& start, TimePoint now)
+                 Start start, TimePoint now)
     : id_(id),
       settings_(std::move(settings)),
       memory_(std::move(memory)),
-      plan_(start.plan != nullptr
-                ? std::make_shared<SessionPlan>(*start.plan)
-                : std::make_shared<SessionPlan>(settings_.layers, settings_.kv_heads,
-                                                settings_.plan, settings_.error_target > 0.0F)),
+      plan_(std::move(start.plan)),
+      planner_(std::move(start.planner)),
       last_used_(now) {
-  if (settings_.error_target > 0.0F) {
-    planner_ = std::make_shared<LivePlanner>(plan_, settings_.error_target, settings_.build);
-  }
   layers_.reserve(start.layers.size());
   for (const auto& state : start.layers) layers_.push_back(std::make_unique<LayerCache>(state));
 }
 
 uint64_t Session::BookkeepingBytes(const SessionSettings& settings) {
-  return sizeof(Session) + settings.name.size() +
-         SessionPlan::Bytes(settings.layers, settings.kv_heads, settings.plan.get(),
-                            settings.error_target > 0.0F) +
+  return sizeof(Session) + sizeof(LivePlanner) + settings.name.size() + settings.model.size() +
+         SessionPlan::Bytes(settings.layers, settings.kv_heads, settings.plan.get()) +
          settings.layers * (sizeof(LayerCache) + sizeof(LayerState) +
                             uint64_t{settings.kv_heads} * sizeof(HeadCache) +
                             SelectionMemory::BookkeepingBytes(settings.kv_heads));

@@ -36,6 +36,8 @@ struct SessionSettings {
   std::shared_ptr<const proto::HeadPlan> plan{};  ///< checked; null: none
   float error_target = 0.0F;                      ///< 0: audits change no plan
   index::LandmarkOptions landmark{};              ///< how landmark is built, where it is
+  std::string model{};    ///< sessions of one share a planner; empty: this has its own
+  bool own_plan = false;  ///< `plan` came with the request, not from the daemon
 
   int Group() const { return static_cast<int>(query_heads / kv_heads); }
   bool Builds(index::BuiltKind kind) const {
@@ -62,15 +64,16 @@ struct SessionSettings {
 /// Thread-safe. Lives as long as anybody works with it, even when it has been closed meanwhile.
 class Session {
  public:
-  /// What a session starts with: (layers), and the plan of a fork's parent (null: settings.plan).
+  /// What a session starts with: (layers), its plan, and what plans it further (null: nothing).
   struct Start {
     std::vector<std::shared_ptr<const LayerState>> layers;
-    const SessionPlan* plan = nullptr;
+    std::shared_ptr<const SessionPlan> plan;
+    std::shared_ptr<LivePlanner> planner;
   };
 
   /// `memory`: BookkeepingBytes.
-  Session(uint64_t id, SessionSettings settings, MemoryBudget::Reservation memory,
-          const Start& start, TimePoint now);
+  Session(uint64_t id, SessionSettings settings, MemoryBudget::Reservation memory, Start start,
+          TimePoint now);
 
   /// Bytes that a session takes without keys and values.
   static uint64_t BookkeepingBytes(const SessionSettings& settings);
@@ -80,8 +83,8 @@ class Session {
   uint64_t id() const { return id_; }
   const SessionSettings& settings() const { return settings_; }
 
-  const SessionPlan& plan() const { return *plan_; }
-  /// Null without an error_target. Holds no reference to the session.
+  const std::shared_ptr<const SessionPlan>& plan() const { return plan_; }
+  /// Null without an error_target. Others may have it too; it refers to no session.
   const std::shared_ptr<LivePlanner>& planner() const { return planner_; }
 
   /// A consistent look at one layer. REQUIRES: layer < settings().layers, also below.
@@ -125,8 +128,8 @@ class Session {
   const uint64_t id_;
   const SessionSettings settings_;
   const MemoryBudget::Reservation memory_;
-  const std::shared_ptr<SessionPlan> plan_;
-  std::shared_ptr<LivePlanner> planner_;
+  const std::shared_ptr<const SessionPlan> plan_;
+  const std::shared_ptr<LivePlanner> planner_;
   std::shared_mutex shorten_mutex_;  ///< shared by appends, exclusive for Truncate
   std::vector<std::unique_ptr<LayerCache>> layers_;
   std::atomic<TimePoint> last_used_;

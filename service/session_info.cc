@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <limits>
 #include <memory>
+#include <vector>
 
 #include "service/layer_cache.h"
+#include "service/live_planner.h"
 #include "service/session_plan.h"
 
 namespace kvseek::service {
@@ -82,8 +84,10 @@ proto::SessionInfo DescribeSession(uint64_t boot_id, const Session& session, boo
   shape.set_value_dim(static_cast<uint32_t>(settings.kv.value_dim));
   shape.set_dtype(static_cast<proto::DType>(settings.kv.dtype));
   shape.set_softmax_scale(settings.kv.softmax_scale);
+  std::vector<int64_t> tokens;
   for (uint32_t layer = 0; layer < settings.layers; ++layer) {
-    info.add_tokens(static_cast<uint64_t>(session.State(layer)->tokens));
+    tokens.push_back(session.State(layer)->tokens);
+    info.add_tokens(static_cast<uint64_t>(tokens.back()));
   }
   info.set_bytes(session.Bytes());
   info.set_idle_ms(Milliseconds(now - session.last_used()));
@@ -96,8 +100,10 @@ proto::SessionInfo DescribeSession(uint64_t boot_id, const Session& session, boo
   }
   if (settings.Builds(index::BuiltKind::kLandmark)) DescribeLandmark(session, info);
   info.set_error_target(settings.error_target);
-  if (with_plan && session.plan().exists()) {
-    proto::HeadPlan& plan = *info.mutable_plan() = session.plan().Message();
+  info.set_model(settings.model);
+  if (session.planner() != nullptr) info.set_planner_audits(session.planner()->audits());
+  if (with_plan && session.plan()->exists()) {
+    proto::HeadPlan& plan = *info.mutable_plan() = session.plan()->Message(tokens);
     plan.set_scan_bits(info.scan_bits());
     if (settings.error_target > 0.0F) plan.set_error_target(double{settings.error_target});
   }

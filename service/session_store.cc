@@ -26,7 +26,8 @@ SessionStore::SessionStore(const DaemonOptions& options, MemoryBudget& budget)
       lease_default_(options.lease_default),
       lease_max_(options.lease_max),
       retry_after_(options.retry_after),
-      budget_(budget) {}
+      budget_(budget),
+      planners_(options.planners_max) {}
 
 absl::StatusOr<std::shared_ptr<Session>> SessionStore::Open(SessionSettings settings,
                                                             int64_t tokens_expected,
@@ -37,7 +38,10 @@ absl::StatusOr<std::shared_ptr<Session>> SessionStore::Open(SessionSettings sett
   }
   Session::Start start;
   start.layers.assign(settings.layers, LayerState::Empty(settings.kv, settings.kv_heads));
-  return Add(std::move(settings), start, now);
+  start.planner = planners_.Find(settings);
+  start.plan = std::make_shared<const SessionPlan>(settings.layers, settings.kv_heads,
+                                                   settings.plan, start.planner);
+  return Add(std::move(settings), std::move(start), now);
 }
 
 absl::StatusOr<std::shared_ptr<Session>> SessionStore::Fork(const Session& parent,
@@ -49,12 +53,11 @@ absl::StatusOr<std::shared_ptr<Session>> SessionStore::Fork(const Session& paren
   SessionSettings settings = parent.settings();
   settings.lease = lease;
   settings.name = std::move(name);
-  return Add(std::move(settings), {*std::move(layers), &parent.plan()}, now);
+  return Add(std::move(settings), {*std::move(layers), parent.plan(), parent.planner()}, now);
 }
 
 absl::StatusOr<std::shared_ptr<Session>> SessionStore::Add(SessionSettings settings,
-                                                           const Session::Start& start,
-                                                           TimePoint now) {
+                                                           Session::Start start, TimePoint now) {
   settings.lease =
       settings.lease.count() == 0 ? lease_default_ : std::min(settings.lease, lease_max_);
   absl::StatusOr<MemoryBudget::Reservation> memory =
@@ -66,7 +69,8 @@ absl::StatusOr<std::shared_ptr<Session>> SessionStore::Add(SessionSettings setti
                             static_cast<uint64_t>(retry_after_.count()));
   }
   const uint64_t id = next_id_++;
-  auto session = std::make_shared<Session>(id, std::move(settings), *std::move(memory), start, now);
+  auto session =
+      std::make_shared<Session>(id, std::move(settings), *std::move(memory), std::move(start), now);
   sessions_.emplace(id, session);
   return session;
 }

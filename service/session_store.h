@@ -19,6 +19,7 @@
 #include "service/memory_budget.h"
 #include "service/options.h"
 #include "service/session.h"
+#include "service/shared_planners.h"
 
 namespace kvseek::service {
 
@@ -43,7 +44,7 @@ class SessionStore {
                                                 TimePoint now) ABSL_LOCKS_EXCLUDED(mutex_);
 
   /// A new session that shares what `parent` holds: the first `tokens` tokens of each layer, or
-  /// everything; and has its plan, as it is now. Errors as Open and Session::Truncate.
+  /// everything; and shares its plan and planner. Errors as Open and Session::Truncate.
   absl::StatusOr<std::shared_ptr<Session>> Fork(const Session& parent,
                                                 std::optional<uint64_t> tokens,
                                                 std::chrono::milliseconds lease, std::string name,
@@ -71,14 +72,14 @@ class SessionStore {
   uint64_t expired() const { return expired_.load(std::memory_order_relaxed); }
 
   MemoryBudget& budget() { return budget_; }
+  const SharedPlanners& planners() const { return planners_; }
 
  private:
   using Sessions = absl::flat_hash_map<uint64_t, std::shared_ptr<Session>>;
 
   /// Makes a session and registers it.
-  absl::StatusOr<std::shared_ptr<Session>> Add(SessionSettings settings,
-                                               const Session::Start& start, TimePoint now)
-      ABSL_LOCKS_EXCLUDED(mutex_);
+  absl::StatusOr<std::shared_ptr<Session>> Add(SessionSettings settings, Session::Start start,
+                                               TimePoint now) ABSL_LOCKS_EXCLUDED(mutex_);
   absl::StatusOr<Sessions::iterator> Locate(uint64_t boot_id, uint64_t session_id,
                                             absl::string_view field, TimePoint now)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -89,6 +90,7 @@ class SessionStore {
   const std::chrono::milliseconds lease_max_;
   const std::chrono::milliseconds retry_after_;
   MemoryBudget& budget_;
+  SharedPlanners planners_;
   std::atomic<uint64_t> expired_{0};
 
   mutable std::mutex mutex_;

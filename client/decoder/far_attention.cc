@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
 #include "absl/strings/strip.h"
 #include "transport/pause.h"
@@ -60,6 +61,13 @@ std::optional<HeadPlan> PlanOfShare(const HeadPlan& plan, const DaemonShare& sha
   }
   if (!says) return std::nullopt;
   return part;
+}
+
+std::string ModelOfShare(const std::string& model, const ModelShape& shape,
+                         const DaemonShare& share) {
+  if (model.empty() || share.heads == shape.kv_heads) return model;
+  return absl::StrCat(model, " kv_heads ", share.first_head, "..",
+                      share.first_head + share.heads - 1);
 }
 
 FarAttention::FarAttention(const ModelShape& shape, std::vector<DaemonShare> shares,

@@ -14,6 +14,7 @@
 #include <deque>
 #include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -40,6 +41,10 @@ ModelShape ShapeOfShare(const ModelShape& shape, const DaemonShare& share);
 /// What a share's sessions are opened with: its heads of the model's plan, under their numbers
 /// there. None where the plan says nothing to a daemon, so that the daemon's own counts.
 std::optional<HeadPlan> PlanOfShare(const HeadPlan& plan, const DaemonShare& share);
+/// The name that they are opened with (OpenOptions::model): a share of the heads is a model of its
+/// own. "" of "".
+std::string ModelOfShare(const std::string& model, const ModelShape& shape,
+                         const DaemonShare& share);
 
 /// Whether an error says that a session is gone for good.
 bool IsLost(const absl::Status& status);

@@ -2,6 +2,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <filesystem>
@@ -150,6 +151,29 @@ void ExpectCompletionIsExact(const Subject& subject) {
   EXPECT_EQ(subject.AskBuilt("landmark", {}, options).recall_at_100, 1.0);
 }
 
+/// Of audited intervals of landmark's missed mass, cut short or not, so many have the truth in
+/// them.
+constexpr double kCoverFloor = 0.9;
+
+/// At the first look at the clock nothing has been read but the tail, and of min/max the tree's
+/// nodes of 256 keys are all that is known; small budgets are stops a little later.
+void ExpectCutShortHolds(const Subject& subject) {
+  const StoredHead head(subject.trace, 2);
+  for (const std::string summary : {"minmax", "mean"}) {
+    const auto landmark = BuildIndex("landmark", subject.trace, head.view(), {.summary = summary});
+    for (const int candidates : {0, 64, 512, 4096}) {
+      index::SearchOptions options;
+      options.audit_samples = 64;
+      options.candidates = candidates;
+      if (candidates == 0) options.stop_at = std::chrono::steady_clock::time_point::min();
+      const Evaluation figures = subject.Ask(*landmark, head, options);
+      EXPECT_GE(*figures.interval_cover, kCoverFloor) << summary << ", " << candidates;
+      EXPECT_NEAR(*figures.missed_estimated, figures.missed_true, 0.1 * figures.missed_true)
+          << summary << ", " << candidates;
+    }
+  }
+}
+
 class ShortTraceTest : public ::testing::TestWithParam<const char*> {
  protected:
   const Subject subject_{KVSEEK_SOURCE_DIR "/tests/data", "code8", GetParam(), kShort};
@@ -208,6 +232,8 @@ TEST_P(ShortTraceTest, AuditOfClustersIsHonest) {
   EXPECT_GE(*cluster.interval_cover, 0.85);
 }
 
+TEST_P(ShortTraceTest, LandmarkCutShortIsHonest) { ExpectCutShortHolds(subject_); }
+
 INSTANTIATE_TEST_SUITE_P(Code8, ShortTraceTest, ::testing::Values("layer15.kv1", "layer20.kv0"));
 
 /// Where the 32K traces are: KVSEEK_TRACES, or shared/traces beside the repository.
@@ -246,6 +272,10 @@ TEST_P(LongTraceTest, PartsFloors) {
     if (floors.head == subject.trace.name) ExpectPartsFloors(subject, floors);
   }
   ExpectCompletionIsExact(subject);
+}
+
+TEST_P(LongTraceTest, LandmarkCutShortIsHonest) {
+  ExpectCutShortHolds(Subject(LongTraces(), "code32", GetParam(), kLong));
 }
 
 TEST_P(LongTraceTest, ProductFloors) {

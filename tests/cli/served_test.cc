@@ -191,7 +191,8 @@ TEST_F(ServedTest, BenchMeasuresADaemonElsewhere) {
   EXPECT_GE(answer.at("daemon_micros_p50").get<double>(), 1.0);
   EXPECT_GT(answer.at("beside_daemon_micros_p50").get<double>(), 0.0);
   EXPECT_TRUE(answer.at("errors").empty());
-  EXPECT_TRUE(answer.at("memory_roof_bytes_per_second").is_null());
+  EXPECT_GT(answer.at("memory_roof_bytes_per_second").get<double>(), 1e8)
+      << "it is on this machine";
   EXPECT_EQ(Ask("stats").at("sessions_open"), 0);
   const Ran too_large = RunKvseek("bench --sessions 64 --via " + daemon_->address());
   EXPECT_EQ(too_large.exit_code, 1);

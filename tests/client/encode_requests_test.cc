@@ -271,10 +271,12 @@ TEST(EncodeRequestsTest, LandmarksTravelBehindSampledQueries) {
 TEST(EncodeRequestsTest, PlansTravelAndMustFit) {
   OpenOptions options;
   options.error_target = 0.25F;
+  options.model = "org/model";
   proto::OpenSessionRequest sent;
   ASSERT_TRUE(sent.ParseFromString(EncodeOpen(kShape, options)->metadata));
   EXPECT_FALSE(sent.has_plan());
   EXPECT_EQ(sent.error_target(), 0.25F);
+  EXPECT_EQ(sent.model(), "org/model");
   options.plan = HeadPlan();
   ASSERT_TRUE(sent.ParseFromString(EncodeOpen(kShape, options)->metadata));
   EXPECT_TRUE(sent.has_plan());

@@ -271,21 +271,6 @@ TEST(LadderIndexTest, EverySimdLevelAgrees) {
   ASSERT_TRUE(kernels::ForceSimdLevel(""));
 }
 
-TEST(LadderAuditTest, IntervalShrinksWithSamplesAndHoldsTheMean) {
-  std::vector<float> ratios;
-  ratios.reserve(64);
-  for (int i = 0; i < 64; ++i) ratios.push_back(i % 2 == 0 ? 0.5F : 2.0F);
-  const RestRatio few = EstimateRatio(absl::MakeConstSpan(ratios).subspan(0, 16), 0.5);
-  const RestRatio many = EstimateRatio(ratios, 0.5);
-  EXPECT_FLOAT_EQ(many.mean, 1.25F);
-  EXPECT_LT(many.low, 1.25F);
-  EXPECT_GT(many.high, 1.25F);
-  EXPECT_LT(many.high - many.low, few.high - few.low);
-  // What 64 draws cannot have seen is admitted.
-  EXPECT_GT(EstimateRatio(ratios, 4.0).high, 5.0F * many.high);
-  EXPECT_EQ(EstimateRatio(ratios, 4.0).low, many.low);
-}
-
 TEST(LadderAuditTest, SameSeedSameAnswer) {
   const cli::HeadTrace trace = RealTrace("layer15.kv1");
   const cli::StoredHead head(trace, 2);

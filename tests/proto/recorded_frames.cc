@@ -200,6 +200,10 @@ void RecordSessions(Recorder& recorder) {
   open.mutable_landmark()->set_summary(LANDMARK_GIVEN);
   open.mutable_landmark()->set_block(32);
   recorder.Request("open_session_with_landmarks_request", Op::kOpenSession, open);
+  open.clear_build();
+  open.clear_landmark();
+  open.set_model("org/a-model-8b@1, kv_heads 0..3");
+  recorder.Request("open_session_of_model_request", Op::kOpenSession, open);
   OpenSessionResponse opened;
   SetSession(7, opened.mutable_session());
   opened.set_lease_ms(60000);
@@ -441,6 +445,11 @@ void RecordObservation(Recorder& recorder) {
   found.mutable_sessions(0)->mutable_landmark()->set_block(32);
   found.mutable_sessions(0)->set_landmarks_given(127);
   recorder.Response("stats_with_landmarks_response", Op::kStats, found);
+  found.mutable_sessions(0)->clear_landmark();
+  found.mutable_sessions(0)->clear_landmarks_given();
+  found.mutable_sessions(0)->set_model("org/a-model-8b@1, kv_heads 0..3");
+  found.mutable_sessions(0)->set_planner_audits(12345);
+  recorder.Response("stats_with_models_response", Op::kStats, found);
 
   recorder.Request("health_request", Op::kHealth, HealthRequest());
   HealthResponse health;

@@ -3,60 +3,15 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <cmath>
-#include <map>
 #include <thread>
 
 #include "cli/trace.h"
-#include "tests/service/service_fixture.h"
+#include "tests/service/audited_service.h"
 
 namespace kvseek::service {
 namespace {
-
-DaemonOptions Audited() {
-  DaemonOptions options = Service::SmallOptions(2);
-  options.audit_share = 1.0;
-  options.audit_queue_max = 1000;
-  return options;
-}
-
-std::map<std::string, uint64_t> Counters(Service& service) {
-  std::map<std::string, uint64_t> counters;
-  const auto answer = service.Call(proto::StatsRequest());
-  for (const proto::Counter& counter : answer.message.counters()) {
-    counters[counter.name()] = counter.value();
-  }
-  return counters;
-}
-
-/// Waits until nothing is queued, `offered` searches having been offered so far.
-void WaitForAudits(Service& service, uint64_t offered) {
-  for (int i = 0; i < 6000; ++i) {
-    auto counters = Counters(service);
-    if (counters["audits"] + counters["audits_dropped"] >= offered) return;
-    std::this_thread::sleep_for(std::chrono::milliseconds(10));
-  }
-  FAIL() << "audits take too long";
-}
-
-proto::SessionInfo Info(Service& service, const proto::SessionRef& session) {
-  proto::StatsRequest request;
-  request.set_with_sessions(true);
-  request.set_with_plans(true);
-  request.set_session_id(session.session_id());
-  const auto answer = service.Call(request);
-  EXPECT_EQ(answer.message.sessions_size(), 1);
-  return answer.message.sessions(0);
-}
-
-proto::SessionRef OpenWithTarget(Service& service, const proto::ModelShape& shape, float target) {
-  proto::OpenSessionRequest request;
-  *request.mutable_shape() = shape;
-  request.set_error_target(target);
-  const auto opened = service.Call(request);
-  EXPECT_TRUE(opened.ok()) << opened.status;
-  return opened.message.session();
-}
 
 /// Both recorded heads as one layer of a session.
 class RecordedHeads {
@@ -132,7 +87,7 @@ TEST(LivePlannerTest, MeetsItsTargetOnRecordedHeads) {
   constexpr float kTarget = 0.1F;
   const RecordedHeads heads;
   Service service(Audited());
-  const proto::SessionRef session = OpenWithTarget(service, heads.shape(), kTarget);
+  const proto::SessionRef session = Open(service, RequestWithTarget(heads.shape(), kTarget));
   heads.Fill(service, session);
   EXPECT_EQ(Info(service, session).plan().heads_size(), 0);
   EXPECT_EQ(Info(service, session).error_target(), kTarget);
@@ -178,7 +133,7 @@ class SmallLivePlannerTest : public testing::Test {
   static constexpr size_t kTokens = 3000;
 
   void Start(float target) {
-    session_ = OpenWithTarget(service_, SmallShape(), target);
+    session_ = Open(service_, RequestWithTarget(SmallShape(), target));
     const auto rows = RandomRows(5, SmallShape(), kTokens);
     ASSERT_TRUE(AppendRows(service_, session_, 0, 0, kTokens, rows).ok());
   }
@@ -251,7 +206,7 @@ class LearnTest : public SmallLivePlannerTest {
     const index::SearchAudit audit(state_->heads[1].View(), query, scratch_);
     return planner.Learn({0, 1, state_.get(), query, {}, &audit}, budget_, scratch_);
   }
-  /// Until the plan changes; how many audits that took.
+  /// Until the setting changes; how many audits that took.
   int LearnUntilChanged(LivePlanner& planner, int64_t end) {
     for (int audits = 1; audits <= 400; ++audits) {
       if (Learn(planner, end, static_cast<uint32_t>(audits)).changed) return audits;
@@ -265,41 +220,81 @@ class LearnTest : public SmallLivePlannerTest {
 };
 
 TEST_F(LearnTest, BelievesNothingBeforeEnoughAudits) {
-  const auto plan = std::make_shared<SessionPlan>(1, 2, nullptr, true);
-  LivePlanner planner(plan, 0.5F, 0);
-  EXPECT_GE(LearnUntilChanged(planner, kTokens), index::PlannerOptions().audits_min);
-  EXPECT_EQ(plan->Get(0, 0), HeadSetting());
-  EXPECT_EQ(plan->Get(0, 1).index, proto::INDEX_LADDER);
-  EXPECT_GE(plan->Get(0, 1).candidates, 64U);
+  LivePlanner planner(1, 2, 0.5F, 0);
+  const int audits = LearnUntilChanged(planner, kTokens);
+  EXPECT_GE(audits, index::PlannerOptions().audits_min);
+  EXPECT_EQ(planner.audits(), static_cast<uint64_t>(audits));
+  EXPECT_EQ(planner.heads(), 1U);
+  EXPECT_EQ(planner.Get(0, 0, kTokens), HeadSetting());
+  EXPECT_EQ(planner.Get(0, 1, kTokens).index, proto::INDEX_LADDER);
+  EXPECT_GE(planner.Get(0, 1, kTokens).candidates, 64U);
 }
 
-TEST_F(LearnTest, StartsAnewWhenTheRangeHasDoubled) {
-  const auto plan = std::make_shared<SessionPlan>(1, 2, nullptr, true);
-  LivePlanner planner(plan, 0.5F, 0);
-  ASSERT_GT(LearnUntilChanged(planner, 1200), 0);
-  const HeadSetting before = plan->Get(0, 1);
+TEST_F(LearnTest, EachOctaveOfTheRangeHasItsOwnPlanner) {
+  constexpr int64_t kShort = 1200;  // below 2048, and kTokens is not
+  LivePlanner planner(1, 2, 0.5F, 0);
+  ASSERT_GT(LearnUntilChanged(planner, kShort), 0);
+  const HeadSetting shorter = planner.Get(0, 1, kShort);
+  EXPECT_EQ(planner.Get(0, 1, 2047), shorter);
+  // Until the longer one has chosen, what the shorter one chose counts.
   for (uint32_t i = 0; i + 1 < 8; ++i) {
-    EXPECT_FALSE(Learn(planner, kTokens, i).changed);  // too few of the new ones
-    EXPECT_EQ(plan->Get(0, 1), before);
+    EXPECT_FALSE(Learn(planner, kTokens, i).changed);
+    EXPECT_EQ(planner.Get(0, 1, kTokens), shorter);
   }
-  const uint64_t used = budget_.used_bytes();
-  Learn(planner, 1200, 3);
-  EXPECT_LT(budget_.used_bytes(), used);  // fewer budgets, and one planner only
+  EXPECT_EQ(planner.heads(), 2U);
+  LivePlanner alone(1, 2, 0.5F, 0);
+  for (uint32_t i = 0; i < 200; ++i) {
+    Learn(planner, kTokens, i);
+    Learn(alone, kTokens, i);
+  }
+  // The other seven audits are the same, so the longer one believes what it would by itself.
+  EXPECT_NE(planner.Get(0, 1, kTokens), HeadSetting());
+  EXPECT_NEAR(static_cast<double>(planner.Get(0, 1, kTokens).candidates),
+              static_cast<double>(alone.Get(0, 1, kTokens).candidates),
+              0.2 * static_cast<double>(alone.Get(0, 1, kTokens).candidates));
+  EXPECT_EQ(planner.Get(0, 1, kShort), shorter);
+  EXPECT_EQ(planner.Get(0, 1, 4096), planner.Get(0, 1, kTokens));  // the nearest shorter
+}
+
+TEST_F(LearnTest, AShorterRangeTakesTheNearestLongerOctave) {
+  LivePlanner planner(1, 2, 0.5F, 0);
+  ASSERT_GT(LearnUntilChanged(planner, kTokens), 0);
+  EXPECT_EQ(planner.Get(0, 1, 10), planner.Get(0, 1, kTokens));
+  EXPECT_EQ(planner.Get(0, 1, int64_t{1} << 40), planner.Get(0, 1, kTokens));
 }
 
 TEST_F(LearnTest, IndexesThatAreNotBuiltYetAreNotTried) {
-  const auto plan = std::make_shared<SessionPlan>(1, 2, nullptr, true);
-  LivePlanner planner(plan, 0.5F, 1U << static_cast<uint32_t>(index::BuiltKind::kCluster));
+  LivePlanner planner(1, 2, 0.5F, 1U << static_cast<uint32_t>(index::BuiltKind::kCluster));
   EXPECT_EQ(Learn(planner, kTokens, 1).trials, 1);  // the ladder's
 }
 
 TEST_F(LearnTest, WithoutMemoryNothingIsPlanned) {
-  auto taken = budget_.Reserve(budget_.limit_bytes() - 100, "");
-  ASSERT_TRUE(taken.ok());
-  const auto plan = std::make_shared<SessionPlan>(1, 2, nullptr, true);
-  LivePlanner planner(plan, 0.5F, 0);
-  EXPECT_EQ(Learn(planner, kTokens, 1).trials, 0);
-  EXPECT_EQ(plan->Get(0, 1), HeadSetting());
+  for (const uint64_t left : {100, 1000}) {  // for no table, for no planner
+    auto taken = budget_.Reserve(budget_.limit_bytes() - left, "");
+    ASSERT_TRUE(taken.ok());
+    LivePlanner planner(1, 2, 0.5F, 0);
+    EXPECT_EQ(Learn(planner, kTokens, 1).trials, 0);
+    EXPECT_EQ(planner.audits(), 0U);
+    EXPECT_EQ(planner.Get(0, 1, kTokens), HeadSetting());
+  }
+}
+
+TEST_F(LearnTest, SettingsAreReadWhileItLearns) {
+  LivePlanner planner(1, 2, 0.5F, 0);
+  std::atomic<bool> done{false};
+  std::thread reader([&] {
+    while (!done.load()) {
+      for (const int64_t range : {1200, 3000, 100000}) {
+        const HeadSetting setting = planner.Get(0, 1, range);
+        EXPECT_TRUE(setting == HeadSetting() || setting.index == proto::INDEX_EXACT ||
+                    setting.candidates >= 64U);
+      }
+    }
+  });
+  EXPECT_GT(LearnUntilChanged(planner, kTokens), 0);
+  EXPECT_GT(LearnUntilChanged(planner, 1200), 0);
+  done = true;
+  reader.join();
 }
 
 }  // namespace

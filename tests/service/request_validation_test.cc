@@ -56,6 +56,7 @@ TEST_F(RequestValidationTest, OpenSession) {
             invalid + "shape.softmax_scale");
   EXPECT_EQ(RefusedOpen([](auto& m) { m.set_scan_bits(3); }), invalid + "scan_bits");
   EXPECT_EQ(RefusedOpen([](auto& m) { m.set_name(std::string(257, 'x')); }), invalid + "name");
+  EXPECT_EQ(RefusedOpen([](auto& m) { m.set_model(std::string(257, 'x')); }), invalid + "model");
   EXPECT_EQ(RefusedOpen([](auto& m) { m.set_tokens_expected(~uint64_t{0}); }),
             invalid + "tokens_expected");
   EXPECT_EQ(RefusedOpen([](auto& m) {

@@ -151,6 +151,7 @@ std::vector<Call> RightCalls(const proto::SessionRef& victim) {
   open.mutable_shape()->set_dtype(proto::DTYPE_FP16);
   open.set_tokens_expected(100);
   open.set_error_target(0.1F);
+  open.set_model("m");
   open.mutable_plan()->set_version(1);
   proto::PlannedHead& head = *open.mutable_plan()->add_heads();
   head.set_mode("auto");

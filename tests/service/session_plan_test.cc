@@ -313,21 +313,14 @@ TEST(SessionPlanTest, RefusalsNameTheField) {
   EXPECT_EQ(service.budget().used_bytes(), used);
 }
 
-TEST(SessionPlanTest, SettingsChangeAndForksKeepTheirs) {
-  SessionPlan plan(2, 2, nullptr, /*live=*/true);
-  EXPECT_TRUE(plan.exists());
-  EXPECT_EQ(plan.Message().heads_size(), 0);
-  plan.Set(1, 0, {proto::INDEX_CLUSTER, index::kMaxCandidates, -7.25F});
-  const SessionPlan fork(plan);
-  plan.Set(1, 0, {proto::INDEX_EXACT, 0});
-  EXPECT_EQ(fork.Get(1, 0), (HeadSetting{proto::INDEX_CLUSTER, index::kMaxCandidates, -7.25F}));
-  ASSERT_EQ(fork.Message().heads_size(), 1);
-  EXPECT_EQ(fork.Message().heads(0).index(), "cluster");
-  EXPECT_EQ(fork.Message().heads(0).threshold(), -7.25F);
-  EXPECT_EQ(plan.Message().heads(0).index(), "exact");
-  EXPECT_EQ(plan.Get(0, 1), HeadSetting());
-  EXPECT_FALSE(SessionPlan(2, 2, nullptr, false).exists());
-  EXPECT_EQ(SessionPlan(2, 2, nullptr, false).Get(1, 1), HeadSetting());
+TEST(SessionPlanTest, WithoutAPlanThereIsNone) {
+  const SessionPlan none(2, 2, nullptr, nullptr);
+  EXPECT_FALSE(none.exists());
+  EXPECT_EQ(none.Get(1, 1, 9000), HeadSetting());
+  const SessionPlan opened(2, 2, std::make_shared<const proto::HeadPlan>(Plan()), nullptr);
+  EXPECT_TRUE(opened.exists());
+  EXPECT_EQ(opened.Get(1, 1, 9000), (HeadSetting{proto::INDEX_LADDER, 512, 0.0F}));
+  EXPECT_EQ(opened.Message({9000, 0}).heads_size(), 3);
 }
 
 }  // namespace

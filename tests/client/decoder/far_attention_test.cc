@@ -263,6 +263,17 @@ TEST_F(FarAttentionTest, HeadsAreAnsweredAsTheirSessionsPlan) {
   EXPECT_EQ(seen, 2 * kShape.kv_heads);
 }
 
+TEST(ModelOfShareTest, ASharesHeadsAreAModelOfTheirOwn) {
+  const ModelShape shape{.layers = 1, .kv_heads = 8, .query_heads = 16};
+  const auto share = [](uint32_t first, uint32_t heads) {
+    return DaemonShare{.first_head = first, .heads = heads};
+  };
+  EXPECT_EQ(ModelOfShare("", shape, share(0, 4)), "");
+  EXPECT_EQ(ModelOfShare("m", shape, share(0, 8)), "m");
+  EXPECT_EQ(ModelOfShare("m", shape, share(0, 4)), "m kv_heads 0..3");
+  EXPECT_EQ(ModelOfShare("m", shape, share(4, 4)), "m kv_heads 4..7");
+}
+
 TEST(PlanOfShareTest, HasTheSharesHeadsUnderTheirNumbersThere) {
   HeadPlan plan = PlanOfModes(4, std::vector<HeadMode>(8, HeadMode::kRows));
   const DaemonShare share{.first_head = 2, .heads = 2};
