@@ -71,9 +71,8 @@ class Echo {
     if (request.payload.bytes != 0) {
       const auto begin = Clock::now();
       sum_ += std::accumulate(swept_.begin(), swept_.end(), uint64_t{0});
-      response.payload.data = kvseek::index::MakeAligned<uint8_t>(answer_bytes_);
+      response.payload = kvseek::service::MakePayload(answer_bytes_);
       std::memset(response.payload.data.get(), static_cast<int>(sum_ | 1), answer_bytes_);
-      response.payload.bytes = answer_bytes_;
       const double took = Micros(Clock::now() - begin);
       response.metadata.assign(reinterpret_cast<const char*>(&took), sizeof(took));
     }

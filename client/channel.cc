@@ -5,6 +5,7 @@
 #include <boost/asio/co_spawn.hpp>
 #include <boost/asio/detached.hpp>
 #include <boost/asio/post.hpp>
+#include <cstring>
 #include <exception>
 #include <future>
 #include <limits>
@@ -65,7 +66,7 @@ class Channel::Impl {
   }
 
   void Start(Message message, Clock::time_point deadline, Done done) {
-    message.BringTogether();
+    if (message.owned != nullptr) message.BringTogether();
     Call call{OutFrame::Prepare(std::move(message), deadline), std::move(done)};
     if (!AsksUnchecked(options_)) call.frame.Sum();
     {
@@ -406,7 +407,20 @@ std::shared_ptr<uint8_t[]> AllocatePayload(size_t bytes) {
   return {memory, [](uint8_t* payload) { ::operator delete[](payload, kAlignment); }};
 }
 
+void Message::MakeOwned() {
+  if (owned != nullptr) return;
+  owned.reset(new uint8_t[payload.size()]);
+  payload = {owned.get(), payload.size()};
+  size_t end = 0;
+  for (const Part& part : parts) {
+    std::memset(owned.get() + end, 0, part.offset - end);
+    end = part.offset + part.bytes.size();
+  }
+}
+
 void Message::BringTogether() {
+  if (parts.empty()) return;
+  MakeOwned();
   for (const Part& part : parts) {
     std::copy(part.bytes.begin(), part.bytes.end(), owned.get() + part.offset);
   }

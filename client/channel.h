@@ -30,16 +30,22 @@ using Clock = std::chrono::steady_clock;
 /// A request without its deadline.
 struct Message {
   proto::Op op = proto::Op::kHealth;
-  std::string metadata;               ///< serialised
-  absl::Span<const uint8_t> payload;  ///< the caller's memory, or `owned`
+  std::string metadata;  ///< serialised
+  /// The caller's memory, or `owned`. While there are `parts`, only its size counts.
+  absl::Span<const uint8_t> payload;
   std::unique_ptr<uint8_t[]> owned;
 
   struct Part {
-    absl::Span<const uint8_t> bytes;  ///< the caller's memory
+    absl::Span<const uint8_t> bytes;  ///< the caller's memory, not empty
     size_t offset = 0;
   };
-  std::vector<Part> parts;  ///< which Start copies to their places in `owned`
+  /// What the payload is made of, zeros between them. With `owned` Start copies them there;
+  /// without, they are sent from where they are, unless there is a checksum to be made.
+  std::vector<Part> parts;
+  /// Makes `payload` of the parts, in `owned`.
   void BringTogether();
+  /// Zeros what is no part's in `owned`, which is made if it is not there.
+  void MakeOwned();
 };
 
 /// At a multiple of 64 bytes, as parts stand within payloads; not initialised.

@@ -90,15 +90,15 @@ OutFrame OutFrame::Prepare(Message message, Clock::time_point deadline) {
   frame.head.assign(proto::kHeaderBytes, '\0');
   frame.head.append(message.metadata);
   frame.head.append(padding, '\0');
-  frame.payload = message.payload;
-  frame.owned = std::move(message.owned);
+  frame.message = std::move(message);
   frame.deadline = deadline;
   return frame;
 }
 
 void OutFrame::Sum() {
-  if (summed || payload.empty()) return;
-  trailer = proto::MakeTrailer(payload);
+  if (summed || message.payload.empty()) return;
+  message.BringTogether();
+  trailer = proto::MakeTrailer(message.payload);
   summed = true;
 }
 
@@ -112,28 +112,38 @@ void OutFrame::Seal(bool checked) {
 }
 
 void OutFrame::Detach() {
-  if (owned != nullptr || payload.empty()) return;
-  owned.reset(new uint8_t[payload.size()]);
-  std::memcpy(owned.get(), payload.data(), payload.size());
-  payload = {owned.get(), payload.size()};
+  if (message.owned != nullptr || message.payload.empty()) return;
+  if (message.parts.empty()) message.parts.push_back({message.payload, 0});
+  message.BringTogether();
 }
 
 size_t OutFrame::Bytes() const {
-  return head.size() + (payload.empty() ? 0 : payload.size() + trailer.size());
+  const size_t payload_bytes = message.payload.size();
+  return head.size() + (payload_bytes == 0 ? 0 : payload_bytes + trailer.size());
 }
 
-std::array<asio::const_buffer, 3> OutFrame::Rest() const {
-  std::array<asio::const_buffer, 3> parts = {
-      asio::const_buffer(head.data(), head.size()),
-      asio::const_buffer(payload.data(), payload.size()),
-      asio::const_buffer(trailer.data(), payload.empty() ? 0 : trailer.size())};
+std::vector<asio::const_buffer> OutFrame::Rest() const {
+  static constexpr std::array<uint8_t, proto::kPayloadAlignment> kZeros{};
+  std::vector<asio::const_buffer> all;
+  all.reserve(2 * message.parts.size() + 3);
+  all.emplace_back(head.data(), head.size());
+  size_t end = 0;
+  for (const Message::Part& part : message.parts) {
+    if (part.offset != end) all.emplace_back(kZeros.data(), part.offset - end);
+    all.emplace_back(part.bytes.data(), part.bytes.size());
+    end = part.offset + part.bytes.size();
+  }
+  if (message.parts.empty()) all.emplace_back(message.payload.data(), message.payload.size());
+  if (!message.payload.empty()) all.emplace_back(trailer.data(), trailer.size());
   size_t skip = sent;
-  for (asio::const_buffer& part : parts) {
+  const auto rest = std::find_if(all.begin(), all.end(), [&skip](asio::const_buffer& part) {
     const size_t step = std::min(skip, part.size());
     part += step;
     skip -= step;
-  }
-  return parts;
+    return part.size() != 0;
+  });
+  all.erase(all.begin(), rest);
+  return all;
 }
 
 // ---- connecting

@@ -13,6 +13,7 @@
 #include <deque>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/types/span.h"
@@ -33,8 +34,7 @@ inline constexpr uint64_t kHelloId = 1;  ///< request id of a hello; calls have 
 struct OutFrame {
   proto::FrameHeader header;
   std::string head;  ///< header, metadata, padding
-  absl::Span<const uint8_t> payload;
-  std::unique_ptr<uint8_t[]> owned;  ///< what `payload` points into, unless it is the caller's
+  Message message;   ///< its metadata has gone into `head`
   std::array<uint8_t, proto::kTrailerBytes> trailer{};
   bool summed = false;  ///< `trailer` holds the checksum
   Clock::time_point deadline;
@@ -51,7 +51,7 @@ struct OutFrame {
   void Detach();
   size_t Bytes() const;
   /// What is left to be sent.
-  std::array<boost::asio::const_buffer, 3> Rest() const;
+  std::vector<boost::asio::const_buffer> Rest() const;
 };
 
 struct Link {

@@ -35,36 +35,40 @@ Message Serialise(Op op, const T& message) {
 bool AreInPlace(const std::vector<Message::Part>& parts) {
   size_t end = 0;
   for (const Message::Part& part : parts) {
-    if (part.bytes.empty()) continue;
     if (part.offset != end || part.bytes.data() != parts.front().bytes.data() + end) return false;
     end += part.bytes.size();
   }
   return true;
 }
 
+/// When the parts of a payload are read.
+enum class Reading {
+  kAtStart,  ///< copied by Start
+  kAsSent,   ///< until the request's answer; saves the copy
+};
+
 /// Lays the parts out in message.payload. What stands in memory as it is to stand there, as one
-/// part always does, is sent from where it is; else parts will be brought together, since the
-/// payload's checksum runs over all of it.
-absl::Status SetPayload(const std::vector<absl::Span<const uint8_t>>& parts, Message& message) {
+/// part always does, is sent from where it is.
+absl::Status SetPayload(const std::vector<absl::Span<const uint8_t>>& parts, Reading reading,
+                        Message& message) {
   proto::PayloadLayout layout;
   message.parts.reserve(parts.size());
-  for (const auto& part : parts) message.parts.push_back({part, layout.Add(part.size())});
+  for (const auto& part : parts) {
+    const size_t offset = layout.Add(part.size());
+    if (!part.empty()) message.parts.push_back({part, offset});
+  }
   if (layout.bytes() > kPayloadMax) {
     return Invalid("payload", absl::StrCat(layout.bytes(), " bytes in one request"));
   }
   if (AreInPlace(message.parts)) {
+    if (!message.parts.empty()) {
+      message.payload = {message.parts.front().bytes.data(), layout.bytes()};
+    }
     message.parts.clear();
-    message.payload = {parts.front().data(), layout.bytes()};
     return absl::OkStatus();
   }
-  message.owned.reset(new uint8_t[layout.bytes()]);
-  size_t end = 0;
-  for (const Message::Part& part : message.parts) {
-    if (part.bytes.empty()) continue;
-    std::memset(message.owned.get() + end, 0, part.offset - end);
-    end = part.offset + part.bytes.size();
-  }
-  message.payload = {message.owned.get(), layout.bytes()};
+  message.payload = {static_cast<const uint8_t*>(nullptr), layout.bytes()};
+  if (reading == Reading::kAtStart) message.MakeOwned();
   return absl::OkStatus();
 }
 
@@ -186,7 +190,7 @@ absl::Status FillSearch(const Request& request, Proto& message, Message& out) {
   to.set_reuse_keep(options.reuse_keep);
   to.set_search_time_us(static_cast<uint32_t>(
       std::clamp<int64_t>(options.search_time.count(), 0, std::numeric_limits<uint32_t>::max())));
-  return SetPayload(parts, out);
+  return SetPayload(parts, Reading::kAtStart, out);
 }
 
 }  // namespace
@@ -227,34 +231,43 @@ absl::StatusOr<Message> EncodeOpen(const ModelShape& shape, const OpenOptions& o
 }
 
 absl::StatusOr<Message> EncodeAppend(const Session& session, uint32_t layer, uint64_t start,
-                                     uint32_t tokens, absl::Span<const uint16_t> keys,
-                                     absl::Span<const uint16_t> values,
+                                     uint32_t tokens, absl::Span<const LayerTensors> layers,
                                      const SampledQueries& queries, const LandmarkKeys& landmarks) {
   const ModelShape& shape = session.shape;
   absl::Status status = CheckShape(shape, "session.shape.");
   if (!status.ok()) return status;
   status = CheckLayer(session, layer, "");
   if (!status.ok()) return status;
-  const auto check = [&](absl::string_view field, size_t size, uint32_t dim) {
-    const uint64_t expected = Product({tokens, shape.kv_heads, dim});
+  if (layers.empty() || layers.size() > shape.layers - layer) {
+    return Invalid("layers",
+                   absl::StrCat(layers.size(), " from layer ", layer, " of ", shape.layers, " on"));
+  }
+  const auto check = [&](const std::string& field, size_t size, uint64_t expected) {
     if (size == expected) return absl::OkStatus();
     return Invalid(field, absl::StrCat(size, " elements, its shape has ", expected));
   };
-  status = check("keys", keys.size(), shape.key_dim);
-  if (!status.ok()) return status;
-  status = check("values", values.size(), shape.value_dim);
-  if (!status.ok()) return status;
-  const uint64_t elements = Product({queries.positions.size(), shape.query_heads, shape.key_dim});
-  if (queries.rows.size() != elements) {
-    return Invalid("queries.rows",
-                   absl::StrCat(queries.rows.size(), " elements, its shape has ", elements));
+  const auto name = [&](size_t i, const char* tensor) {
+    return layers.size() == 1 ? tensor : absl::StrCat("layers[", i, "].", tensor);
+  };
+  std::vector<absl::Span<const uint8_t>> parts;
+  parts.reserve(2 * layers.size() + 1);
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const LayerTensors& rows = layers[i];
+    status =
+        check(name(i, "keys"), rows.keys.size(), Product({tokens, shape.kv_heads, shape.key_dim}));
+    status.Update(check(name(i, "values"), rows.values.size(),
+                        Product({tokens, shape.kv_heads, shape.value_dim})));
+    if (!status.ok()) return status;
+    parts.push_back(AsBytes(rows.keys));
+    parts.push_back(AsBytes(rows.values));
   }
-  const uint64_t landmark_elements =
-      Product({landmarks.positions.size(), shape.kv_heads, shape.key_dim});
-  if (landmarks.rows.size() != landmark_elements) {
-    return Invalid("landmarks.rows", absl::StrCat(landmarks.rows.size(),
-                                                  " elements, its shape has ", landmark_elements));
-  }
+  status = check("queries.rows", queries.rows.size(),
+                 Product({queries.positions.size(), shape.query_heads, shape.key_dim}));
+  status.Update(check("landmarks.rows", landmarks.rows.size(),
+                      Product({landmarks.positions.size(), shape.kv_heads, shape.key_dim})));
+  if (!status.ok()) return status;
+  parts.push_back(AsBytes(queries.rows));
+  parts.push_back(AsBytes(landmarks.rows));
   proto::AppendRequest request;
   SetSession(session, request.mutable_session());
   request.set_layer(layer);
@@ -262,9 +275,9 @@ absl::StatusOr<Message> EncodeAppend(const Session& session, uint32_t layer, uin
   request.set_tokens(tokens);
   request.mutable_query_positions()->Add(queries.positions.begin(), queries.positions.end());
   request.mutable_landmark_positions()->Add(landmarks.positions.begin(), landmarks.positions.end());
+  if (layers.size() > 1) request.set_layers(static_cast<uint32_t>(layers.size()));
   Message message = Serialise(Op::kAppend, request);
-  status = SetPayload(
-      {AsBytes(keys), AsBytes(values), AsBytes(queries.rows), AsBytes(landmarks.rows)}, message);
+  status = SetPayload(parts, Reading::kAsSent, message);
   if (!status.ok()) return status;
   return message;
 }
@@ -311,7 +324,7 @@ absl::StatusOr<Message> EncodeFetchRows(const Session& session, uint32_t layer, 
   request.set_kv_head(kv_head);
   request.set_count(static_cast<uint32_t>(positions.size()));
   Message message = Serialise(Op::kFetchRows, request);
-  status = SetPayload({AsBytes(positions)}, message);
+  status = SetPayload({AsBytes(positions)}, Reading::kAtStart, message);
   if (!status.ok()) return status;
   return message;
 }

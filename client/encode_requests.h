@@ -1,6 +1,6 @@
 // Requests to bytes. They are checked before anything is sent: invalid_argument names the field.
-// A request of one tensor points at the caller's memory; several are to be brought together. The
-// tensors' elements are not read in here.
+// A request of one tensor points at the caller's memory, an append's tensors are sent from there;
+// others are to be brought together. The tensors' elements are not read in here.
 #ifndef KVSEEK_CLIENT_ENCODE_REQUESTS_H_
 #define KVSEEK_CLIENT_ENCODE_REQUESTS_H_
 
@@ -16,8 +16,7 @@ namespace kvseek::client {
 
 absl::StatusOr<Message> EncodeOpen(const ModelShape& shape, const OpenOptions& options);
 absl::StatusOr<Message> EncodeAppend(const Session& session, uint32_t layer, uint64_t start,
-                                     uint32_t tokens, absl::Span<const uint16_t> keys,
-                                     absl::Span<const uint16_t> values,
+                                     uint32_t tokens, absl::Span<const LayerTensors> layers,
                                      const SampledQueries& queries = {},
                                      const LandmarkKeys& landmarks = {});
 absl::StatusOr<Message> EncodeAttend(const AttendRequest& request);

@@ -152,9 +152,17 @@ void KvClient::AppendAsync(const Session& session, uint32_t layer, uint64_t star
                            absl::Span<const uint16_t> keys, absl::Span<const uint16_t> values,
                            const CallOptions& call, Callback<uint64_t> done,
                            const SampledQueries& queries, const LandmarkKeys& landmarks) {
+  const LayerTensors only{keys, values};
   impl_->Start<uint64_t>(
-      client::EncodeAppend(session, layer, start, tokens, keys, values, queries, landmarks), call,
+      client::EncodeAppend(session, layer, start, tokens, {&only, 1}, queries, landmarks), call,
       client::DecodeAppend, std::move(done));
+}
+
+void KvClient::AppendLayersAsync(const Session& session, uint32_t layer, uint64_t start,
+                                 uint32_t tokens, absl::Span<const LayerTensors> layers,
+                                 const CallOptions& call, Callback<uint64_t> done) {
+  impl_->Start<uint64_t>(client::EncodeAppend(session, layer, start, tokens, layers), call,
+                         client::DecodeAppend, std::move(done));
 }
 
 struct PreparedSearch::Impl {

@@ -270,6 +270,12 @@ struct SampledQueries {
   absl::Span<const uint16_t> rows{};
 };
 
+/// Tokens of one layer, all KV heads.
+struct LayerTensors {
+  absl::Span<const uint16_t> keys{};    ///< (tokens, kv_heads, key_dim)
+  absl::Span<const uint16_t> values{};  ///< (tokens, kv_heads, value_dim)
+};
+
 /// Landmark keys of blocks that end in the tokens of an append: (positions.size(), kv_heads,
 /// key_dim) in the session's dtype, after positional encoding, for a session with
 /// LandmarkSummary::kGiven. A block that two appends share comes with the second, which brings its
@@ -392,6 +398,13 @@ class KvClient {
                    absl::Span<const uint16_t> keys, absl::Span<const uint16_t> values,
                    const CallOptions& call, Callback<uint64_t> done,
                    const SampledQueries& queries = {}, const LandmarkKeys& landmarks = {});
+  /// The same tokens of layers [layer, layer + layers.size()) in one request, as a decode step
+  /// brings them: one round trip instead of one for each layer. Returns what the layer holds that
+  /// holds least. Each layer is appended for itself: an error may leave some that were. Safe to
+  /// repeat.
+  void AppendLayersAsync(const Session& session, uint32_t layer, uint64_t start, uint32_t tokens,
+                         absl::Span<const LayerTensors> layers, const CallOptions& call,
+                         Callback<uint64_t> done);
   void AttendAsync(const AttendRequest& request, const CallOptions& call,
                    Callback<SearchResponse> done);
   void TopKAsync(const TopKRequest& request, const CallOptions& call,

@@ -1,8 +1,8 @@
 #include "index/segment.h"
 
 #include <cstring>
+#include <utility>
 
-#include "index/scratch.h"
 #include "kernels/cpu/rotation.h"
 
 namespace kvseek::index {
@@ -55,24 +55,35 @@ Segment::Segment(const Layout& layout) : memory_(MakeSlot(layout.bytes)) {
   block_means_ = reinterpret_cast<uint16_t*>(at(layout.block_means));
 }
 
+Segment::Draft::Draft(const KvShape& shape) : shape_(shape), segment_(new Segment(Layout(shape))) {}
+
+Segment::Draft::~Draft() = default;
+
+std::shared_ptr<const Segment> Segment::Draft::Encode(Scratch& scratch) {
+  Segment& segment = *segment_;
+  const int key_dim = shape_.key_dim;
+  const int padded_dim = kernels::PaddedDim(key_dim);
+  kernels::MeanRow(segment.keys_, shape_.dtype, kSegmentTokens, key_dim, segment.centre_);
+  auto* residuals =
+      scratch.Take<float>(static_cast<size_t>(kSegmentTokens) * static_cast<size_t>(padded_dim));
+  kernels::RotateResiduals(segment.keys_, shape_.dtype, kSegmentTokens, key_dim, segment.centre_,
+                           residuals);
+  segment.scan_noise_ = kernels::EncodeScanBlocks(residuals, kBlocks, padded_dim, shape_.scan_bits,
+                                                  segment.scan_blocks_);
+  kernels::EncodeFine(residuals, segment.values_, shape_.dtype, kSegmentTokens, padded_dim,
+                      shape_.value_dim, segment.fine_records_, segment.fine_factors_);
+  kernels::BlockMeans(segment.values_, shape_.dtype, kBlocks, shape_.value_dim,
+                      segment.block_means_);
+  return std::move(segment_);
+}
+
 std::shared_ptr<const Segment> Segment::Build(const KvShape& shape, const uint16_t* keys,
                                               const uint16_t* values) {
-  const Layout layout(shape);
-  std::shared_ptr<Segment> segment(new Segment(layout));
-  std::memcpy(segment->keys_, keys, kSegmentTokens * shape.KeyRowBytes());
-  std::memcpy(segment->values_, values, kSegmentTokens * shape.ValueRowBytes());
-  kernels::MeanRow(keys, shape.dtype, kSegmentTokens, shape.key_dim, segment->centre_);
-
-  const auto residuals =
-      MakeAligned<float>(static_cast<size_t>(kSegmentTokens) * layout.padded_dim);
-  kernels::RotateResiduals(keys, shape.dtype, kSegmentTokens, shape.key_dim, segment->centre_,
-                           residuals.get());
-  segment->scan_noise_ = kernels::EncodeScanBlocks(residuals.get(), kBlocks, layout.padded_dim,
-                                                   shape.scan_bits, segment->scan_blocks_);
-  kernels::EncodeFine(residuals.get(), values, shape.dtype, kSegmentTokens, layout.padded_dim,
-                      shape.value_dim, segment->fine_records_, segment->fine_factors_);
-  kernels::BlockMeans(values, shape.dtype, kBlocks, shape.value_dim, segment->block_means_);
-  return segment;
+  Draft draft(shape);
+  std::memcpy(draft.keys(), keys, kSegmentTokens * shape.KeyRowBytes());
+  std::memcpy(draft.values(), values, kSegmentTokens * shape.ValueRowBytes());
+  Scratch scratch;
+  return draft.Encode(scratch);
 }
 
 size_t Segment::Bytes(const KvShape& shape) { return sizeof(Segment) + Layout(shape).bytes; }

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "index/scratch.h"
 #include "index/slab_memory.h"
 #include "kernels/cpu/ladder_codes.h"
 #include "kernels/dtype.h"
@@ -31,6 +32,24 @@ struct KvShape {
 /// value_dim).
 class Segment {
  public:
+  /// A segment's memory, for rows to be put into their places: no copy is made of them any more.
+  class Draft {
+   public:
+    explicit Draft(const KvShape& shape);
+    ~Draft();
+    Draft(const Draft&) = delete;
+    Draft& operator=(const Draft&) = delete;
+
+    uint16_t* keys() { return segment_->keys_; }      ///< (1024, key_dim), uninitialised
+    uint16_t* values() { return segment_->values_; }  ///< (1024, value_dim), uninitialised
+    /// Encodes the rows, all of which are there; once. Takes from `scratch`.
+    std::shared_ptr<const Segment> Encode(Scratch& scratch);
+
+   private:
+    const KvShape shape_;
+    std::shared_ptr<Segment> segment_;
+  };
+
   /// Copies 1024 rows of each and encodes them. `keys` and `values` are free to go afterwards.
   static std::shared_ptr<const Segment> Build(const KvShape& shape, const uint16_t* keys,
                                               const uint16_t* values);

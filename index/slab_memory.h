@@ -6,7 +6,10 @@
 // where it has none.
 //
 // Process-wide, as malloc is: segments outlive whoever made them. Slots of one size come from
-// slabs of their own; a slab goes back to the system when its last slot is given back.
+// slabs of their own. A slab without slots in use is kept as a spare one, for slots of any size, as
+// long as all slabs together are within KeepSlabs; else it goes back to the system. New memory is
+// cleared by the system when it is first touched, which takes longer than encoding what is then
+// written there; spare slabs have been touched.
 #ifndef KVSEEK_INDEX_SLAB_MEMORY_H_
 #define KVSEEK_INDEX_SLAB_MEMORY_H_
 
@@ -14,6 +17,8 @@
 #include <memory>
 
 namespace kvseek::index {
+
+inline constexpr size_t kSlabBytes = size_t{32} << 20;
 
 /// `bytes` uninitialised bytes, aligned to a cache line. Throws std::bad_alloc. Thread-safe.
 void* TakeSlot(size_t bytes);
@@ -30,7 +35,14 @@ inline Slot MakeSlot(size_t bytes) {
   return Slot(static_cast<std::byte*>(TakeSlot(bytes)), SlotFree{bytes});
 }
 
-/// Bytes of the slabs that the process has now. Thread-safe.
+/// From now on slabs of so many bytes, those in use among them, stay with the process once it has
+/// them; 0, as at first: none. Thread-safe.
+void KeepSlabs(size_t bytes);
+/// Takes one more slab from the system and touches it, if it may stay as a spare one. False: it may
+/// not, or there is none. Thread-safe: threads that call it touch slabs side by side.
+bool AddSpareSlab();
+
+/// Bytes of the slabs that the process has now, spare ones included. Thread-safe.
 size_t SlabBytes();
 
 }  // namespace kvseek::index

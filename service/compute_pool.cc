@@ -123,16 +123,18 @@ void ComputePool::Submit(Job job, int count) {
 void ComputePool::ForEach(int count, const std::function<void(int, index::Scratch&)>& work,
                           index::Scratch& scratch) {
   if (count <= 0) return;
-  const auto sharing = std::make_shared<Sharing>(count, work);
-  if (count > 1) {
-    Wakeup wakeup;
-    {
-      const std::lock_guard lock(mutex_);
-      const int helpers = std::min(count - 1, idle_ - static_cast<int>(jobs_.size()));
-      wakeup = Queue([sharing](index::Scratch& own) { sharing->Run(own); }, helpers);
-    }
-    Wake(wakeup);
+  if (count == 1) {
+    scratch.Reset();
+    return work(0, scratch);
   }
+  const auto sharing = std::make_shared<Sharing>(count, work);
+  Wakeup wakeup;
+  {
+    const std::lock_guard lock(mutex_);
+    const int helpers = std::min(count - 1, idle_ - static_cast<int>(jobs_.size()));
+    wakeup = Queue([sharing](index::Scratch& own) { sharing->Run(own); }, helpers);
+  }
+  Wake(wakeup);
   sharing->Run(scratch);
   std::unique_lock lock(sharing->mutex);
   while (sharing->unfinished > 0) sharing->finished.wait(lock);

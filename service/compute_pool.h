@@ -1,9 +1,9 @@
 // The threads that compute: all searches, builds and large copies run here.
 //
 // A request is admitted once (queue_limit of them at a time) and may then submit jobs. It keeps no
-// more of them queued than there are workers, so the queue is bounded by about queue_limit *
-// workers (a request may be answered before its last jobs, which then do nothing). Jobs run in the
-// order of submission.
+// more of them queued than there are workers or, for an append, layers in it, so the queue is
+// bounded by about queue_limit * max(workers, layers_max) (a request may be answered before its
+// last jobs, which then do nothing). Jobs run in the order of submission.
 //
 // A worker without a job looks for one for options.worker_spin before it sleeps. Looking takes no
 // lock: who sees a job claims it in the counter of waiting jobs and takes the lock only to fetch

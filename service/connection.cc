@@ -180,8 +180,7 @@ Connection::Awaitable<bool> Connection::ReadBody(
   if (!co_await reader_.ReadInto(metadata, request.metadata.size())) co_return false;
   if (header.payload_bytes == 0) co_return true;
   if (!co_await reader_.Discard(header.PaddingBytes())) co_return false;
-  request.payload.bytes = header.payload_bytes;
-  request.payload.data = index::MakeAligned<uint8_t>(header.payload_bytes);
+  request.payload = MakePayload(header.payload_bytes);
   if (!co_await reader_.ReadInto(request.payload.data.get(), header.payload_bytes)) co_return false;
   co_return co_await reader_.ReadInto(trailer.data(), trailer.size());
 }

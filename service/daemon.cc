@@ -2,6 +2,7 @@
 
 #include <spdlog/spdlog.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -9,8 +10,10 @@
 #include <mutex>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "absl/base/thread_annotations.h"
+#include "index/slab_memory.h"
 #include "kernels/cpu/simd_level.h"
 #include "proto/head_plan_file.h"
 #include "proto/status_code.h"
@@ -33,6 +36,8 @@ absl::Status CheckOptions(const DaemonOptions& options) {
                 : proto::FieldError(absl::StatusCode::kInvalidArgument, field, message);
   };
   absl::Status status = check(options.io_threads > 0, "io_threads", "must be at least 1");
+  status.Update(check(options.prefault_bytes <= options.memory_limit_bytes, "prefault_bytes",
+                      "must not be more than memory_limit_bytes"));
   status.Update(check(options.workers >= 0, "workers", "must not be negative"));
   status.Update(check(options.io_spin.count() >= 0, "io_spin", "must not be negative"));
   status.Update(check(options.worker_spin.count() >= 0, "worker_spin", "must not be negative"));
@@ -69,9 +74,13 @@ class Daemon::Impl {
         builder_(options, budget_),
         handler_(options, store_, pool_, builder_,
                  {.connections_open = [this] { return Connections(); }}) {}
-  ~Impl() { Stop(); }
+  ~Impl() {
+    Stop();
+    index::KeepSlabs(0);
+  }
 
   absl::Status Start() {
+    TakeMemory();
     auto server = Server::Start(options_,
                                 {.boot_id = store_.boot_id(),
                                  .server = "kvseekd " KVSEEK_VERSION,
@@ -104,6 +113,26 @@ class Daemon::Impl {
   uint64_t boot_id() const { return store_.boot_id(); }
 
  private:
+  /// A quarter of the limit: sessions that come and go find the memory of those before them, and a
+  /// daemon that has become idle gives most of its own back.
+  void TakeMemory() {
+    index::KeepSlabs(options_.prefault_bytes);
+    std::vector<std::thread> threads;
+    for (int i = 0; options_.prefault_bytes != 0 && i < pool_.workers(); ++i) {
+      threads.emplace_back([] {
+        while (index::AddSpareSlab()) {
+        }
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    const size_t taken = index::SlabBytes();
+    if (taken + index::kSlabBytes <= options_.prefault_bytes) {
+      spdlog::warn("the system gave {} of {} MiB to be prefaulted", taken >> 20,
+                   options_.prefault_bytes >> 20);
+    }
+    index::KeepSlabs(std::max(options_.prefault_bytes, options_.memory_limit_bytes / 4));
+  }
+
   uint64_t Connections() const {
     const Server* server = server_view_.load();
     return server == nullptr ? 0 : server->connections_open();

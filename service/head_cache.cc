@@ -46,6 +46,11 @@ struct AccountedSegment {
 
 }  // namespace
 
+std::shared_ptr<const HeadCache::ChunkList> HeadCache::NoChunks() {
+  static const auto none = std::make_shared<const ChunkList>();
+  return none;
+}
+
 TailChunk::TailChunk(const index::KvShape& shape, Reservation memory)
     : memory_(std::move(memory)),
       keys_(index::MakeAligned<uint16_t>(kTailChunkTokens * static_cast<size_t>(shape.key_dim))),
@@ -57,7 +62,7 @@ uint64_t TailChunk::Bytes(const index::KvShape& shape) {
 }
 
 HeadCache::HeadCache(const index::KvShape& shape)
-    : shape_(shape), segments_(std::make_shared<const SegmentList>()) {}
+    : shape_(shape), segments_(std::make_shared<const SegmentList>()), chunks_(NoChunks()) {}
 
 const uint16_t* HeadCache::KeyRow(int64_t position) const {
   assert(position >= 0 && position < tokens());
@@ -88,29 +93,20 @@ absl::StatusOr<HeadCache> HeadCache::Append(const StridedRows& rows, MemoryGrant
   HeadCache next = *this;
   StridedRows left = rows;
   if (tail_tokens_ + rows.tokens >= kSegmentTokens) {
-    const auto key_dim = static_cast<size_t>(shape_.key_dim);
-    const auto value_dim = static_cast<size_t>(shape_.value_dim);
-    auto* keys = scratch.Take<uint16_t>(kSegmentTokens * key_dim);
-    auto* values = scratch.Take<uint16_t>(kSegmentTokens * value_dim);
-    size_t filled = 0;
-    for (const index::TailChunkView& chunk : tail_) {
-      Gather(chunk.keys, key_dim, chunk.tokens, shape_.key_dim, keys + filled * key_dim);
-      Gather(chunk.values, value_dim, chunk.tokens, shape_.value_dim, values + filled * value_dim);
-      filled += static_cast<size_t>(chunk.tokens);
-    }
     auto segments = std::make_shared<SegmentList>(*segments_);
-    while (static_cast<int64_t>(filled) + left.tokens >= kSegmentTokens) {
-      const StridedRows part = TakeRows(left, kSegmentTokens - static_cast<int64_t>(filled));
-      Gather(part.keys, part.key_stride, part.tokens, shape_.key_dim, keys + filled * key_dim);
-      Gather(part.values, part.value_stride, part.tokens, shape_.value_dim,
-             values + filled * value_dim);
-      filled = 0;
-      auto segment = Seal(keys, values, memory);
+    absl::Span<const index::TailChunkView> tail = Tail();
+    int64_t filled = tail_tokens_;
+    while (filled + left.tokens >= kSegmentTokens) {
+      const StridedRows part = TakeRows(left, kSegmentTokens - filled);
+      scratch.Reset();
+      auto segment = Seal(tail, part, memory, scratch);
       if (!segment.ok()) return segment.status();
       segments->push_back(*std::move(segment));
+      tail = {};
+      filled = 0;
     }
     next.segments_ = std::move(segments);
-    next.chunks_.clear();
+    next.chunks_ = NoChunks();
     next.tail_tokens_ = 0;
   }
   if (absl::Status status = next.AppendToTail(left, memory); !status.ok()) return status;
@@ -123,14 +119,15 @@ absl::StatusOr<HeadCache> HeadCache::Truncate(int64_t tokens, MemoryGrant& memor
   HeadCache next = *this;
   if (tokens >= SealedTokens()) {
     next.tail_tokens_ = static_cast<int>(tokens - SealedTokens());
-    next.chunks_.resize(static_cast<size_t>(ChunksFor(next.tail_tokens_)));
+    const auto kept = static_cast<std::ptrdiff_t>(ChunksFor(next.tail_tokens_));
+    next.chunks_ = std::make_shared<const ChunkList>(chunks_->begin(), chunks_->begin() + kept);
     next.RefreshTail();
     return next;
   }
   const int64_t whole = tokens / kSegmentTokens;
   next.segments_ =
       std::make_shared<const SegmentList>(segments_->begin(), segments_->begin() + whole);
-  next.chunks_.clear();
+  next.chunks_ = NoChunks();
   next.tail_tokens_ = 0;
   const index::Segment& cut = *(*segments_)[static_cast<size_t>(whole)];
   const StridedRows rest{tokens % kSegmentTokens, cut.keys(), cut.values(),
@@ -147,7 +144,7 @@ uint64_t HeadCache::AppendBytes(int64_t tokens) const {
   if (tail >= kSegmentTokens) return Bytes(shape_, tail);
   int64_t chunks = ChunksFor(tail) - ChunksFor(tail_tokens_);
   const int filled = tail_tokens_ % kTailChunkTokens;
-  if (filled != 0 && chunks_.back()->claimed() != filled) ++chunks;
+  if (filled != 0 && chunks_->back()->claimed() != filled) ++chunks;
   return static_cast<uint64_t>(chunks) * TailChunk::Bytes(shape_);
 }
 
@@ -160,70 +157,81 @@ uint64_t HeadCache::Bytes(const index::KvShape& shape, int64_t tokens) {
          static_cast<uint64_t>(ChunksFor(tokens % kSegmentTokens)) * TailChunk::Bytes(shape);
 }
 
-absl::StatusOr<std::shared_ptr<const index::Segment>> HeadCache::Seal(const uint16_t* keys,
-                                                                      const uint16_t* values,
-                                                                      MemoryGrant& memory) const {
+absl::StatusOr<std::shared_ptr<const index::Segment>> HeadCache::Seal(
+    absl::Span<const index::TailChunkView> tail, const StridedRows& rows, MemoryGrant& memory,
+    index::Scratch& scratch) const {
   absl::StatusOr<Reservation> taken = memory.Take(index::Segment::Bytes(shape_));
   if (!taken.ok()) return taken.status();
   auto accounted = std::make_shared<AccountedSegment>();
   accounted->memory = *std::move(taken);
-  accounted->segment = index::Segment::Build(shape_, keys, values);
+  index::Segment::Draft draft(shape_);
+  const auto key_dim = static_cast<size_t>(shape_.key_dim);
+  const auto value_dim = static_cast<size_t>(shape_.value_dim);
+  uint16_t* keys = draft.keys();
+  uint16_t* values = draft.values();
+  const auto add = [&](const StridedRows& some) {
+    Gather(some.keys, some.key_stride, some.tokens, shape_.key_dim, keys);
+    Gather(some.values, some.value_stride, some.tokens, shape_.value_dim, values);
+    keys += static_cast<size_t>(some.tokens) * key_dim;
+    values += static_cast<size_t>(some.tokens) * value_dim;
+  };
+  for (const index::TailChunkView& chunk : tail) {
+    add({chunk.tokens, chunk.keys, chunk.values, key_dim, value_dim});
+  }
+  add(rows);
+  accounted->segment = draft.Encode(scratch);
   const index::Segment* segment = accounted->segment.get();
   return std::shared_ptr<const index::Segment>(std::move(accounted), segment);
 }
 
 absl::Status HeadCache::AppendToTail(StridedRows rows, MemoryGrant& memory) {
+  std::shared_ptr<ChunkList> longer;  // made when there is a chunk to be added
   while (rows.tokens > 0) {
     const int filled = tail_tokens_ % kTailChunkTokens;
     const auto count = static_cast<int>(std::min<int64_t>(rows.tokens, kTailChunkTokens - filled));
-    if (absl::Status status = OwnLastChunk(filled, count, memory); !status.ok()) {
-      return status;
+    TailChunk* chunk = nullptr;
+    if (filled != 0) chunk = (longer != nullptr ? *longer : *chunks_).back().get();
+    if (chunk == nullptr || !chunk->Claim(filled, count)) {
+      absl::StatusOr<std::shared_ptr<TailChunk>> own = MakeChunk(filled + count, memory);
+      if (!own.ok()) return own.status();
+      if (longer == nullptr) longer = std::make_shared<ChunkList>(*chunks_);
+      if (chunk != nullptr) {
+        const auto rows_before = static_cast<size_t>(filled);
+        std::memcpy((*own)->keys(), chunk->keys(), rows_before * shape_.KeyRowBytes());
+        std::memcpy((*own)->values(), chunk->values(), rows_before * shape_.ValueRowBytes());
+        longer->pop_back();
+      }
+      chunk = own->get();
+      longer->push_back(*std::move(own));
     }
     const StridedRows part = TakeRows(rows, count);
-    TailChunk& chunk = *chunks_.back();
     Gather(part.keys, part.key_stride, count, shape_.key_dim,
-           chunk.keys() + static_cast<size_t>(filled) * static_cast<size_t>(shape_.key_dim));
+           chunk->keys() + static_cast<size_t>(filled) * static_cast<size_t>(shape_.key_dim));
     Gather(part.values, part.value_stride, count, shape_.value_dim,
-           chunk.values() + static_cast<size_t>(filled) * static_cast<size_t>(shape_.value_dim));
+           chunk->values() + static_cast<size_t>(filled) * static_cast<size_t>(shape_.value_dim));
     tail_tokens_ += count;
   }
+  if (longer != nullptr) chunks_ = std::move(longer);
   return absl::OkStatus();
 }
 
-absl::Status HeadCache::OwnLastChunk(int filled, int count, MemoryGrant& memory) {
-  if (filled != 0 && chunks_.back()->Claim(filled, count)) return absl::OkStatus();
-  std::shared_ptr<TailChunk> shared;
-  if (filled != 0) {
-    shared = std::move(chunks_.back());
-    chunks_.pop_back();
-  }
-  if (absl::Status status = AddChunk(memory); !status.ok()) return status;
-  TailChunk& own = *chunks_.back();
-  const bool claimed = own.Claim(0, filled + count);
-  assert(claimed);
-  static_cast<void>(claimed);
-  if (shared != nullptr) {
-    std::memcpy(own.keys(), shared->keys(), static_cast<size_t>(filled) * shape_.KeyRowBytes());
-    std::memcpy(own.values(), shared->values(),
-                static_cast<size_t>(filled) * shape_.ValueRowBytes());
-  }
-  return absl::OkStatus();
-}
-
-absl::Status HeadCache::AddChunk(MemoryGrant& memory) {
+absl::StatusOr<std::shared_ptr<TailChunk>> HeadCache::MakeChunk(int claimed,
+                                                                MemoryGrant& memory) const {
   absl::StatusOr<Reservation> taken = memory.Take(TailChunk::Bytes(shape_));
   if (!taken.ok()) return taken.status();
-  chunks_.push_back(std::make_shared<TailChunk>(shape_, *std::move(taken)));
-  return absl::OkStatus();
+  auto chunk = std::make_shared<TailChunk>(shape_, *std::move(taken));
+  const bool first = chunk->Claim(0, claimed);
+  assert(first);
+  static_cast<void>(first);
+  return chunk;
 }
 
 void HeadCache::RefreshTail() {
-  tail_.clear();
-  tail_.reserve(chunks_.size());
+  assert(chunks_->size() <= kChunksMax);
   int left = tail_tokens_;
-  for (const std::shared_ptr<TailChunk>& chunk : chunks_) {
-    tail_.push_back({chunk->keys(), chunk->values(), std::min(left, kTailChunkTokens)});
-    left -= kTailChunkTokens;
+  for (size_t i = 0; i < chunks_->size(); ++i, left -= kTailChunkTokens) {
+    TailChunk& chunk = *(*chunks_)[i];
+    tail_[i] = {chunk.keys(), chunk.values(), std::min(left, kTailChunkTokens)};
   }
 }
 

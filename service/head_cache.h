@@ -11,12 +11,14 @@
 #ifndef KVSEEK_SERVICE_HEAD_CACHE_H_
 #define KVSEEK_SERVICE_HEAD_CACHE_H_
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <memory>
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 #include "index/key_index.h"
 #include "index/scratch.h"
 #include "index/segment.h"
@@ -66,13 +68,13 @@ class HeadCache {
   int64_t tokens() const { return SealedTokens() + tail_tokens_; }
   const index::KvShape& shape() const { return shape_; }
   /// Valid while this object lives and is not assigned to.
-  index::KvView View() const { return {shape_, *segments_, tail_}; }
+  index::KvView View() const { return {shape_, *segments_, Tail()}; }
   /// Row of one position. REQUIRES: 0 <= position < tokens().
   const uint16_t* KeyRow(int64_t position) const;
   const uint16_t* ValueRow(int64_t position) const;
 
   /// This cache and `rows` after it; seals what makes whole segments. Takes memory from the grant;
-  /// resource_exhausted leaves nothing behind. `scratch` is used, not emptied.
+  /// resource_exhausted leaves nothing behind. Empties `scratch` and uses it.
   absl::StatusOr<HeadCache> Append(const StridedRows& rows, MemoryGrant& memory,
                                    index::Scratch& scratch) const;
   /// The first `tokens` tokens of this cache. What is left of a segment is copied into chunks.
@@ -86,24 +88,29 @@ class HeadCache {
 
  private:
   using SegmentList = std::vector<std::shared_ptr<const index::Segment>>;
+  using ChunkList = std::vector<std::shared_ptr<TailChunk>>;
+  static constexpr size_t kChunksMax = index::kSegmentTokens / index::kTailChunkTokens;
 
+  static std::shared_ptr<const ChunkList> NoChunks();
+  absl::Span<const index::TailChunkView> Tail() const { return {tail_.data(), chunks_->size()}; }
   int64_t SealedTokens() const {
     return static_cast<int64_t>(segments_->size()) * index::kSegmentTokens;
   }
-  absl::StatusOr<std::shared_ptr<const index::Segment>> Seal(const uint16_t* keys,
-                                                             const uint16_t* values,
-                                                             MemoryGrant& memory) const;
+  /// A segment of a tail and the rows after it, 1024 tokens together.
+  absl::StatusOr<std::shared_ptr<const index::Segment>> Seal(
+      absl::Span<const index::TailChunkView> tail, const StridedRows& rows, MemoryGrant& memory,
+      index::Scratch& scratch) const;
   /// Copies `rows` to the end of the tail of this object, which nobody else sees yet.
   absl::Status AppendToTail(StridedRows rows, MemoryGrant& memory);
-  /// Makes the last chunk one in which rows [filled, filled + count) are this cache's own.
-  absl::Status OwnLastChunk(int filled, int count, MemoryGrant& memory);
-  absl::Status AddChunk(MemoryGrant& memory);
+  /// A chunk whose first `claimed` rows are claimed.
+  absl::StatusOr<std::shared_ptr<TailChunk>> MakeChunk(int claimed, MemoryGrant& memory) const;
   void RefreshTail();
 
+  // Lists are shared by all caches that have the same: an append of one token copies none.
   index::KvShape shape_;
   std::shared_ptr<const SegmentList> segments_;
-  std::vector<std::shared_ptr<TailChunk>> chunks_;
-  std::vector<index::TailChunkView> tail_;  ///< of chunks_
+  std::shared_ptr<const ChunkList> chunks_;
+  std::array<index::TailChunkView, kChunksMax> tail_;  ///< of chunks_
   int tail_tokens_ = 0;
 };
 

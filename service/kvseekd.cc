@@ -56,6 +56,11 @@ void Declare(CLI::App& app, Arguments& arguments) {
                  "Memory for keys, values and codes of all sessions, e.g. 64GiB")
       ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true))
       ->capture_default_str();
+  app.add_option("--prefault", options.prefault_bytes,
+                 "Of --memory, take so much from the system at the start and keep it, e.g. 48GiB: "
+                 "prefills are then not slowed by the system clearing it")
+      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true))
+      ->capture_default_str();
   app.add_option("--shared-memory", options.shared_memory_bytes_max,
                  "Memory for the connections of clients on this host that ask for it (shm:), "
                  "2 MiB each; 0: none is granted")

@@ -14,6 +14,8 @@ namespace {
 
 /// Elements that one thread checks at a time: enough to hide the hand-over.
 constexpr int64_t kCheckElements = int64_t{1} << 18;
+/// Rows of all heads that one thread copies by itself: as for a decode step.
+constexpr int64_t kRowsInline = 256;
 
 /// Refuses elements that are not finite or too large for the codes. `tensor` is (rows, heads, dim);
 /// `name` says what a row is.
@@ -22,18 +24,20 @@ absl::Status CheckElements(const char* name, const uint16_t* tensor, int64_t row
   const int64_t count = rows * heads * dim;
   std::atomic<int64_t> first_bad{count};
   const auto parts = static_cast<int>((count + kCheckElements - 1) / kCheckElements);
-  worker.pool.ForEach(
-      parts,
-      [&](int part, index::Scratch&) {
-        const int64_t begin = part * kCheckElements;
-        const int64_t length = std::min(kCheckElements, count - begin);
-        const int64_t bad = kernels::FindBadElement(tensor + begin, dtype, length);
-        if (bad < 0) return;
-        int64_t known = first_bad.load();
-        while (begin + bad < known && !first_bad.compare_exchange_weak(known, begin + bad)) {
-        }
-      },
-      worker.scratch);
+  const auto check = [&](int part, index::Scratch&) {
+    const int64_t begin = part * kCheckElements;
+    const int64_t length = std::min(kCheckElements, count - begin);
+    const int64_t bad = kernels::FindBadElement(tensor + begin, dtype, length);
+    if (bad < 0) return;
+    int64_t known = first_bad.load();
+    while (begin + bad < known && !first_bad.compare_exchange_weak(known, begin + bad)) {
+    }
+  };
+  if (parts == 1) {
+    check(0, worker.scratch);
+  } else {
+    worker.pool.ForEach(parts, check, worker.scratch);
+  }
   const int64_t bad = first_bad.load();
   if (bad == count) return absl::OkStatus();
   return proto::FieldError(
@@ -122,25 +126,28 @@ absl::StatusOr<int64_t> LayerCache::Append(const LayerRows& rows, MemoryBudget& 
   next->queries_sent = state->queries_sent || !rows.queries.positions.empty();
   next->landmarks = *std::move(landmarks);
   std::vector<absl::Status> failures(bytes.size());
-  worker.pool.ForEach(
-      heads,
-      [&](int head, index::Scratch& scratch) {
-        const auto h = static_cast<size_t>(head);
-        const auto key_stride = bytes.size() * static_cast<size_t>(shape.key_dim);
-        const auto value_stride = bytes.size() * static_cast<size_t>(shape.value_dim);
-        const auto first = static_cast<size_t>(skipped);
-        const StridedRows own{
-            added, rows.keys + first * key_stride + h * static_cast<size_t>(shape.key_dim),
-            rows.values + first * value_stride + h * static_cast<size_t>(shape.value_dim),
-            key_stride, value_stride};
-        absl::StatusOr<HeadCache> grown = state->heads[h].Append(own, shares[h], scratch);
-        if (grown.ok()) {
-          next->heads[h] = *std::move(grown);
-        } else {
-          failures[h] = grown.status();
-        }
-      },
-      worker.scratch);
+  const auto grow = [&](int head, index::Scratch& scratch) {
+    const auto h = static_cast<size_t>(head);
+    const auto key_stride = bytes.size() * static_cast<size_t>(shape.key_dim);
+    const auto value_stride = bytes.size() * static_cast<size_t>(shape.value_dim);
+    const auto first = static_cast<size_t>(skipped);
+    const StridedRows own{
+        added, rows.keys + first * key_stride + h * static_cast<size_t>(shape.key_dim),
+        rows.values + first * value_stride + h * static_cast<size_t>(shape.value_dim), key_stride,
+        value_stride};
+    absl::StatusOr<HeadCache> longer = state->heads[h].Append(own, shares[h], scratch);
+    if (longer.ok()) {
+      next->heads[h] = *std::move(longer);
+    } else {
+      failures[h] = longer.status();
+    }
+  };
+  const bool seals = state->tokens % index::kSegmentTokens + added >= index::kSegmentTokens;
+  if (seals || added * heads > kRowsInline) {
+    worker.pool.ForEach(heads, grow, worker.scratch);
+  } else {
+    for (int head = 0; head < heads; ++head) grow(head, worker.scratch);
+  }
   for (const absl::Status& failure : failures) {
     if (!failure.ok()) return failure;
   }

@@ -9,7 +9,7 @@
 namespace kvseek::service {
 
 MemoryBudget::Reservation::~Reservation() {
-  if (budget_ != nullptr) budget_->used_.fetch_sub(bytes_, std::memory_order_relaxed);
+  if (bytes_ != 0) budget_->used_.fetch_sub(bytes_, std::memory_order_relaxed);
 }
 
 MemoryBudget::MemoryBudget(uint64_t limit_bytes, std::chrono::milliseconds retry_after)
@@ -19,6 +19,7 @@ MemoryBudget::~MemoryBudget() { assert(used_bytes() == 0 && "a reservation outli
 
 absl::StatusOr<MemoryBudget::Reservation> MemoryBudget::Reserve(uint64_t bytes,
                                                                 absl::string_view field) {
+  if (bytes == 0) return Reservation(this, 0);
   uint64_t used = used_.load(std::memory_order_relaxed);
   do {
     if (used > limit_bytes_ || bytes > limit_bytes_ - used) return Refusal(bytes, field);

@@ -26,6 +26,10 @@ struct DaemonOptions {
 
   // ---- memory
   uint64_t memory_limit_bytes = uint64_t{4} << 30;  ///< keys, values and codes of all sessions
+  /// For segments: touched at the start and kept, within memory_limit_bytes, so that a prefill
+  /// finds it ready. Clearing it takes the system longer than encoding what is written there. 0: no
+  /// memory is taken before it is needed, and a quarter of the limit kept once it was.
+  uint64_t prefault_bytes = 0;
   uint64_t sessions_max = 4096;
   uint32_t layers_max = 512;
   uint32_t kv_heads_max = 1024;

@@ -35,7 +35,7 @@ class PayloadBuilder {
   }
   size_t bytes() const { return layout_.bytes(); }
   Payload Allocate() const {
-    Payload payload{index::MakeAligned<uint8_t>(bytes()), bytes()};
+    Payload payload = MakePayload(bytes());
     for (const auto& [offset, length] : gaps_) std::memset(payload.data.get() + offset, 0, length);
     return payload;
   }

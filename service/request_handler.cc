@@ -1,6 +1,7 @@
 #include "service/request_handler.h"
 
 #include <condition_variable>
+#include <limits>
 #include <mutex>
 #include <optional>
 #include <utility>
@@ -107,7 +108,9 @@ class RequestHandler::Impl {
   absl::StatusOr<Response> Truncate(const proto::TruncateRequest& message);
   absl::StatusOr<Response> Stats(const proto::StatsRequest& message);
   absl::StatusOr<Response> Health(const proto::HealthRequest& message);
+  struct LayersToAppend;
   void Append(const CallPtr& call);
+  void AppendLayer(const CallPtr& call, LayersToAppend& append, uint32_t layer, Scratch& scratch);
   void Close(const CallPtr& call);
   void Fetch(const CallPtr& call);
   template <typename Message>
@@ -342,27 +345,48 @@ absl::StatusOr<Response> RequestHandler::Impl::Health(const proto::HealthRequest
   return MakeResponse(response);
 }
 
+/// An append under way. Each layer is a job of its own; the last one to be done answers.
+struct RequestHandler::Impl::LayersToAppend {
+  proto::AppendRequest message;  ///< `checked` points into it
+  CheckedAppend checked;
+  std::atomic<size_t> left{0};
+  std::atomic<int64_t> held{std::numeric_limits<int64_t>::max()};  ///< by the layer that has least
+};
+
 void RequestHandler::Impl::Append(const CallPtr& call) {
   if (!Admit(call)) return;
   auto parsed = ParseMetadata<proto::AppendRequest>(call->request().metadata);
   if (!parsed.ok()) return call->Finish(parsed.status());
-  const auto message = std::make_shared<const proto::AppendRequest>(*std::move(parsed));
-  auto checked = validator_.Check(*message, call->payload(), Clock::now());
+  const auto append = std::make_shared<LayersToAppend>();
+  append->message = *std::move(parsed);
+  auto checked = validator_.Check(append->message, call->payload(), Clock::now());
   if (!checked.ok()) return call->Finish(checked.status());
-  Strand& strand = checked->session->AppendStrand(checked->layer);
-  strand.Submit(pool_, MakeJob(call, [this, call, message, append = *checked](Scratch& scratch) {
-                  const auto held = append.session->Append(append.layer, append.rows,
-                                                           store_.budget(), {pool_, scratch});
-                  if (!held.ok()) {
-                    call->Finish(held.status());
-                    return;
-                  }
-                  counters_.CountAppended(static_cast<uint64_t>(append.rows.tokens));
-                  builder_.Consider(append.session, append.layer);
-                  proto::AppendResponse response;
-                  response.set_tokens_held(static_cast<uint64_t>(*held));
-                  call->Finish(MakeResponse(response));
-                }));
+  append->checked = *std::move(checked);
+  append->left.store(append->checked.layers.size());
+  for (size_t i = 0; i < append->checked.layers.size(); ++i) {
+    const uint32_t layer = append->checked.layer + static_cast<uint32_t>(i);
+    Strand& strand = append->checked.session->AppendStrand(layer);
+    strand.Submit(pool_, MakeJob(call, [this, call, append, layer](Scratch& scratch) {
+                    AppendLayer(call, *append, layer, scratch);
+                  }));
+  }
+}
+
+void RequestHandler::Impl::AppendLayer(const CallPtr& call, LayersToAppend& append, uint32_t layer,
+                                       Scratch& scratch) {
+  const std::shared_ptr<Session>& session = append.checked.session;
+  const LayerRows& rows = append.checked.layers[layer - append.checked.layer];
+  const auto held = session->Append(layer, rows, store_.budget(), {pool_, scratch});
+  if (!held.ok()) return call->Finish(held.status());
+  counters_.CountAppended(static_cast<uint64_t>(rows.tokens));
+  builder_.Consider(session, layer);
+  int64_t least = append.held.load();
+  while (*held < least && !append.held.compare_exchange_weak(least, *held)) {
+  }
+  if (append.left.fetch_sub(1) != 1) return;
+  proto::AppendResponse response;
+  response.set_tokens_held(static_cast<uint64_t>(append.held.load()));
+  call->Finish(MakeResponse(response));
 }
 
 void RequestHandler::Impl::Close(const CallPtr& call) {

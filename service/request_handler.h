@@ -10,21 +10,15 @@
 #include <memory>
 #include <string>
 
-#include "index/scratch.h"
 #include "proto/frame.h"
 #include "service/options.h"
+#include "service/payload.h"
 
 namespace kvseek::service {
 
 class ComputePool;
 class IndexBuilder;
 class SessionStore;
-
-/// An owned, 64-byte aligned payload.
-struct Payload {
-  index::AlignedArray<uint8_t> data;
-  size_t bytes = 0;
-};
 
 /// One request, its payload's checksum already verified where the connection has checksums.
 struct Request {

@@ -250,34 +250,48 @@ absl::StatusOr<CheckedAppend> RequestValidator::Check(const proto::AppendRequest
   absl::Status status = CheckBetween("layer", message.layer(), 0, settings.layers - 1);
   status.Update(CheckBetween("start", message.start(), 0, options_.tokens_max));
   if (!status.ok()) return status;
+  status.Update(CheckBetween("layers", message.layers(), 0, settings.layers - message.layer()));
   status.Update(CheckBetween("tokens", message.tokens(), 0, options_.tokens_max - message.start()));
   if (!status.ok()) return status;
 
   const size_t rows = size_t{message.tokens()} * settings.kv_heads;
-  proto::PayloadLayout layout;
-  const size_t keys = layout.Add(rows * settings.kv.KeyRowBytes());
-  const size_t values = layout.Add(rows * settings.kv.ValueRowBytes());
   const auto sampled = static_cast<size_t>(message.query_positions_size());
-  const size_t queries = layout.Add(sampled * settings.query_heads * settings.kv.KeyRowBytes());
   const auto given = static_cast<size_t>(message.landmark_positions_size());
-  const size_t landmarks = layout.Add(given * settings.kv_heads * settings.kv.KeyRowBytes());
+  CheckedAppend append;
+  append.layers.resize(std::max<size_t>(1, message.layers()));
+  // Calls use(rows, keys, values, queries, landmarks) for each layer, with offsets; returns the
+  // payload's size.
+  const auto lay_out = [&](const auto& use) {
+    proto::PayloadLayout layout;
+    for (LayerRows& layer : append.layers) {
+      const size_t keys = layout.Add(rows * settings.kv.KeyRowBytes());
+      const size_t values = layout.Add(rows * settings.kv.ValueRowBytes());
+      const size_t queries = layout.Add(sampled * settings.query_heads * settings.kv.KeyRowBytes());
+      const size_t landmarks = layout.Add(given * settings.kv_heads * settings.kv.KeyRowBytes());
+      use(layer, keys, values, queries, landmarks);
+    }
+    return layout.bytes();
+  };
   status.Update(CheckQueryPositions(message));
   status.Update(CheckLandmarkPositions(message, settings));
-  status.Update(CheckPayloadBytes(payload.size(), layout.bytes()));
+  status.Update(CheckPayloadBytes(payload.size(), lay_out([](auto&&...) {})));
   if (!status.ok()) return status;
-  CheckedAppend append;
+  const auto sampled_at = absl::MakeConstSpan(message.query_positions().data(), sampled);
+  const auto given_at = absl::MakeConstSpan(message.landmark_positions().data(), given);
+  lay_out([&](LayerRows& layer, size_t keys, size_t values, size_t queries, size_t landmarks) {
+    const auto at = [&](size_t offset) {
+      return reinterpret_cast<const uint16_t*>(payload.data() + offset);
+    };
+    layer = {static_cast<int64_t>(message.start()),
+             message.tokens(),
+             at(keys),
+             at(values),
+             {sampled_at, at(queries)},
+             settings.query_heads,
+             {given_at, at(landmarks), settings.landmark.block}};
+  });
   append.session = *std::move(session);
   append.layer = message.layer();
-  append.rows = {
-      static_cast<int64_t>(message.start()),
-      message.tokens(),
-      reinterpret_cast<const uint16_t*>(payload.data() + keys),
-      reinterpret_cast<const uint16_t*>(payload.data() + values),
-      {absl::MakeConstSpan(message.query_positions().data(), sampled),
-       reinterpret_cast<const uint16_t*>(payload.data() + queries)},
-      settings.query_heads,
-      {absl::MakeConstSpan(message.landmark_positions().data(), given),
-       reinterpret_cast<const uint16_t*>(payload.data() + landmarks), settings.landmark.block}};
   return append;
 }
 

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -29,8 +30,8 @@ inline constexpr size_t kSessionNameBytesMax = 256;  ///< of a model's, too
 /// and of landmarks into its message.
 struct CheckedAppend {
   std::shared_ptr<Session> session;
-  uint32_t layer = 0;
-  LayerRows rows;
+  uint32_t layer = 0;             ///< the first
+  std::vector<LayerRows> layers;  ///< one or more
 };
 
 /// A checked FetchRows.

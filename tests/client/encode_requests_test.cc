@@ -7,6 +7,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "client/channel_link.h"
 #include "proto/kvseek.pb.h"
 
 namespace kvseek::client {
@@ -22,6 +23,12 @@ std::vector<T> Counting(size_t count, T first = 0) {
   return values;
 }
 
+absl::StatusOr<Message> EncodeOne(uint32_t tokens, absl::Span<const uint16_t> keys,
+                                  absl::Span<const uint16_t> values) {
+  const LayerTensors layer{keys, values};
+  return EncodeAppend({.shape = kShape}, 0, 0, tokens, {&layer, 1});
+}
+
 TEST(EncodeRequestsTest, OnePartIsSentFromWhereItIs) {
   const std::vector<float> queries(4 * 8);
   const auto bytes = AsBytes(absl::MakeConstSpan(queries));
@@ -35,7 +42,7 @@ TEST(EncodeRequestsTest, OnePartIsSentFromWhereItIs) {
 TEST(EncodeRequestsTest, PartsStartAtBoundaries) {
   const std::vector<uint16_t> keys = Counting<uint16_t>(3 * 2 * 8, 1);
   const std::vector<uint16_t> values = Counting<uint16_t>(3 * 2 * 16, 100);
-  auto message = EncodeAppend({.shape = kShape}, 0, 0, 3, keys, values);
+  auto message = EncodeOne(3, keys, values);
   ASSERT_TRUE(message.ok()) << message.status();
   message->BringTogether();
   ASSERT_EQ(message->payload.size(), 128U + 192U);
@@ -48,16 +55,74 @@ TEST(EncodeRequestsTest, PartsThatStandAsTheyTravelAreNotCopied) {
   // Two KV heads of 8 elements: 4 tokens are 128 bytes of keys, 3 tokens 96.
   const std::vector<uint16_t> rows = Counting<uint16_t>(4 * 2 * (8 + 16), 1);
   const auto all = absl::MakeConstSpan(rows);
-  const auto whole = EncodeAppend({.shape = kShape}, 0, 0, 4, all.first(64), all.subspan(64, 128));
+  const auto whole = EncodeOne(4, all.first(64), all.subspan(64, 128));
   ASSERT_TRUE(whole.ok()) << whole.status();
   EXPECT_EQ(static_cast<const void*>(whole->payload.data()), rows.data());
   EXPECT_EQ(whole->payload.size(), 128U + 256U);
   // The boundary leaves a gap behind these keys.
-  auto gap = EncodeAppend({.shape = kShape}, 0, 0, 3, all.first(48), all.subspan(48, 96));
+  auto gap = EncodeOne(3, all.first(48), all.subspan(48, 96));
   ASSERT_TRUE(gap.ok()) << gap.status();
   gap->BringTogether();
   EXPECT_NE(static_cast<const void*>(gap->payload.data()), rows.data());
   EXPECT_EQ(std::memcmp(gap->payload.data() + 128, rows.data() + 48, 192), 0);
+}
+
+TEST(EncodeRequestsTest, LayersFollowEachOther) {
+  Session session{.shape = kShape};
+  session.shape.layers = 4;
+  const std::vector<uint16_t> keys = Counting<uint16_t>(3 * 2 * 8, 1);
+  const std::vector<uint16_t> values = Counting<uint16_t>(3 * 2 * 16, 100);
+  const std::vector<LayerTensors> layers = {{keys, values}, {keys, values}};
+  auto message = EncodeAppend(session, 2, 0, 3, layers);
+  ASSERT_TRUE(message.ok()) << message.status();
+  proto::AppendRequest request;
+  ASSERT_TRUE(request.ParseFromString(message->metadata));
+  EXPECT_EQ(request.layer(), 2U);
+  EXPECT_EQ(request.layers(), 2U);
+  EXPECT_EQ(message->owned, nullptr) << "sent from where they stand";
+  message->BringTogether();
+  ASSERT_EQ(message->payload.size(), 2 * (128U + 192U));
+  for (const size_t at : {0U, 320U}) {
+    EXPECT_EQ(std::memcmp(message->payload.data() + at, keys.data(), 96), 0);
+    EXPECT_EQ(std::memcmp(message->payload.data() + at + 128, values.data(), 192), 0);
+  }
+  EXPECT_EQ(ErrorField(EncodeAppend(session, 3, 0, 3, layers).status()), "layers");
+  EXPECT_EQ(ErrorField(EncodeAppend(session, 3, 0, 3, {}).status()), "layers");
+  const std::vector<LayerTensors> uneven = {{keys, values}, {keys, keys}};
+  EXPECT_EQ(ErrorField(EncodeAppend(session, 0, 0, 3, uneven).status()), "layers[1].values");
+}
+
+TEST(EncodeRequestsTest, AFrameInPartsIsTheFrameInOne) {
+  const std::vector<uint16_t> keys = Counting<uint16_t>(3 * 2 * 8, 1);
+  const std::vector<uint16_t> values = Counting<uint16_t>(3 * 2 * 16, 100);
+  const auto make = [&](bool checked) {
+    auto message = EncodeOne(3, keys, values);
+    OutFrame frame = OutFrame::Prepare(*std::move(message), Clock::now() + std::chrono::hours(1));
+    frame.Seal(checked);
+    return frame;
+  };
+  const auto text = [](const OutFrame& frame) {
+    std::string bytes;
+    for (const auto& part : frame.Rest()) {
+      bytes.append(static_cast<const char*>(part.data()), part.size());
+    }
+    return bytes;
+  };
+  OutFrame apart = make(/*checked=*/false);
+  const std::string all = text(apart);
+  ASSERT_EQ(all.size(), apart.Bytes());
+  for (apart.sent = 0; apart.sent <= all.size(); ++apart.sent) {
+    ASSERT_EQ(text(apart), all.substr(apart.sent)) << apart.sent;
+  }
+  apart.sent = apart.head.size() + 100;  // the caller's memory goes in the middle of it
+  apart.Detach();
+  EXPECT_EQ(text(apart), all.substr(apart.sent));
+  const OutFrame checked = make(/*checked=*/true);
+  const std::string summed = text(checked);
+  ASSERT_EQ(summed.size(), all.size());
+  const size_t payload = checked.head.size();
+  EXPECT_EQ(summed.substr(payload, 320), all.substr(payload, 320));
+  EXPECT_NE(summed.substr(payload + 320), all.substr(payload + 320));
 }
 
 TEST(EncodeRequestsTest, HeadsAskedForTravelAndSizeTheQueries) {
@@ -188,8 +253,8 @@ TEST(EncodeRequestsTest, LandmarksTravelBehindSampledQueries) {
   const std::vector<uint64_t> positions = {16};
   const std::vector<uint64_t> sampled = {20};
   const auto encode = [&] {
-    return EncodeAppend(session, 0, 16, 16, keys, values, {sampled, queries},
-                        {positions, landmarks});
+    const LayerTensors rows{keys, values};
+    return EncodeAppend(session, 0, 16, 16, {&rows, 1}, {sampled, queries}, {positions, landmarks});
   };
   auto message = encode();
   ASSERT_TRUE(message.ok()) << message.status();

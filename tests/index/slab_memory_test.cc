@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <random>
+#include <set>
 #include <thread>
 #include <vector>
 
@@ -47,6 +48,49 @@ TEST(SlabMemory, ManySlotsShareASlabAndItGoesBackWithTheLast) {
   for (int i = 0; i < 20; ++i) slots.push_back(MakeSlot(700'000));
   EXPECT_EQ(SlabBytes() - before, 2 * one);
   slots.clear();
+  EXPECT_EQ(SlabBytes(), before);
+}
+
+TEST(SlabMemory, SlotsTakenInARowBeginInPagesOfTheirOwn) {
+#if defined(__SANITIZE_ADDRESS__)
+  GTEST_SKIP() << "each slot is an allocation of its own here";
+#endif
+  constexpr size_t kPages = kSlabBytes >> 21;
+  std::vector<Slot> slots;
+  std::set<uintptr_t> pages;
+  for (size_t i = 0; i < kPages; ++i) {
+    slots.push_back(MakeSlot(701'000));  // nobody else's size
+    pages.insert(reinterpret_cast<uintptr_t>(slots.back().get()) >> 21);
+  }
+  EXPECT_EQ(pages.size(), kPages);
+}
+
+TEST(SlabMemory, SpareSlabsStayAndServeAnySize) {
+#if defined(__SANITIZE_ADDRESS__)
+  GTEST_SKIP() << "each slot is an allocation of its own here";
+#endif
+  const size_t before = SlabBytes();
+  EXPECT_FALSE(AddSpareSlab()) << "none may stay";
+  KeepSlabs(before + 3 * kSlabBytes + kSlabBytes / 2);
+  int added = 0;
+  while (AddSpareSlab()) ++added;
+  EXPECT_EQ(added, 3);
+  EXPECT_EQ(SlabBytes(), before + 3 * kSlabBytes);
+  for (const size_t bytes : {size_t{5} << 20, size_t{600'000}}) {
+    std::vector<Slot> slots;
+    while (slots.size() * bytes < 3 * kSlabBytes / 2) slots.push_back(MakeSlot(bytes));
+    for (const Slot& slot : slots) std::memset(slot.get(), 1, bytes);
+    EXPECT_EQ(SlabBytes(), before + 3 * kSlabBytes) << bytes;
+  }
+  {  // more than may stay: it goes when it is empty
+    std::vector<Slot> slots;
+    for (int i = 0; i < 5 * 4; ++i) slots.push_back(MakeSlot(size_t{8} << 20));
+    EXPECT_EQ(SlabBytes(), before + 5 * kSlabBytes);
+  }
+  EXPECT_EQ(SlabBytes(), before + 3 * kSlabBytes);
+  KeepSlabs(before + kSlabBytes);
+  EXPECT_EQ(SlabBytes(), before + kSlabBytes);
+  KeepSlabs(0);
   EXPECT_EQ(SlabBytes(), before);
 }
 

@@ -243,6 +243,15 @@ void RecordAppend(Recorder& recorder) {
                        .Bf16(size_t{3} * kKvHeads * kKeyDim, 1)
                        .Bf16(size_t{3} * kKvHeads * kValueDim, -96)
                        .Take());
+  request.set_layer(0);
+  request.set_layers(2);
+  PayloadWriter both;
+  for (const int first : {1, 3}) {
+    both.Bf16(size_t{3} * kKvHeads * kKeyDim, first).Bf16(size_t{3} * kKvHeads * kValueDim, -96);
+  }
+  recorder.Request("append_layers_request", Op::kAppend, request, both.Take());
+  request.set_layer(1);
+  request.clear_layers();
   // Two blocks of 32 end in [4090, 4160), and the queries of one token come along.
   request.set_start(4090);
   request.set_tokens(70);

@@ -47,9 +47,8 @@ AnswerFrame MakeAnswer(uint64_t id, size_t bytes) {
   Response response;
   response.metadata = std::to_string(id);
   if (bytes != 0) {
-    response.payload.data = index::MakeAligned<uint8_t>(bytes);
+    response.payload = MakePayload(bytes);
     Content(id, bytes).copy(reinterpret_cast<char*>(response.payload.data.get()), bytes);
-    response.payload.bytes = bytes;
   }
   return AnswerFrame::Make(Op::kAttend, id, std::move(response), true);
 }

@@ -69,9 +69,8 @@ class Script {
     Response response;
     response.metadata = metadata;
     if (payload_bytes != 0) {
-      response.payload.data = index::MakeAligned<uint8_t>(payload_bytes);
+      response.payload = MakePayload(payload_bytes);
       std::memset(response.payload.data.get(), 'p', payload_bytes);
-      response.payload.bytes = payload_bytes;
     }
     std::function<void(Response)> done;
     {

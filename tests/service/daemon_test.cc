@@ -16,6 +16,7 @@
 
 #include "absl/strings/str_split.h"
 #include "client/kv_client.h"
+#include "index/slab_memory.h"
 #include "tests/client/raw_socket.h"
 
 namespace kvseek::service {
@@ -52,6 +53,9 @@ class DaemonTest : public testing::Test {
 TEST_F(DaemonTest, OptionsThatMakeNoSense) {
   DaemonOptions options = Options();
   options.io_threads = 0;
+  EXPECT_EQ(Daemon::Start(options).status().code(), absl::StatusCode::kInvalidArgument);
+  options = Options();
+  options.prefault_bytes = options.memory_limit_bytes + 1;
   EXPECT_EQ(Daemon::Start(options).status().code(), absl::StatusCode::kInvalidArgument);
   options = Options();
   options.scan_bits = 3;
@@ -300,6 +304,25 @@ TEST_F(DaemonTest, ProgramRefusesPlansThatItCannotRead) {
   EXPECT_EQ(Program({"--listen", address(), "--plan", path}).Wait(), 2);
   EXPECT_EQ(Program({"--listen", address(), "--error-target", "0.1"}).Wait(), 2);
   EXPECT_EQ(Program({"--listen", address(), "--error-target", "-1"}).Wait(), 2);
+}
+
+TEST_F(DaemonTest, MemoryThatIsPrefaultedIsThereAtTheStart) {
+#if defined(__SANITIZE_ADDRESS__)
+  GTEST_SKIP() << "segments are allocations of their own here";
+#endif
+  DaemonOptions options = Options();
+  options.prefault_bytes = 2 * index::kSlabBytes;
+  const size_t before = index::SlabBytes();
+  {
+    const auto daemon = Daemon::Start(options);
+    ASSERT_TRUE(daemon.ok()) << daemon.status();
+    EXPECT_EQ(index::SlabBytes(), before + 2 * index::kSlabBytes);
+    const auto client = Connect();
+    const auto session = client->Open(kShape, {});
+    ASSERT_TRUE(Append(*client, *session, 0, 3000).ok());
+    EXPECT_EQ(index::SlabBytes(), before + 2 * index::kSlabBytes);
+  }
+  EXPECT_EQ(index::SlabBytes(), before);
 }
 
 TEST_F(DaemonTest, ProgramReadsItsConfigAndToken) {

@@ -120,7 +120,7 @@ class QueryOperationsTest : public testing::TestWithParam<uint64_t> {
     EXPECT_TRUE(message.ok()) << message.status();
     if (!message.ok()) return {};
     message->BringTogether();
-    Payload payload{index::MakeAligned<uint8_t>(message->payload.size()), message->payload.size()};
+    Payload payload = MakePayload(message->payload.size());
     std::memcpy(payload.data.get(), message->payload.data(), payload.bytes);
     const Response response =
         service_.Start(message->op, message->metadata, std::move(payload)).get();

@@ -104,8 +104,7 @@ class RequestFuzzTest : public testing::Test {
     Request request;
     request.op = call.op;
     request.metadata = call.metadata;
-    request.payload.bytes = call.payload.size();
-    request.payload.data = index::MakeAligned<uint8_t>(call.payload.size());
+    request.payload = MakePayload(call.payload.size());
     std::memcpy(request.payload.data.get(), call.payload.data(), call.payload.size());
     request.deadline = std::chrono::steady_clock::now() + call.time_left;
     request.cancelled = std::make_shared<std::atomic<bool>>(call.cancelled);

@@ -96,6 +96,82 @@ TEST_F(RequestHandlerTest, PipelinedAppendsKeepTheirOrder) {
   }
 }
 
+TEST_F(RequestHandlerTest, AppendOfSeveralLayersIsThatOfEach) {
+  Service service(Service::SmallOptions(4));
+  proto::ModelShape shape = SmallShape();
+  shape.set_layers(5);
+  const proto::SessionRef one_by_one = OpenSession(service, shape);
+  const proto::SessionRef together = OpenSession(service, shape);
+  uint64_t start = 0;
+  for (const uint32_t tokens : {1000U, 1U, 1U, 40U, 1U}) {  // across the seal of a segment
+    proto::AppendRequest request;
+    *request.mutable_session() = together;
+    request.set_layer(1);
+    request.set_layers(3);
+    request.set_start(start);
+    request.set_tokens(tokens);
+    Tensors all;
+    for (uint32_t layer = 1; layer < 4; ++layer) {
+      const Rows rows = RandomRows(static_cast<uint32_t>(start) + layer, shape, tokens);
+      all.Add(rows.keys).Add(rows.values);
+      ASSERT_TRUE(AppendRows(service, one_by_one, layer, start, tokens, rows).ok());
+    }
+    const auto answer = service.Call(request, all);
+    ASSERT_TRUE(answer.ok()) << answer.status;
+    start += tokens;
+    EXPECT_EQ(answer.message.tokens_held(), start);
+  }
+  const auto sessions = service.store().List();
+  ASSERT_EQ(sessions.size(), 2U);
+  for (const auto& session : sessions) {
+    EXPECT_EQ(session->State(0)->tokens, 0);
+    EXPECT_EQ(session->State(4)->tokens, 0);
+  }
+  for (uint32_t layer = 1; layer < 4; ++layer) {
+    const auto a = sessions[0]->State(layer);
+    const auto b = sessions[1]->State(layer);
+    ASSERT_EQ(a->tokens, static_cast<int64_t>(start));
+    ASSERT_EQ(b->tokens, static_cast<int64_t>(start));
+    for (size_t head = 0; head < a->heads.size(); ++head) {
+      for (int64_t p = 0; p < a->tokens; ++p) {
+        ASSERT_EQ(std::memcmp(a->heads[head].KeyRow(p), b->heads[head].KeyRow(p),
+                              a->heads[head].shape().KeyRowBytes()),
+                  0);
+        ASSERT_EQ(std::memcmp(a->heads[head].ValueRow(p), b->heads[head].ValueRow(p),
+                              a->heads[head].shape().ValueRowBytes()),
+                  0);
+      }
+    }
+  }
+}
+
+TEST_F(RequestHandlerTest, ALayerThatRefusesDoesNotKeepTheOthers) {
+  Service service(Service::SmallOptions(2));
+  proto::ModelShape shape = SmallShape();
+  shape.set_layers(3);
+  const proto::SessionRef session = OpenSession(service, shape);
+  const Rows rows = RandomRows(1, shape, 10);
+  ASSERT_TRUE(AppendRows(service, session, 0, 0, 10, rows).ok());
+  ASSERT_TRUE(AppendRows(service, session, 2, 0, 10, rows).ok());
+  proto::AppendRequest request;
+  *request.mutable_session() = session;
+  request.set_layers(3);
+  request.set_start(10);
+  request.set_tokens(10);
+  Tensors all;
+  for (int layer = 0; layer < 3; ++layer) all.Add(rows.keys).Add(rows.values);
+  EXPECT_EQ(Describe(service.Call(request, all).status), "FAILED_PRECONDITION start");
+  // Repeated from what the least holds: what is held already is skipped.
+  request.set_start(0);
+  const auto again = service.Call(request, all);
+  ASSERT_TRUE(again.ok()) << again.status;
+  EXPECT_EQ(again.message.tokens_held(), 10U);
+  for (const uint32_t layer : {0U, 2U}) {
+    EXPECT_EQ(service.store().List()[0]->State(layer)->tokens, 20);
+  }
+  EXPECT_EQ(service.store().List()[0]->State(1)->tokens, 10);
+}
+
 TEST_F(RequestHandlerTest, FullQueueRefusesDeadlinesPassAndCancelsWork) {
   DaemonOptions options = Service::SmallOptions(1);
   options.queue_limit = 3;

@@ -96,6 +96,16 @@ TEST_F(RequestValidationTest, Append) {
   EXPECT_EQ(call([](auto& m) { m.set_start(~uint64_t{0}); }, payload), "INVALID_ARGUMENT start");
   EXPECT_EQ(call([](auto& m) { m.set_tokens(~0U); }, payload), "INVALID_ARGUMENT tokens");
   EXPECT_EQ(call([](auto& m) { m.set_tokens(1); }, payload), "INVALID_ARGUMENT payload");
+  EXPECT_EQ(call([](auto& m) { m.set_layers(~0U); }, payload), "INVALID_ARGUMENT layers");
+  EXPECT_EQ(call(
+                [](auto& m) {
+                  m.set_layer(SmallShape().layers() - 1);
+                  m.set_layers(2);
+                },
+                payload),
+            "INVALID_ARGUMENT layers");
+  EXPECT_EQ(call([](auto& m) { m.set_layers(SmallShape().layers()); }, payload),
+            SmallShape().layers() == 1 ? "OK" : "INVALID_ARGUMENT payload");
   EXPECT_EQ(call([](auto& m) { m.set_tokens(0); }, payload), "INVALID_ARGUMENT payload");
   EXPECT_EQ(call([](auto&) {}, {}), "INVALID_ARGUMENT payload");
   EXPECT_EQ(call([](auto&) {}, Tensors(payload).Add(std::vector<uint8_t>{1})),

@@ -94,6 +94,22 @@ Call AppendCall(const proto::SessionRef& session, uint32_t layer, uint64_t start
                          .Text()};
 }
 
+/// Both layers' next tokens.
+Call AppendLayersCall(const proto::SessionRef& session, uint64_t start, uint32_t tokens,
+                      proto::MessageMutator& random) {
+  proto::AppendRequest message;
+  *message.mutable_session() = session;
+  message.set_start(start);
+  message.set_tokens(tokens);
+  message.set_layers(2);
+  const size_t rows = size_t{tokens} * kKvHeads;
+  Tensors parts;
+  for (int layer = 0; layer < 2; ++layer) {
+    parts.Add(RandomBf16(rows * kKeyDim, random)).Add(RandomBf16(rows * kValueDim, random));
+  }
+  return {.op = Op::kAppend, .metadata = message.SerializeAsString(), .payload = parts.Text()};
+}
+
 Call AttendCall(const std::vector<proto::SessionRef>& sessions, proto::IndexKind index,
                 uint64_t seed) {
   proto::AttendRequest message;
@@ -117,6 +133,7 @@ std::vector<Call> RightCalls(const proto::SessionRef& victim) {
   }
   calls.push_back(AppendCall(victim, 0, kVictimTokens, 2, random));
   calls.push_back(AppendCall(victim, 1, kVictimTokens - 5, 3, random));
+  calls.push_back(AppendLayersCall(victim, kVictimTokens, 2, random));
   calls.push_back(AppendCall(victim, 0, kVictimTokens - 40, 70, random));
 
   proto::FetchRowsRequest fetch;

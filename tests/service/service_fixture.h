@@ -53,7 +53,7 @@ class Tensors {
   bool AllTaken() const { return layout_.bytes() == bytes_.size(); }
 
   Payload Copy() const {
-    Payload payload{index::MakeAligned<uint8_t>(bytes_.size()), bytes_.size()};
+    Payload payload = MakePayload(bytes_.size());
     if (!bytes_.empty()) std::memcpy(payload.data.get(), bytes_.data(), bytes_.size());
     return payload;
   }
