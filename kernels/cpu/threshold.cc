@@ -26,7 +26,9 @@ namespace {
 
 namespace hn = hwy::HWY_NAMESPACE;
 using DI = hn::ScalableTag<int32_t>;
-constexpr int64_t kPartVectorsMax = 32;
+// Parts are the same at every level: a number that the lanes of all of them divide.
+constexpr int64_t kPartsStep = 16;
+constexpr int64_t kPartsMax = 512;
 constexpr int64_t kWorthwhile = 4;  // at least so many values a part
 
 /// Writes the ordered integers of all values to `work` and finds the least and the largest.
@@ -77,48 +79,56 @@ int64_t CountFrom(const int32_t* order, int64_t count, int32_t bound) {
   return count - less;
 }
 
-/// Drops values that cannot be among the best `rank`, and keeps the others in their order. Of as
-/// many strided parts as the rank, each has a value no less than the least of the parts' best.
-/// Returns how many are left.
-int64_t KeepBest(int32_t* order, int64_t count, int64_t rank) {
-#if HWY_TARGET == HWY_SCALAR
-  (void)order;
-  (void)rank;
-  return count;
-#else
+/// At least `rank` values are no less: of as many strided parts as the rank, or a few more, each
+/// has one that is its best, and the least of these is what is returned. The least integer if
+/// `rank` is too large for that to pay.
+int32_t BoundOfBest(const int32_t* order, int64_t count, int64_t rank) {
   const DI d;
-  constexpr auto kLanes = static_cast<int64_t>(hn::MaxLanes(DI()));
-  const int64_t parts = (rank + kLanes - 1) / kLanes;  // vectors of them
-  if (parts > kPartVectorsMax || parts * kLanes * kWorthwhile > count) return count;
-  hn::Vec<DI> best[kPartVectorsMax];
-  for (int64_t p = 0; p < parts; ++p) best[p] = hn::LoadU(d, order + p * kLanes);
-  for (int64_t i = parts * kLanes; i + parts * kLanes <= count; i += parts * kLanes) {
-    for (int64_t p = 0; p < parts; ++p) {
-      best[p] = hn::Max(best[p], hn::LoadU(d, order + i + p * kLanes));
+  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
+  const int64_t parts = (rank + kPartsStep - 1) / kPartsStep * kPartsStep;
+  if (parts > kPartsMax || parts * kWorthwhile > count) return std::numeric_limits<int32_t>::min();
+  HWY_ALIGN int32_t best[kPartsMax] = {};
+  std::copy_n(order, parts, best);
+  for (int64_t i = parts; i + parts <= count; i += parts) {
+    for (int64_t p = 0; p < parts; p += lanes) {
+      hn::Store(hn::Max(hn::Load(d, best + p), hn::LoadU(d, order + i + p)), d, best + p);
     }
   }
-  for (int64_t p = 1; p < parts; ++p) best[0] = hn::Min(best[0], best[p]);
-  const int32_t bound = hn::GetLane(hn::MinOfLanes(d, best[0]));
+  auto least = hn::Load(d, best);
+  for (int64_t p = lanes; p < parts; p += lanes) least = hn::Min(least, hn::Load(d, best + p));
+  return hn::GetLane(hn::MinOfLanes(d, least));
+}
+
+/// Drops values below `bound` and keeps the others in their order; returns how many are left.
+int64_t KeepFrom(int32_t* order, int64_t count, int32_t bound) {
   int64_t kept = 0;
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
+#if HWY_TARGET != HWY_SCALAR
+  const DI d;
+  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
+  const auto limit = hn::Set(d, bound);
+  for (; i + lanes <= count; i += lanes) {
     const auto value = hn::LoadU(d, order + i);
     // What is written past the kept ones has been read.
     kept += static_cast<int64_t>(
-        hn::CompressStore(value, hn::Not(hn::Lt(value, hn::Set(d, bound))), d, order + kept));
+        hn::CompressStore(value, hn::Not(hn::Lt(value, limit)), d, order + kept));
   }
+#endif
   for (; i < count; ++i) {
     if (order[i] >= bound) order[kept++] = order[i];
   }
   return kept;
-#endif
 }
 
 float RankThresholdImpl(const float* values, int64_t count, int64_t rank, int32_t* work) {
   int32_t low = 0;   // at least `rank` values are >= low
   int32_t high = 0;  // and fewer than that are > high
   Order(values, count, work, &low, &high);
-  count = KeepBest(work, count, rank);
+  const int32_t bound = BoundOfBest(work, count, rank);
+  if (bound > low) {
+    count = KeepFrom(work, count, bound);
+    low = bound;
+  }
   while (low < high) {
     const auto middle = static_cast<int32_t>((int64_t{low} + high + 1) >> 1);
     const int64_t found = CountFrom(work, count, middle);

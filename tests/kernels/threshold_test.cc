@@ -51,6 +51,33 @@ TEST(RankThresholdTest, DividesTheBestFromTheOthers) {
   ASSERT_TRUE(ForceSimdLevel(""));
 }
 
+TEST(RankThresholdTest, NoPartHasTwoOfTheBest) {
+  std::vector<float> values;
+  for (int i = 0; i < 16; ++i) values.push_back(1000.0F + static_cast<float>(i));
+  for (int i = 0; i < 240; ++i) values.push_back(1.0F + static_cast<float>(i));
+  for (const std::string& level : SupportedSimdLevels()) {
+    ASSERT_TRUE(ForceSimdLevel(level));
+    for (const int rank : {1, 15, 16, 17, 30}) ExpectDivides(values, rank);
+  }
+  ASSERT_TRUE(ForceSimdLevel(""));
+}
+
+TEST(RankThresholdTest, TheSameAtEveryLevel) {
+  std::mt19937 random(8);
+  std::normal_distribution<float> normal;
+  std::vector<float> values(4099);
+  for (float& value : values) value = normal(random);
+  for (const int rank : {1, 16, 64, 129, 500, 513, 2000}) {
+    ASSERT_TRUE(ForceSimdLevel(""));
+    const float expected = Rank(values, rank);
+    for (const std::string& level : SupportedSimdLevels()) {
+      ASSERT_TRUE(ForceSimdLevel(level));
+      EXPECT_EQ(Rank(values, rank), expected) << level << ' ' << rank;
+    }
+  }
+  ASSERT_TRUE(ForceSimdLevel(""));
+}
+
 TEST(RankThresholdTest, TiesAndBothSigns) {
   for (const int rank : {1, 2, 3, 4}) ExpectDivides({-1.0F, -2.0F, -1.0F, -3.0F}, rank);
   for (const int rank : {1, 2, 3}) {
