@@ -9,8 +9,6 @@
 namespace kvseek::index {
 namespace {
 
-using kernels::kScanBlock;
-
 // A piece that has this many times the whole budget in candidates chooses no more: the sample had
 // missed a crowd, and the cost of a search must stay bounded. The estimate and the report still
 // cover what is left out.
