@@ -19,6 +19,12 @@ using ::testing::HasSubstr;
 constexpr char kDaemon[] = KVSEEK_BIN_DIR "/kvseekd";
 constexpr char kData[] = KVSEEK_SOURCE_DIR "/tests/data/";
 
+/// What `kvseek eval` answers, but for how long it took.
+json WithoutTime(json answer) {
+  for (json& result : answer.at("results")) result.erase("micros");
+  return answer;
+}
+
 class ServedTest : public ::testing::Test {
  protected:
   void SetUp() override {
@@ -46,14 +52,10 @@ TEST_F(ServedTest, ServedEqualsComputed) {
                    "code8.queries.safetensors' --index exact,ladder --scan sign1,sign2 "
                    "--candidates 512 --exact 32"
                    " --audit 16 --seed 3 --steps 12");
-  const auto without_time = [](json answer) {
-    for (json& result : answer.at("results")) result.erase("micros");
-    return answer;
-  };
   const json served = Ask(arguments);
   const Ran here = RunKvseek(arguments + " --format json");
   ASSERT_EQ(here.exit_code, 0) << here.err;
-  EXPECT_EQ(without_time(served), without_time(json::parse(here.out)));
+  EXPECT_EQ(WithoutTime(served), WithoutTime(json::parse(here.out)));
   EXPECT_EQ(Ask("stats").at("sessions_open"), 0);  // eval closed its sessions
 }
 
@@ -102,13 +104,9 @@ TEST_F(ServedTest, VoteAndReuseAreAskedOfTheDaemon) {
       "eval --kv '", kData, "code8.layer15.kv1.safetensors' --queries '", kData,
       "code8.queries.safetensors' --index ladder --candidates 512 --exact 32 --vote max --reuse 2"
       " --reuse-keys 2000 --audit 0 --steps 12");
-  const auto without_time = [](json answer) {
-    for (json& result : answer.at("results")) result.erase("micros");
-    return answer;
-  };
   const Ran here = RunKvseek(arguments + " --format json");
   ASSERT_EQ(here.exit_code, 0) << here.err;
-  EXPECT_EQ(without_time(Ask(arguments)), without_time(json::parse(here.out)));
+  EXPECT_EQ(WithoutTime(Ask(arguments)), WithoutTime(json::parse(here.out)));
   const Ran refused = RunKvseek(arguments + " --reuse-samples 7 --via " + daemon_->address());
   EXPECT_EQ(refused.exit_code, 2);
   EXPECT_THAT(refused.err, HasSubstr("--reuse-samples"));
@@ -119,14 +117,10 @@ TEST_F(ServedTest, AThresholdIsAskedOfTheDaemon) {
       "eval --kv '", kData, "code8.layer15.kv1.safetensors' --queries '", kData,
       "code8.queries.safetensors' --index exact,ladder --scan sign1,sign2 --candidates 2048 "
       "--audit 0 --steps 12 --threshold ");
-  const auto without_time = [](json answer) {
-    for (json& result : answer.at("results")) result.erase("micros");
-    return answer;
-  };
   const Ran here = RunKvseek(arguments + "-7.5 --format json");
   ASSERT_EQ(here.exit_code, 0) << here.err;
-  const json computed = without_time(json::parse(here.out));
-  EXPECT_EQ(without_time(Ask(arguments + "-7.5")), computed);
+  const json computed = WithoutTime(json::parse(here.out));
+  EXPECT_EQ(WithoutTime(Ask(arguments + "-7.5")), computed);
   const json& keys_read = computed.at("results")[1].at("keys_read");
   EXPECT_LT(keys_read.at("max").get<double>(), 2048.0 + 512.0);
   EXPECT_LT(1.5 * keys_read.at("min").get<double>(), keys_read.at("max").get<double>());

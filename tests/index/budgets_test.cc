@@ -9,7 +9,7 @@
 
 #include "cli/build_index.h"
 #include "cli/reference.h"
-#include "tests/index/random_trace.h"
+#include "tests/index/recorded_trace.h"
 
 namespace kvseek::index {
 namespace {
@@ -17,18 +17,10 @@ namespace {
 class BudgetsTest : public testing::TestWithParam<std::string> {
  protected:
   BudgetsTest()
-      : trace_(RealTrace()),
+      : trace_(RecordedTrace("layer15.kv1")),
         head_(trace_, 2),
         built_(GetParam() == "ladder" ? nullptr
                                       : cli::BuildIndex(GetParam(), trace_, head_.view(), {})) {}
-
-  static cli::HeadTrace RealTrace() {
-    const std::string data = std::string(KVSEEK_SOURCE_DIR) + "/tests/data/";
-    auto trace = cli::LoadHeadTrace(data + "code8.layer15.kv1.safetensors",
-                                    data + "code8.queries.safetensors", "layer15.kv1");
-    EXPECT_TRUE(trace.ok()) << trace.status();
-    return *std::move(trace);
-  }
 
   SearchResult Search(int step, SearchOptions options) {
     options.list_read = true;

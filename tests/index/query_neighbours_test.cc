@@ -9,17 +9,10 @@
 #include "index/selection.h"
 #include "kernels/cpu/attention.h"
 #include "tests/index/random_trace.h"
+#include "tests/index/recorded_trace.h"
 
 namespace kvseek::index {
 namespace {
-
-cli::HeadTrace RealTrace() {
-  const std::string data = std::string(KVSEEK_SOURCE_DIR) + "/tests/data/";
-  auto trace = cli::LoadHeadTrace(data + "code8.layer20.kv0.safetensors",
-                                  data + "code8.queries.safetensors", "layer20.kv0");
-  EXPECT_TRUE(trace.ok()) << trace.status();
-  return *std::move(trace);
-}
 
 BuildInput InputOf(const cli::HeadTrace& trace, const cli::StoredHead& head, size_t samples) {
   BuildInput input;
@@ -80,7 +73,7 @@ TEST(QueryNeighboursTest, ExactEqualsBruteForce) {
 }
 
 TEST(QueryNeighboursTest, CodesFindNearlyAll) {
-  const cli::HeadTrace trace = RealTrace();
+  const cli::HeadTrace trace = RecordedTrace("layer20.kv0");
   for (const int bits : {1, 2}) {
     const cli::StoredHead head(trace, bits);
     const BuildInput input = InputOf(trace, head, 1024);

@@ -11,6 +11,7 @@
 
 #include "cli/build_index.h"
 #include "tests/index/random_trace.h"
+#include "tests/index/recorded_trace.h"
 
 namespace kvseek::index {
 namespace {
@@ -20,18 +21,10 @@ constexpr int64_t kUncovered = 512;  // of the trace: always read
 class ThresholdTest : public testing::TestWithParam<std::string> {
  protected:
   ThresholdTest()
-      : trace_(RealTrace()),
+      : trace_(RecordedTrace("layer20.kv0")),
         head_(trace_, 2),
         built_(GetParam() == "ladder" ? nullptr
                                       : cli::BuildIndex(GetParam(), trace_, head_.view(), {})) {}
-
-  static cli::HeadTrace RealTrace() {
-    const std::string data = std::string(KVSEEK_SOURCE_DIR) + "/tests/data/";
-    auto trace = cli::LoadHeadTrace(data + "code8.layer20.kv0.safetensors",
-                                    data + "code8.queries.safetensors", "layer20.kv0");
-    EXPECT_TRUE(trace.ok()) << trace.status();
-    return *std::move(trace);
-  }
 
   const KeyIndex& index() const { return built_ == nullptr ? LadderIndex() : *built_; }
 
