@@ -12,6 +12,11 @@ namespace {
 // Subtraction in fp32 leaves about this share of what was there before as noise.
 constexpr float kSubtractionNoise = 2e-6F;
 
+void Scale(const SearchQuery& query, const KvShape& shape, float* scaled) {
+  const size_t count = static_cast<size_t>(query.group) * shape.key_dim;
+  for (size_t i = 0; i < count; ++i) scaled[i] = query.queries[i] * shape.softmax_scale;
+}
+
 }  // namespace
 
 void ScoredKeys::Add(int64_t position, const float* head_scores, int stride, int group) {
@@ -20,20 +25,6 @@ void ScoredKeys::Add(int64_t position, const float* head_scores, int stride, int
   scores.resize(at + static_cast<size_t>(group));
   for (int h = 0; h < group; ++h) {
     scores[at + static_cast<size_t>(h)] = head_scores[static_cast<ptrdiff_t>(h) * stride];
-  }
-}
-
-void ScoredKeys::Add(int64_t first, absl::Span<const uint32_t> offsets, const float* head_scores,
-                     int stride, int group) {
-  const size_t at = positions.size();
-  const auto width = static_cast<size_t>(group);
-  positions.resize(at + offsets.size());
-  scores.resize((at + offsets.size()) * width);
-  for (size_t i = 0; i < offsets.size(); ++i) positions[at + i] = first + offsets[i];
-  for (size_t h = 0; h < width; ++h) {
-    const float* const from = head_scores + static_cast<ptrdiff_t>(h) * stride;
-    float* const to = scores.data() + at * width + h;
-    for (size_t i = 0; i < offsets.size(); ++i) to[i * width] = from[i];
   }
 }
 
@@ -145,16 +136,14 @@ RowPointers FindRow(const KvView& view, int64_t position) {
 }
 
 AlignedArray<float> ScaleQueries(const SearchQuery& query, const KvShape& shape) {
-  const size_t count = static_cast<size_t>(query.group) * shape.key_dim;
-  auto scaled = MakeAligned<float>(count);
-  for (size_t i = 0; i < count; ++i) scaled[i] = query.queries[i] * shape.softmax_scale;
+  auto scaled = MakeAligned<float>(static_cast<size_t>(query.group) * shape.key_dim);
+  Scale(query, shape, scaled.get());
   return scaled;
 }
 
 const float* ScaleQueries(const SearchQuery& query, const KvShape& shape, Scratch& scratch) {
-  const size_t count = static_cast<size_t>(query.group) * shape.key_dim;
-  auto* const scaled = scratch.Take<float>(count);
-  for (size_t i = 0; i < count; ++i) scaled[i] = query.queries[i] * shape.softmax_scale;
+  auto* const scaled = scratch.Take<float>(static_cast<size_t>(query.group) * shape.key_dim);
+  Scale(query, shape, scaled);
   return scaled;
 }
 

@@ -19,9 +19,6 @@ struct ScoredKeys {
 
   /// Appends key `position`, whose score for head h stands at scores[h * stride].
   void Add(int64_t position, const float* head_scores, int stride, int group);
-  /// The same for keys first + offsets[i], whose scores stand at scores[h * stride + i].
-  void Add(int64_t first, absl::Span<const uint32_t> offsets, const float* head_scores, int stride,
-           int group);
   void Append(const ScoredKeys& other);
   void Reserve(size_t keys, int group);
   const float* Scores(size_t index, int group) const { return scores.data() + index * group; }
