@@ -136,9 +136,8 @@ class LadderPlan final : public SearchPlan {
   // ---- scan (ladder_scan_piece.cc)
   /// A worker's buffers for one segment after the other.
   struct ScanBuffers {
-    int16_t* sums;                  ///< (group, 1024)
-    float* block_weights;           ///< (group, 16)
-    uint16_t* key_weights;          ///< (group, 1024)
+    std::byte* sums;                ///< (group, 1024, kSumBytes)
+    ScanResults results;            ///< but for `chosen`
     kernels::FineHead* fine_heads;  ///< (group)
     uint32_t* kept;                 ///< (1024)
     float* kept_weights;            ///< (group, 16)

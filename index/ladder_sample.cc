@@ -71,10 +71,11 @@ void LadderPlan::RunSample(SamplePart& part, Scratch& scratch) {
   scratch.Reset();
   const auto group = static_cast<size_t>(group_);
   const auto keys = static_cast<int>(sample_.size() * kScanBlock);
-  auto* sums = scratch.Take<int16_t>(group * kScanBlock);
+  auto* sums = scratch.Take<std::byte>(group * kScanBlock * kSumBytes);
   auto* weights = scratch.Take<float>(group);
   const ScanResults results = {scratch.Take<uint32_t>(kScanBlock), weights,
-                               scratch.Take<uint16_t>(group * kScanBlock)};
+                               scratch.Take<uint8_t>(group * kScanBlock),
+                               scratch.Take<float>(group)};
   for (size_t i = part.first_block; i < part.last_block; ++i) {
     if (i + kBlocksAhead < part.last_block) {
       kernels::PrefetchRange(codes_->Block(sample_[i + kBlocksAhead]),

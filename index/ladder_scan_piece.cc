@@ -22,10 +22,13 @@ void LadderPlan::RunScan(Piece& piece, Scratch& scratch) {
   if (options_.audit_samples > 0) piece.block_weights.resize(piece_blocks * group);
   if (options_.keep > 0) piece.kept_weights.resize(piece_blocks * group);
   scratch.Reset();
-  ScanBuffers buffers = {
-      scratch.Take<int16_t>(group * kSegmentTokens),  scratch.Take<float>(group * kSegmentBlocks),
-      scratch.Take<uint16_t>(group * kSegmentTokens), scratch.Take<kernels::FineHead>(group),
-      scratch.Take<uint32_t>(kSegmentTokens),         scratch.Take<float>(group * kSegmentBlocks)};
+  const ScanBuffers buffers = {
+      scratch.Take<std::byte>(group * kSegmentTokens * kSumBytes),
+      {nullptr, scratch.Take<float>(group * kSegmentBlocks),
+       scratch.Take<uint8_t>(group * kSegmentTokens), scratch.Take<float>(group)},
+      scratch.Take<kernels::FineHead>(group),
+      scratch.Take<uint32_t>(kSegmentTokens),
+      scratch.Take<float>(group * kSegmentBlocks)};
   Pending pending = {0, scratch.Take<kernels::FineRow>(kPendingWhole + kSegmentTokens)};
   Chosen chosen = {0, 0, scratch.Take<uint32_t>(kSegmentTokens)};
   Chosen before = {0, 0, scratch.Take<uint32_t>(kSegmentTokens)};
@@ -64,8 +67,9 @@ void LadderPlan::ScanSegmentPart(Piece& piece, int64_t begin_block, int64_t end_
   codes_->PrefetchRest(begin_block, blocks);
   if (options_.keep > 0) KeepKeys(piece, begin_block, blocks, buffers);
   const ScanBounds bounds = {full ? absl::Span<const float>() : thresholds_, reference_.data()};
-  chosen.count = codes_->Select(begin_block, blocks, buffers.sums, bounds, next,
-                                {chosen.keys, buffers.block_weights, buffers.key_weights});
+  ScanResults results = buffers.results;
+  results.chosen = chosen.keys;
+  chosen.count = codes_->Select(begin_block, blocks, buffers.sums, bounds, next, results);
 }
 
 void LadderPlan::KeepKeys(Piece& piece, int64_t begin_block, int blocks,
@@ -74,8 +78,10 @@ void LadderPlan::KeepKeys(Piece& piece, int64_t begin_block, int blocks,
       static_cast<int64_t>(piece.kept.size()) >= kCandidateBoundFactor * options_.keep;
   const ScanBounds bounds = {full ? absl::Span<const float>() : keep_thresholds_,
                              reference_.data()};
-  const int count = codes_->Select(begin_block, blocks, buffers.sums, bounds, nullptr,
-                                   {buffers.kept, buffers.kept_weights, buffers.key_weights});
+  ScanResults results = buffers.results;
+  results.chosen = buffers.kept;
+  results.block_weights = buffers.kept_weights;
+  const int count = codes_->Select(begin_block, blocks, buffers.sums, bounds, nullptr, results);
   const int64_t segment_start = begin_block / kSegmentBlocks * kSegmentTokens;
   for (int i = 0; i < count; ++i) piece.kept.push_back(segment_start + buffers.kept[i]);
   const int64_t piece_blocks = piece.last_block - piece.first_block;
@@ -87,11 +93,10 @@ void LadderPlan::KeepKeys(Piece& piece, int64_t begin_block, int blocks,
 
 void LadderPlan::AddRest(Piece& piece, int64_t begin_block, int blocks, const ScanBuffers& buffers,
                          const kernels::GroupState& rest) {
-  codes_->AddRest(begin_block, blocks, {nullptr, buffers.block_weights, buffers.key_weights},
-                  rest.acc);
+  codes_->AddRest(begin_block, blocks, buffers.results, rest.acc);
   const auto piece_blocks = piece.last_block - piece.first_block;
   for (int h = 0; h < group_; ++h) {
-    const float* weights = buffers.block_weights + static_cast<ptrdiff_t>(h) * blocks;
+    const float* weights = buffers.results.block_weights + static_cast<ptrdiff_t>(h) * blocks;
     float sum = 0.0F;
     for (int b = 0; b < blocks; ++b) sum += weights[b];
     rest.sum[h] += sum;

@@ -37,9 +37,9 @@ ProductScan::ProductScan(const ProductIndex& index, const KvView& view, const Sc
       kernels::ScoreRows(queries.scaled, queries.group, book.query_map.data(),
                          kernels::DType::kBf16, view.shape.key_dim, view.shape.key_dim, seen,
                          view.shape.key_dim);
-      const Tables tables = {
-          memory.Take<int8_t>(group * static_cast<size_t>(layout_.Symbols()) * kernels::kTableSize),
-          memory.Take<kernels::ProductTables>(group)};
+      const Tables tables = {memory.Take<uint8_t>(group * static_cast<size_t>(layout_.Symbols()) *
+                                                  kernels::kTableSize),
+                             memory.Take<kernels::ProductTables>(group)};
       kernels::BuildProductTables(seen, queries.group, view.shape.key_dim, book.centroids.data(),
                                   book.starts.data(), book.errors.data(), layout_, tables.entries,
                                   tables.heads);
@@ -50,28 +50,31 @@ ProductScan::ProductScan(const ProductIndex& index, const KvView& view, const Sc
   }
 }
 
-void ProductScan::Scan(int64_t block, int blocks, const uint8_t* next, int16_t* sums) const {
+void ProductScan::Scan(int64_t block, int blocks, const uint8_t* next, std::byte* sums) const {
   kernels::ScanProducts(Block(block), blocks, layout_, TablesOf(block).entries, queries_.group,
-                        sums, blocks * kScanBlock, next);
+                        reinterpret_cast<uint8_t*>(sums), blocks * kScanBlock, next);
 }
 
-void ProductScan::Estimate(int64_t block, int blocks, const int16_t* sums, float* estimates,
+void ProductScan::Estimate(int64_t block, int blocks, const std::byte* sums, float* estimates,
                            int stride) const {
   kernels::ProductHead heads[kMaxGroup];
   constexpr float kReference[kMaxGroup] = {};
   FillHeads(block, {{}, kReference}, heads);
-  kernels::EstimateProducts(sums, blocks * kScanBlock, Block(block), blocks, layout_, heads,
-                            queries_.group, estimates, nullptr, nullptr, stride);
+  kernels::EstimateProducts(reinterpret_cast<const uint8_t*>(sums), blocks * kScanBlock,
+                            Block(block), blocks, layout_, heads, queries_.group, estimates,
+                            nullptr, nullptr, stride);
 }
 
-int ProductScan::Select(int64_t block, int blocks, const int16_t* sums, const ScanBounds& bounds,
+int ProductScan::Select(int64_t block, int blocks, const std::byte* sums, const ScanBounds& bounds,
                         const uint8_t* next, const ScanResults& results) const {
   kernels::ProductHead heads[kMaxGroup];
   FillHeads(block, bounds, heads);
   const auto first = static_cast<uint32_t>((block % kSegmentBlocks) * kScanBlock);
-  return kernels::SelectProducts(sums, blocks * kScanBlock, Block(block), blocks, layout_, heads,
-                                 queries_.group, first, results.chosen, results.key_weights,
-                                 blocks * kScanBlock, results.block_weights, blocks, next);
+  return kernels::SelectProducts(reinterpret_cast<const uint8_t*>(sums), blocks * kScanBlock,
+                                 Block(block), blocks, layout_, heads, queries_.group, first,
+                                 {results.chosen, results.key_weights, blocks * kScanBlock,
+                                  results.weight_units, results.block_weights, blocks},
+                                 next);
 }
 
 void ProductScan::AddRest(int64_t block, int blocks, const ScanResults& results, float* acc) const {
@@ -95,7 +98,7 @@ void ProductScan::AddRest(int64_t block, int blocks, const ScanResults& results,
                            stretch.value_means.get() + segment * value_dim, 1, value_dim, acc);
   float components[kMaxGroup * kSketchDim] = {};
   kernels::AddSketches(Block(block), blocks, layout_, results.key_weights, blocks * kScanBlock,
-                       queries_.group, components);
+                       results.weight_units, queries_.group, components);
   kernels::AddWeightedRows(components, kSketchDim, queries_.group,
                            stretch.codebook->sketch_rows.data(), kSketchDim, value_dim, acc);
 }
@@ -105,11 +108,11 @@ void ProductScan::Weigh(int64_t block, int head, float reference, float* weights
   const std::vector<float> references(static_cast<size_t>(queries_.group), reference);
   kernels::ProductHead heads[kMaxGroup];
   FillHeads(block, {{}, references.data()}, heads);
-  alignas(kCacheLine) int16_t sums[kScanBlock];
+  alignas(kCacheLine) uint8_t sums[kScanBlock];
   float estimates[kScanBlock];
-  const int8_t* const entries = TablesOf(block).entries + static_cast<ptrdiff_t>(head) *
-                                                              layout_.Symbols() *
-                                                              kernels::kTableSize;
+  const uint8_t* const entries = TablesOf(block).entries + static_cast<ptrdiff_t>(head) *
+                                                               layout_.Symbols() *
+                                                               kernels::kTableSize;
   kernels::ScanProducts(Block(block), 1, layout_, entries, 1, sums, kScanBlock);
   kernels::EstimateProducts(sums, kScanBlock, Block(block), 1, layout_, heads + head, 1, estimates,
                             weights, deviations, kScanBlock);

@@ -2,6 +2,7 @@
 #ifndef KVSEEK_INDEX_PRODUCT_SCAN_H_
 #define KVSEEK_INDEX_PRODUCT_SCAN_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -20,10 +21,10 @@ class ProductScan final : public ScanCode {
   ProductScan(const ProductIndex& index, const KvView& view, const ScanQueries& queries,
               int64_t last_segment, Scratch& memory);
 
-  void Scan(int64_t block, int blocks, const uint8_t* next, int16_t* sums) const override;
-  void Estimate(int64_t block, int blocks, const int16_t* sums, float* estimates,
+  void Scan(int64_t block, int blocks, const uint8_t* next, std::byte* sums) const override;
+  void Estimate(int64_t block, int blocks, const std::byte* sums, float* estimates,
                 int stride) const override;
-  int Select(int64_t block, int blocks, const int16_t* sums, const ScanBounds& bounds,
+  int Select(int64_t block, int blocks, const std::byte* sums, const ScanBounds& bounds,
              const uint8_t* next, const ScanResults& results) const override;
   void AddRest(int64_t block, int blocks, const ScanResults& results, float* acc) const override;
   void Weigh(int64_t block, int head, float reference, float* weights,
@@ -36,7 +37,7 @@ class ProductScan final : public ScanCode {
  private:
   /// The queries' tables for one codebook.
   struct Tables {
-    int8_t* entries;                ///< (group, symbols, 64)
+    uint8_t* entries;               ///< (group, symbols, 64)
     kernels::ProductTables* heads;  ///< (group)
   };
 

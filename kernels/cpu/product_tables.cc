@@ -15,9 +15,36 @@ namespace kvseek::kernels {
 namespace {
 
 inline constexpr float kVarianceMax = 2.0F;  // what the weight's correction counts at most
+inline constexpr float kWindow = 11.0F;      // nats that the window of weights has to span
 
 /// The correction of a weight's exponent, upwards.
 inline float Correction(float sigma) { return std::min(sigma * sigma, kVarianceMax) / 4.0F; }
+
+/// What a weight is looked up by.
+inline void FillWindow(ProductTables& table) {
+  table.shift = 0;
+  while (table.shift < 2 && table.unit * static_cast<float>(kCentroids << table.shift) < kWindow) {
+    ++table.shift;
+  }
+  for (int c = 0; c < kCentroids; ++c) {
+    const float units = table.unit == 0.0F ? 0.0F : std::nearbyint(table.excess[c] / table.unit);
+    table.excess_units[c] = static_cast<uint8_t>(std::clamp(units, 0.0F, 255.0F));
+  }
+  // A step's weight is that of the middle of its units.
+  const double units = 1 << table.shift;
+  const double factor = std::exp(-table.unit * units);
+  double weight = std::exp((1.5 - 0.5 * units) * table.unit);
+  for (int c = kCentroids - 1; c >= 0; --c, weight *= factor) {
+    const auto fine = static_cast<int>(std::min(weight, 1.0) * 65280.0 + 0.5);
+    table.high[c] = static_cast<uint8_t>((fine + 128) / 256);
+    table.low[c] = static_cast<uint8_t>(fine + 128 - 256 * table.high[c]);
+  }
+  // The lowest step has everything below it too, unless that is nothing.
+  if (table.shift < 2) {
+    table.high[0] = 0;
+    table.low[0] = 128;
+  }
+}
 
 }  // namespace
 }  // namespace kvseek::kernels
@@ -65,25 +92,22 @@ HWY_INLINE Range RangeOf(const float* scores) {
   return {hn::GetLane(hn::MinOfLanes(d, low)), hn::GetLane(hn::MaxOfLanes(d, high))};
 }
 
-/// Entries := round((scores - middle) / unit).
-HWY_INLINE void QuantiseTable(const float* scores, float middle, float inverse, int8_t* entries) {
+/// Entries := round((scores - low) / unit).
+HWY_INLINE void QuantiseTable(const float* scores, float low, float inverse, uint8_t* entries) {
   const DF d;
-  const hn::RebindToSigned<DF> di;
-  const hn::Rebind<int8_t, DF> d8;
-  const auto limit = hn::Set(di, kTableMax);
+  const hn::Rebind<uint8_t, DF> d8;
   for (int v = 0; v < kCentroids; v += kLanes) {
     const auto scaled =
-        hn::Mul(hn::Sub(hn::Load(d, scores + v), hn::Set(d, middle)), hn::Set(d, inverse));
-    const auto entry = hn::Max(hn::Min(hn::NearestInt(scaled), limit), hn::Neg(limit));
-    hn::StoreU(hn::DemoteTo(d8, entry), d8, entries + v);
+        hn::Mul(hn::Sub(hn::Load(d, scores + v), hn::Set(d, low)), hn::Set(d, inverse));
+    hn::StoreU(hn::DemoteTo(d8, hn::NearestInt(scaled)), d8, entries + v);
   }
 }
 
 void BuildProductTablesImpl(const float* queries, int heads, int dim, const float* centroids,
                             const uint32_t* starts, const float* errors,
-                            const ProductLayout& layout, int8_t* entries, ProductTables* tables) {
+                            const ProductLayout& layout, uint8_t* entries, ProductTables* tables) {
   HWY_ALIGN float scores[(kSubspacesMax + 1) * kCentroids];
-  float middles[kSubspacesMax + 1];
+  float lows[kSubspacesMax + 1];
   const int symbols = layout.Symbols();
   for (int h = 0; h < heads; ++h, queries += dim, entries += symbols * kTableSize) {
     ProductTables& table = tables[h];
@@ -99,21 +123,23 @@ void BuildProductTablesImpl(const float* queries, int heads, int dim, const floa
       table.sigma[c] = scores[layout.subspaces * kCentroids + c] = sigma;
       table.excess[c] = sigma - Correction(sigma);
     }
-    float half_range = 0.0F;
+    float whole_range = 0.0F;
     table.base = 0.0F;
     for (int g = 0; g < symbols; ++g) {
       const Range range = RangeOf(scores + g * kCentroids);
-      middles[g] = 0.5F * (range.low + range.high);
-      table.base += middles[g];
-      half_range = std::max(half_range, 0.5F * (range.high - range.low));
+      lows[g] = range.low;
+      table.base += range.low;
+      whole_range += range.high - range.low;
     }
-    table.unit = half_range / static_cast<float>(kTableMax);
+    // Rounding may add half a unit for each symbol.
+    table.unit = whole_range / (static_cast<float>(kProductSumMax) - 0.5F * symbols);
     // Below that the inverse is infinite.
     if (table.unit < 1e-37F) table.unit = 0.0F;
     const float inverse = table.unit == 0.0F ? 0.0F : 1.0F / table.unit;
     for (int g = 0; g < symbols; ++g) {
-      QuantiseTable(scores + g * kCentroids, middles[g], inverse, entries + g * kTableSize);
+      QuantiseTable(scores + g * kCentroids, lows[g], inverse, entries + g * kTableSize);
     }
+    FillWindow(table);
   }
 }
 
@@ -128,7 +154,7 @@ HWY_EXPORT(BuildProductTablesImpl);
 
 void BuildProductTables(const float* queries, int heads, int dim, const float* centroids,
                         const uint32_t* starts, const float* errors, const ProductLayout& layout,
-                        int8_t* entries, ProductTables* tables) noexcept {
+                        uint8_t* entries, ProductTables* tables) noexcept {
   assert(layout.subspaces >= 1 && layout.subspaces <= kSubspacesMax);
   HWY_DYNAMIC_DISPATCH(BuildProductTablesImpl)
   (queries, heads, dim, centroids, starts, errors, layout, entries, tables);
