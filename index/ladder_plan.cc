@@ -150,8 +150,10 @@ void LadderPlan::PrepareQueries(const ProductIndex* product) {
   auto* const rotated = memory_->Take<float>(group * padded_dim_);
   kernels::Rotate(query_.queries, group_, view_.shape.key_dim, rotated);
   quantised_ = memory_->Take<int8_t>(group * padded_dim_);
-  query_units_ = memory_->Take<float>(group);
-  kernels::QuantiseQueries(rotated, group_, padded_dim_, quantised_, query_units_);
+  fine_slopes_ = memory_->Take<float>(group);
+  kernels::QuantiseQueries(rotated, group_, padded_dim_, quantised_, fine_slopes_);
+  const float scale = view_.shape.softmax_scale * kernels::kFourBitStep / 2.0F;
+  for (int h = 0; h < group_; ++h) fine_slopes_[h] *= scale;
   centre_scores_ = memory_->Take<float>(Segments() * group);
   const ScanQueries queries = {group_, scaled_, rotated, centre_scores_, FirstSegment()};
   if (product != nullptr) {
@@ -199,14 +201,6 @@ void LadderPlan::AttendExactPart(Scratch& scratch) {
   } else {
     add(query_.begin, first_block_ * kScanBlock);
     add(last_block_ * kScanBlock, query_.end);
-  }
-}
-
-void LadderPlan::FillFineHeads(int64_t segment, kernels::FineHead* heads) const {
-  const float* centres = centre_scores_ + (segment - FirstSegment()) * group_;
-  const float scale = view_.shape.softmax_scale * kernels::kFourBitStep / 2.0F;
-  for (int h = 0; h < group_; ++h) {
-    heads[h] = {centres[h], scale * query_units_[h]};
   }
 }
 

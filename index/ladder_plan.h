@@ -131,16 +131,14 @@ class LadderPlan final : public SearchPlan {
   size_t KeysForMass(const float* estimates, size_t count, Scratch& scratch) const;
   /// SearchOptions::threshold, as far as TopK's k allows.
   void RaiseThresholds(const float* estimates, int keys, Scratch& scratch);
-  void FillFineHeads(int64_t segment, kernels::FineHead* heads) const;
 
   // ---- scan (ladder_scan_piece.cc)
   /// A worker's buffers for one segment after the other.
   struct ScanBuffers {
-    std::byte* sums;                ///< (group, 1024, kSumBytes)
-    ScanResults results;            ///< but for `chosen`
-    kernels::FineHead* fine_heads;  ///< (group)
-    uint32_t* kept;                 ///< (1024)
-    float* kept_weights;            ///< (group, 16)
+    std::byte* sums;      ///< (group, 1024, kSumBytes)
+    ScanResults results;  ///< but for `chosen`
+    uint32_t* kept;       ///< (1024)
+    float* kept_weights;  ///< (group, 16)
   };
   /// Candidates of one segment, as indices into it.
   struct Chosen {
@@ -160,16 +158,16 @@ class LadderPlan final : public SearchPlan {
   /// ends fetches for the one after it, which the same worker is likely to run.
   const uint8_t* NextCodes(int64_t end_block, int blocks) const;
   void PrefetchRecords(const Chosen& chosen) const;
-  /// The youngest candidates, whose values are added when they are so many: fewer cost as much.
+  /// The youngest candidates, which are read when they are so many: fewer cost as much.
   static constexpr int kPendingWhole = 64;
   struct Pending {
     int count;
     kernels::FineRow* rows;  ///< (kPendingWhole + kSegmentTokens)
   };
-  void ReadCandidates(Piece& piece, const Chosen& chosen, const ScanBuffers& buffers,
-                      Pending& pending);
-  /// Adds the values of the first `count`.
-  void AddPending(Piece& piece, Pending& pending, int count) const;
+  /// Adds them to the piece's candidates and to `pending`.
+  void AddCandidates(Piece& piece, const Chosen& chosen, Pending& pending) const;
+  /// Reads the first `count`.
+  void ReadPending(Piece& piece, Pending& pending, int count) const;
   kernels::FineRow FindFine(int64_t position) const;
 
   // ---- recall (ladder_recall.cc)
@@ -219,7 +217,7 @@ class LadderPlan final : public SearchPlan {
 
   const float* scaled_;             ///< (group, key_dim), times softmax_scale
   int8_t* quantised_ = nullptr;     ///< (group, padded_dim), rotated
-  float* query_units_ = nullptr;    ///< (group)
+  float* fine_slopes_ = nullptr;    ///< (group), for kernels::ScoreFine
   float* centre_scores_ = nullptr;  ///< (segments of the range, group)
   std::unique_ptr<const ScanCode> codes_;
 

@@ -26,7 +26,6 @@ void LadderPlan::RunScan(Piece& piece, Scratch& scratch) {
       scratch.Take<std::byte>(group * kSegmentTokens * kSumBytes),
       {nullptr, scratch.Take<float>(group * kSegmentBlocks),
        scratch.Take<uint8_t>(group * kSegmentTokens), scratch.Take<float>(group)},
-      scratch.Take<kernels::FineHead>(group),
       scratch.Take<uint32_t>(kSegmentTokens),
       scratch.Take<float>(group * kSegmentBlocks)};
   Pending pending = {0, scratch.Take<kernels::FineRow>(kPendingWhole + kSegmentTokens)};
@@ -45,12 +44,12 @@ void LadderPlan::RunScan(Piece& piece, Scratch& scratch) {
     AddRest(piece, block, static_cast<int>(end - block), buffers, rest);
     // Records arrive from memory while the next segment is scanned.
     PrefetchRecords(chosen);
-    ReadCandidates(piece, before, buffers, pending);
+    AddCandidates(piece, before, pending);
     std::swap(chosen, before);
     block = end;
   }
-  ReadCandidates(piece, before, buffers, pending);
-  AddPending(piece, pending, pending.count);
+  AddCandidates(piece, before, pending);
+  ReadPending(piece, pending, pending.count);
   for (size_t h = 0; h < group; ++h) piece.rest[h] = rest.sum[h];
   kernels::MergeState(piece.state, rest);
 }
@@ -121,8 +120,7 @@ void LadderPlan::PrefetchRecords(const Chosen& chosen) const {
   }
 }
 
-void LadderPlan::ReadCandidates(Piece& piece, const Chosen& chosen, const ScanBuffers& buffers,
-                                Pending& pending) {
+void LadderPlan::AddCandidates(Piece& piece, const Chosen& chosen, Pending& pending) const {
   if (chosen.count == 0) return;
   const auto record_bytes =
       static_cast<size_t>(kernels::FineRecordBytes(padded_dim_, view_.shape.value_dim));
@@ -136,20 +134,25 @@ void LadderPlan::ReadCandidates(Piece& piece, const Chosen& chosen, const ScanBu
                segment.fine_factors() + chosen.keys[i]};
     positions[i] = chosen.segment * kSegmentTokens + chosen.keys[i];
   }
-  FillFineHeads(chosen.segment, buffers.fine_heads);
-  kernels::ScoreFine(rows, chosen.count, static_cast<int>(record_bytes), quantised_, padded_dim_,
-                     buffers.fine_heads, group_, candidates.scores + candidates.count,
-                     candidates.capacity);
+  const float* const centres = centre_scores_ + (chosen.segment - FirstSegment()) * group_;
+  for (int h = 0; h < group_; ++h) {
+    float* const scores =
+        candidates.scores + static_cast<ptrdiff_t>(h) * candidates.capacity + candidates.count;
+    std::fill_n(scores, chosen.count, centres[h]);
+  }
   candidates.count += chosen.count;
   pending.count += chosen.count;
-  AddPending(piece, pending, pending.count / kPendingWhole * kPendingWhole);
+  ReadPending(piece, pending, pending.count / kPendingWhole * kPendingWhole);
 }
 
-void LadderPlan::AddPending(Piece& piece, Pending& pending, int count) const {
+void LadderPlan::ReadPending(Piece& piece, Pending& pending, int count) const {
   const Candidates& candidates = piece.candidates;
-  kernels::AccumulateFine(pending.rows, count, kernels::FineValueOffset(padded_dim_),
-                          candidates.scores + candidates.count - pending.count, candidates.capacity,
-                          piece.state);
+  float* const scores = candidates.scores + candidates.count - pending.count;
+  kernels::ScoreFine(pending.rows, count,
+                     kernels::FineRecordBytes(padded_dim_, view_.shape.value_dim), quantised_,
+                     padded_dim_, fine_slopes_, group_, scores, candidates.capacity);
+  kernels::AccumulateFine(pending.rows, count, kernels::FineValueOffset(padded_dim_), scores,
+                          candidates.capacity, piece.state);
   std::copy(pending.rows + count, pending.rows + pending.count, pending.rows);
   pending.count -= count;
 }
