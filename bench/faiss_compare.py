@@ -10,8 +10,9 @@ installs what is needed and calls this.
 All answer for the same steps, all query heads of a step at once. FAISS gets, of a few settings, the fastest whose mean
 recall@100 is at least the one asked for; where none has it, the one that comes nearest. The ladder (`kvseek eval`, 2 bits a
 dimension, 64 exact rows a head) gets the fewest candidates that have that recall, and its default 4096. FAISS's time is
-that of finding ids, the ladder's that of whole answers. Repetitions alternate between all; kept are the mean time of a
-step in the fastest repetition, and as ratios to the ladder that of these times and the median of the repetitions'.
+that of finding ids, the ladder's that of whole answers. Times are medians over the steps, which neighbours on the
+machine disturb least. Repetitions alternate between all; kept are the fastest repetition's time, and as ratios to the
+ladder that of these times and the median of the repetitions'.
 """
 
 import argparse
@@ -34,7 +35,7 @@ EFS = [200, 400, 800, 1600, 3200]
 
 
 def ladder(arguments, head, candidates):
-    """Exact, and the ladder with each of `candidates`: recall, the mean time of a step in us, and bytes read."""
+    """Exact, and the ladder with each of `candidates`: recall, the median time of a step in us, and bytes read."""
     command = [
         *(arguments.kvseek, "eval", "--kv", str(arguments.traces / f"{arguments.prefix}.{head}.safetensors")),
         *("--queries", str(arguments.traces / f"{arguments.prefix}.queries.safetensors"), "--head", head),
@@ -47,7 +48,7 @@ def ladder(arguments, head, candidates):
         name = "exact" if result["index"] == "exact" else f"ladder, {result['settings']['candidates']} candidates"
         found[name] = {
             "recall_at_100": round(result["recall_at_100"], 4),
-            "micros": result["micros"]["mean"],
+            "micros": result["micros"]["p50"],
             "bytes_read": round(result["bytes_read"]),
         }
     return found
@@ -67,14 +68,14 @@ class Subject:
                 self.index.nprobe = value
 
     def measure(self, queries, truth, group):
-        """Recall, and the mean time of a step in us."""
+        """Recall, and the median time of a step in us."""
         self.apply()
-        found = []
-        start = time.perf_counter()
+        found, seconds = [], []
         for i in range(0, len(queries), group):
+            start = time.perf_counter()
             found.append(self.index.search(queries[i : i + group], TOP)[1])
-        micros = (time.perf_counter() - start) / (len(queries) // group) * 1e6
-        return float(recalls(numpy.concatenate(found), truth, group).mean()), micros
+            seconds.append(time.perf_counter() - start)
+        return float(recalls(numpy.concatenate(found), truth, group).mean()), statistics.median(seconds) * 1e6
 
 
 def smallest(low, high, good):
