@@ -153,7 +153,7 @@ class LadderPlan final : public SearchPlan {
   void KeepKeys(Piece& piece, int64_t begin_block, int blocks, const ScanBuffers& buffers);
   /// Adds buffers.block_weights of the blocks to the rest.
   void AddRest(Piece& piece, int64_t begin_block, int blocks, const ScanBuffers& buffers,
-               const kernels::GroupState& rest);
+               const kernels::GroupState& rest, RestSums& rest_sums);
   /// Where the next `blocks` blocks of the range start, or null if it has not so many. A piece that
   /// ends fetches for the one after it, which the same worker is likely to run.
   const uint8_t* NextCodes(int64_t end_block, int blocks) const;

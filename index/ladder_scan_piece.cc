@@ -34,6 +34,8 @@ void LadderPlan::RunScan(Piece& piece, Scratch& scratch) {
   // The estimated rest is summed relative to reference_.
   const kernels::GroupState rest = MakeState(group_, view_.shape.value_dim, scratch);
   for (size_t h = 0; h < group; ++h) rest.max[h] = reference_[h];
+  RestSums rest_sums = {rest.acc, scratch.Take<float>(group * RestSums::kSegments),
+                        scratch.Take<float>(group * kernels::kSketchDim)};
   for (int64_t block = piece.first_block; block < piece.last_block;) {
     const int64_t end = std::min(piece.last_block, (block / kSegmentBlocks + 1) * kSegmentBlocks);
     if (recall_.last != nullptr) {
@@ -41,7 +43,7 @@ void LadderPlan::RunScan(Piece& piece, Scratch& scratch) {
     } else {
       ScanSegmentPart(piece, block, end, buffers, chosen);
     }
-    AddRest(piece, block, static_cast<int>(end - block), buffers, rest);
+    AddRest(piece, block, static_cast<int>(end - block), buffers, rest, rest_sums);
     // Records arrive from memory while the next segment is scanned.
     PrefetchRecords(chosen);
     AddCandidates(piece, before, pending);
@@ -50,6 +52,7 @@ void LadderPlan::RunScan(Piece& piece, Scratch& scratch) {
   }
   AddCandidates(piece, before, pending);
   ReadPending(piece, pending, pending.count);
+  codes_->FinishRest(rest_sums);
   for (size_t h = 0; h < group; ++h) piece.rest[h] = rest.sum[h];
   kernels::MergeState(piece.state, rest);
 }
@@ -91,8 +94,8 @@ void LadderPlan::KeepKeys(Piece& piece, int64_t begin_block, int blocks,
 }
 
 void LadderPlan::AddRest(Piece& piece, int64_t begin_block, int blocks, const ScanBuffers& buffers,
-                         const kernels::GroupState& rest) {
-  codes_->AddRest(begin_block, blocks, buffers.results, rest.acc);
+                         const kernels::GroupState& rest, RestSums& rest_sums) {
+  codes_->AddRest(begin_block, blocks, buffers.results, rest_sums);
   const auto piece_blocks = piece.last_block - piece.first_block;
   for (int h = 0; h < group_; ++h) {
     const float* weights = buffers.results.block_weights + static_cast<ptrdiff_t>(h) * blocks;

@@ -77,30 +77,44 @@ int ProductScan::Select(int64_t block, int blocks, const std::byte* sums, const 
                                  next);
 }
 
-void ProductScan::AddRest(int64_t block, int blocks, const ScanResults& results, float* acc) const {
+void ProductScan::AddRest(int64_t block, int blocks, const ScanResults& results,
+                          RestSums& rest) const {
   const int value_dim = view_.shape.value_dim;
+  const int64_t number = block / kSegmentBlocks;
   if (!layout_.sketch) {
-    const Segment& segment = *view_.segments[static_cast<size_t>(block / kSegmentBlocks)];
+    const Segment& segment = *view_.segments[static_cast<size_t>(number)];
     kernels::AddWeightedRows(results.block_weights, blocks, queries_.group,
                              segment.block_means() + (block % kSegmentBlocks) * value_dim, blocks,
-                             value_dim, acc);
+                             value_dim, rest.acc);
     return;
   }
-  const ProductStretch& stretch = StretchOf(block);
-  float weights[kMaxGroup];
+  if (rest.segments == RestSums::kSegments || number % kStretchSegments == 0) FinishRest(rest);
+  if (rest.segments == 0) {
+    rest.first_segment = number;
+    std::fill_n(rest.components, queries_.group * kSketchDim, 0.0F);
+  }
   for (int h = 0; h < queries_.group; ++h) {
     const float* const of_blocks = results.block_weights + static_cast<ptrdiff_t>(h) * blocks;
-    weights[h] = 0.0F;
-    for (int b = 0; b < blocks; ++b) weights[h] += of_blocks[b];
+    float sum = 0.0F;
+    for (int b = 0; b < blocks; ++b) sum += of_blocks[b];
+    rest.weights[h * RestSums::kSegments + rest.segments] = sum;
   }
-  const int64_t segment = block % kStretchBlocks / kSegmentBlocks;
-  kernels::AddWeightedRows(weights, 1, queries_.group,
-                           stretch.value_means.get() + segment * value_dim, 1, value_dim, acc);
-  float components[kMaxGroup * kSketchDim] = {};
+  ++rest.segments;
   kernels::AddSketches(Block(block), blocks, layout_, results.key_weights, blocks * kScanBlock,
-                       results.weight_units, queries_.group, components);
-  kernels::AddWeightedRows(components, kSketchDim, queries_.group,
-                           stretch.codebook->sketch_rows.data(), kSketchDim, value_dim, acc);
+                       results.weight_units, queries_.group, rest.components);
+}
+
+void ProductScan::FinishRest(RestSums& rest) const {
+  if (rest.segments == 0) return;
+  const int value_dim = view_.shape.value_dim;
+  const ProductStretch& stretch = StretchOf(rest.first_segment * kSegmentBlocks);
+  kernels::AddWeightedRows(
+      rest.weights, RestSums::kSegments, queries_.group,
+      stretch.value_means.get() + rest.first_segment % kStretchSegments * value_dim, rest.segments,
+      value_dim, rest.acc);
+  kernels::AddWeightedRows(rest.components, kSketchDim, queries_.group,
+                           stretch.codebook->sketch_rows.data(), kSketchDim, value_dim, rest.acc);
+  rest.segments = 0;
 }
 
 void ProductScan::Weigh(int64_t block, int head, float reference, float* weights,

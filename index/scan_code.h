@@ -36,6 +36,17 @@ struct ScanResults {
   float* weight_units;   ///< (group)
 };
 
+/// What stands for the values of unread keys, added up over consecutive segments.
+struct RestSums {
+  static constexpr int kSegments = 16;
+
+  float* acc;         ///< (group, value_dim)
+  float* weights;     ///< (group, kSegments), of segments that wait: product codes only
+  float* components;  ///< (group, kernels::kSketchDim), of their keys: product codes only
+  int64_t first_segment = 0;
+  int segments = 0;  ///< that wait to be added to acc
+};
+
 /// Bytes of a key's sum for each head. What they are is the code's own affair.
 inline constexpr size_t kSumBytes = 2;
 
@@ -55,8 +66,12 @@ class ScanCode {
   /// Chooses keys and weighs the others; returns how many it chose.
   virtual int Select(int64_t block, int blocks, const std::byte* sums, const ScanBounds& bounds,
                      const uint8_t* next, const ScanResults& results) const = 0;
-  /// Adds the unchosen keys' weights times what stands for their values to acc (group, value_dim).
-  virtual void AddRest(int64_t block, int blocks, const ScanResults& results, float* acc) const = 0;
+  /// Adds the unchosen keys' weights times what stands for their values. Calls are for consecutive
+  /// segments.
+  virtual void AddRest(int64_t block, int blocks, const ScanResults& results,
+                       RestSums& rest) const = 0;
+  /// Completes rest.acc.
+  virtual void FinishRest(RestSums& rest) const = 0;
   /// One block and one head: weights over exp(reference), and each estimate's deviation; (64) each.
   virtual void Weigh(int64_t block, int head, float reference, float* weights,
                      float* deviations) const = 0;

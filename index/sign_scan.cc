@@ -61,9 +61,10 @@ int SignScan::Select(int64_t block, int blocks, const std::byte* sums, const Sca
                                  blocks, next);
 }
 
-void SignScan::AddRest(int64_t block, int blocks, const ScanResults& results, float* acc) const {
+void SignScan::AddRest(int64_t block, int blocks, const ScanResults& results,
+                       RestSums& rest) const {
   kernels::AddWeightedRows(results.block_weights, blocks, queries_.group, Means(block), blocks,
-                           view_.shape.value_dim, acc);
+                           view_.shape.value_dim, rest.acc);
 }
 
 void SignScan::Weigh(int64_t block, int head, float reference, float* weights,

@@ -26,7 +26,9 @@ class SignScan final : public ScanCode {
                 int stride) const override;
   int Select(int64_t block, int blocks, const std::byte* sums, const ScanBounds& bounds,
              const uint8_t* next, const ScanResults& results) const override;
-  void AddRest(int64_t block, int blocks, const ScanResults& results, float* acc) const override;
+  void AddRest(int64_t block, int blocks, const ScanResults& results,
+               RestSums& rest) const override;
+  void FinishRest(RestSums& /*rest*/) const override {}
   void Weigh(int64_t block, int head, float reference, float* weights,
              float* deviations) const override;
   void PrefetchRest(int64_t block, int blocks) const override;
