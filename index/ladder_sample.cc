@@ -160,10 +160,7 @@ std::vector<float> LadderPlan::Thresholds(const float* estimates, int keys, int6
   // The others by their share of softmax mass, with one threshold for all heads that fills the
   // budget.
   auto* best = scratch.Take<float>(static_cast<size_t>(keys));
-  auto* over = scratch.Take<float>(static_cast<size_t>(keys));
-  kernels::MaxOfShifted(estimates, keys, group_, reference_.data(), keys, best);
-  kernels::MaxOfShifted(estimates, keys, group_, thresholds.data(), keys, over);
-  for (int i = 0; i < keys; ++i) best[i] = over[i] > 0.0F ? kInfinity : best[i];
+  kernels::MaxOfShifted(estimates, keys, group_, reference_.data(), thresholds.data(), keys, best);
   const float mass = kernels::RankThreshold(best, keys, sample_rank(wanted), work);
   for (size_t h = 0; h < thresholds.size(); ++h) {
     thresholds[h] = std::min(thresholds[h], mass + reference_[h]);
