@@ -79,6 +79,7 @@ void LadderPlan::Run(int index, Scratch& scratch) {
       }
       break;
     case Step::kScan:
+      kernels::ResetState(pieces_[i].state);
       RunScan(pieces_[i], scratch);
       break;
     case Step::kRefine:
@@ -113,7 +114,9 @@ void LadderPlan::PlanScan() {
   pieces_.reserve(static_cast<size_t>(all / piece_blocks + 2));
   for (int64_t block = first_block_; block < last_block_;) {
     const int64_t end = std::min(last_block_, (block / piece_blocks + 1) * piece_blocks);
-    Piece piece = {block, end, MakeState(group_, view_.shape.value_dim, *memory_)};
+    const int floats = kernels::GroupStateFloats(group_, view_.shape.value_dim);
+    float* const state = memory_->Take<float>(static_cast<size_t>(floats));
+    Piece piece = {block, end, kernels::BindState(state, group_, view_.shape.value_dim)};
     piece.rest = memory_->Take<float>(group);
     // Room for half as many again as the budget's even share.
     const int64_t share = (end - block) * budget / all;
