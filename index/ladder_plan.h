@@ -101,7 +101,7 @@ class LadderPlan final : public SearchPlan {
   // ---- preparation (ladder_plan.cc)
   void PrepareQueries(const ProductIndex* product);
   /// Of segments [first, last).
-  void ScoreCentres(int64_t first, int64_t last);
+  void ScoreCentres(int64_t first, int64_t last, Scratch& scratch);
   void AttendExactPart(Scratch& scratch);
   void PlanScan();
   bool has_exact_part() const {

@@ -24,7 +24,7 @@ constexpr int64_t kHeadShare = 8;
 constexpr size_t kPartsMax = 4;
 constexpr size_t kPartBlocksMin = 8;
 // How far ahead its blocks, which are far apart, are fetched.
-constexpr size_t kBlocksAhead = 3;
+constexpr size_t kBlocksAhead = 8;
 
 /// Block numbers of the sample: evenly spread, the first and the last always among them.
 std::vector<int64_t> SampleBlocks(int64_t first, int64_t last) {
@@ -67,7 +67,11 @@ void LadderPlan::PlanSample() {
 }
 
 void LadderPlan::RunSample(SamplePart& part, Scratch& scratch) {
-  ScoreCentres(part.first_segment, part.last_segment);
+  for (size_t i = part.first_block; i < part.last_block && i < part.first_block + kBlocksAhead;
+       ++i) {
+    kernels::PrefetchRange(codes_->Block(sample_[i]), static_cast<size_t>(codes_->BlockBytes()));
+  }
+  ScoreCentres(part.first_segment, part.last_segment, scratch);
   scratch.Reset();
   const auto group = static_cast<size_t>(group_);
   const auto keys = static_cast<int>(sample_.size() * kScanBlock);
