@@ -70,8 +70,8 @@ class LadderPlan final : public SearchPlan {
     int64_t last_segment;
     size_t first_block;
     size_t last_block;
-    std::vector<float> largest;  ///< (group), estimate
-    std::vector<float> mass;     ///< (group), summed weight relative to it
+    float* largest;  ///< (group), estimate; RunSample's
+    float* mass;     ///< (group), summed weight relative to it
   };
 
   /// Keys that were read at 4 bits, ascending, with their scores.

@@ -31,6 +31,7 @@ std::vector<int64_t> SampleBlocks(int64_t first, int64_t last) {
   const int64_t blocks = last - first;
   const int64_t wanted = std::min(blocks, std::max(kSampleBlocksMin, blocks / kSampleStride));
   std::vector<int64_t> sample;
+  sample.reserve(static_cast<size_t>(wanted));
   for (int64_t i = 0; i < wanted; ++i) {
     sample.push_back(wanted == 1 ? first : first + i * (blocks - 1) / (wanted - 1));
   }
@@ -46,6 +47,7 @@ void LadderPlan::PlanSample() {
   estimates_ = memory_->Take<float>(group * sample_.size() * kScanBlock);
   // A part ends where a segment does, since it scores the centres of its own.
   const size_t parts = std::clamp<size_t>(sample_.size() / kPartBlocksMin, 1, kPartsMax);
+  sample_parts_.reserve(parts);
   size_t block = 0;
   int64_t segment = FirstSegment();
   for (size_t p = 1; p <= parts && segment < LastSegment(); ++p) {
@@ -53,16 +55,12 @@ void LadderPlan::PlanSample() {
                                    : FirstSegment() + (LastSegment() - FirstSegment()) *
                                                           static_cast<int64_t>(p) /
                                                           static_cast<int64_t>(parts);
-    SamplePart part = {segment,
-                       end,
-                       block,
-                       block,
-                       std::vector<float>(group, -kInfinity),
-                       std::vector<float>(group, 0.0F)};
+    SamplePart part = {
+        segment, end, block, block, memory_->Take<float>(group), memory_->Take<float>(group)};
     while (block < sample_.size() && sample_[block] / kSegmentBlocks < end) ++block;
     part.last_block = block;
     segment = end;
-    sample_parts_.push_back(std::move(part));
+    sample_parts_.push_back(part);
   }
 }
 
@@ -74,6 +72,8 @@ void LadderPlan::RunSample(SamplePart& part, Scratch& scratch) {
   ScoreCentres(part.first_segment, part.last_segment, scratch);
   scratch.Reset();
   const auto group = static_cast<size_t>(group_);
+  std::fill_n(part.largest, group, -kInfinity);
+  std::fill_n(part.mass, group, 0.0F);
   const auto keys = static_cast<int>(sample_.size() * kScanBlock);
   auto* sums = scratch.Take<int16_t>(group * kScanBlock);
   auto* weights = scratch.Take<float>(group);
@@ -94,7 +94,7 @@ void LadderPlan::RunSample(SamplePart& part, Scratch& scratch) {
         part.largest[h] = best;
       }
     }
-    codes_->Select(sample_[i], 1, sums, {{}, part.largest.data()}, nullptr, results);
+    codes_->Select(sample_[i], 1, sums, {{}, part.largest}, nullptr, results);
     // The first block stands for itself: a sink in it would be counted many times.
     const auto others = static_cast<float>(sample_.size() - 1);
     const float stands_for =

@@ -17,6 +17,12 @@ using kernels::kSketchDim;
 constexpr int64_t kSegmentBlocks = kSegmentTokens / kScanBlock;
 constexpr int64_t kStretchBlocks = kStretchSegments * kSegmentBlocks;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+// Rows of a query map that are fetched before the first is used; the kernel fetches the others.
+constexpr size_t kFirstRows = 32;
+
+void FetchRows(const uint16_t* rows, size_t elements) {
+  kernels::PrefetchRange(rows, elements * sizeof(uint16_t));
+}
 
 }  // namespace
 
@@ -30,23 +36,26 @@ ProductScan::ProductScan(const ProductIndex& index, const KvView& view, const Sc
   const auto group = static_cast<size_t>(queries.group);
   const auto dim = static_cast<size_t>(view.shape.key_dim);
   auto* const seen = memory.Take<float>(group * dim);
-  const ProductCodebook* last = nullptr;
+  std::vector<const ProductCodebook*> books;
   for (int64_t s = first_stretch_; s <= last_segment / kStretchSegments; ++s) {
-    const ProductCodebook& book = *index.stretches()[static_cast<size_t>(s)]->codebook;
-    if (&book != last) {
-      kernels::ScoreRows(queries.scaled, queries.group, book.query_map.data(),
-                         kernels::DType::kBf16, view.shape.key_dim, view.shape.key_dim, seen,
-                         view.shape.key_dim);
-      const Tables tables = {
-          memory.Take<int8_t>(group * static_cast<size_t>(layout_.Symbols()) * kernels::kTableSize),
-          memory.Take<kernels::ProductTables>(group)};
-      kernels::BuildProductTables(seen, queries.group, view.shape.key_dim, book.centroids.data(),
-                                  book.starts.data(), book.errors.data(), layout_, tables.entries,
-                                  tables.heads);
-      tables_.push_back(tables);
-      last = &book;
-    }
-    tables_of_.push_back(tables_.size() - 1);
+    const ProductCodebook* const book = index.stretches()[static_cast<size_t>(s)]->codebook.get();
+    if (books.empty() || books.back() != book) books.push_back(book);
+    tables_of_.push_back(books.size() - 1);
+  }
+  for (size_t b = 0; b < books.size(); ++b) {
+    const ProductCodebook& book = *books[b];
+    FetchRows(book.search_centroids(), book.centroids.size());
+    kernels::ScoreRows(queries.scaled, queries.group, book.search_query_map(),
+                       kernels::DType::kBf16, view.shape.key_dim, view.shape.key_dim, seen,
+                       view.shape.key_dim);
+    const Tables tables = {
+        memory.Take<int8_t>(group * static_cast<size_t>(layout_.Symbols()) * kernels::kTableSize),
+        memory.Take<kernels::ProductTables>(group)};
+    if (b + 1 < books.size()) FetchRows(books[b + 1]->search_query_map(), kFirstRows * dim);
+    kernels::BuildProductTables(seen, queries.group, view.shape.key_dim, book.search_centroids(),
+                                book.starts.data(), book.errors.data(), layout_, tables.entries,
+                                tables.heads);
+    tables_.push_back(tables);
   }
 }
 
