@@ -67,7 +67,7 @@ void LadderPlan::PlanSample() {
 void LadderPlan::RunSample(SamplePart& part, Scratch& scratch) {
   for (size_t i = part.first_block; i < part.last_block && i < part.first_block + kBlocksAhead;
        ++i) {
-    kernels::PrefetchRange(codes_->Block(sample_[i]), static_cast<size_t>(codes_->BlockBytes()));
+    kernels::PrefetchRange(codes_->Block(sample_[i]), static_cast<size_t>(codes_->ScannedBytes()));
   }
   ScoreCentres(part.first_segment, part.last_segment, scratch);
   scratch.Reset();
@@ -82,7 +82,7 @@ void LadderPlan::RunSample(SamplePart& part, Scratch& scratch) {
   for (size_t i = part.first_block; i < part.last_block; ++i) {
     if (i + kBlocksAhead < part.last_block) {
       kernels::PrefetchRange(codes_->Block(sample_[i + kBlocksAhead]),
-                             static_cast<size_t>(codes_->BlockBytes()));
+                             static_cast<size_t>(codes_->ScannedBytes()));
     }
     float* estimates = estimates_ + i * kScanBlock;
     codes_->Scan(sample_[i], 1, nullptr, sums);

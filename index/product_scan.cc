@@ -149,7 +149,7 @@ int64_t ProductScan::BytesRead(int64_t blocks, int64_t sampled) const {
   const int64_t book = dim * dim * static_cast<int64_t>(sizeof(uint16_t)) +
                        floats * static_cast<int64_t>(sizeof(float)) +
                        (layout_.sketch ? kSketchDim * value_bytes : 0);
-  return blocks * BlockBytes() + sampled * layout_.SketchOffset() + means * value_bytes +
+  return blocks * layout_.BlockBytes() + sampled * layout_.SketchOffset() + means * value_bytes +
          static_cast<int64_t>(tables_.size()) * book;
 }
 
