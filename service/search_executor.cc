@@ -10,6 +10,7 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/strings/str_cat.h"
 #include "proto/status_code.h"
+#include "service/short_lock.h"
 
 namespace kvseek::service {
 namespace {
@@ -68,8 +69,12 @@ class SearchRun {
   int GoOn(size_t task, Scratch& scratch);
   /// Takes the result of a plan that is complete; false if it is not to be trusted.
   bool Finish(size_t task, Scratch& scratch);
-  /// Books a unit. Returns how many more runners there is work for.
-  int Book(const Unit& unit, Outcome outcome) ABSL_LOCKS_EXCLUDED(mutex_);
+  /// What is to be done after a unit.
+  struct Booked {
+    int more = 0;       ///< runners there is work for
+    bool last = false;  ///< no unit is under way: FinishIfComplete
+  };
+  Booked Book(const Unit& unit, Outcome outcome) ABSL_LOCKS_EXCLUDED(mutex_);
   /// Calls `done` if no unit is under way and none is left to do; true: that has been done. Runners
   /// that still wait for a worker are not waited for; they will find nothing.
   bool FinishIfComplete(Scratch& scratch) ABSL_LOCKS_EXCLUDED(mutex_);
@@ -94,7 +99,7 @@ class SearchRun {
 
 SearchRun::Unit SearchRun::Next() {
   absl::Status give_up = give_up_.Check();
-  const std::lock_guard lock(mutex_);
+  const auto lock = LockShortly(mutex_);
   if (failure_.ok()) failure_ = std::move(give_up);
   if (failure_.ok() && !open_.empty()) {
     const size_t task = open_.front();
@@ -184,20 +189,21 @@ bool SearchRun::Finish(size_t task, Scratch& scratch) {
   return true;
 }
 
-int SearchRun::Book(const Unit& unit, Outcome outcome) {
-  const std::lock_guard lock(mutex_);
+SearchRun::Booked SearchRun::Book(const Unit& unit, Outcome outcome) {
+  const auto lock = LockShortly(mutex_);
   --under_way_;
+  const bool last = under_way_ == 0;
   if (failure_.ok()) failure_ = std::move(outcome.status);
-  if (!failure_.ok()) return 0;
+  if (!failure_.ok()) return {0, last};
   if (outcome.opened > 0) {
     open_.push_back(unit.task);
     open_pieces_ += outcome.opened;
   }
   const int64_t units = open_pieces_ + static_cast<int64_t>(tasks_.size() - next_task_);
   const int64_t wanted = std::min<int64_t>(units, pool_.workers()) - runners_;
-  if (wanted <= 0) return 0;
+  if (wanted <= 0) return {0, last};
   runners_ += static_cast<int>(wanted);
-  return static_cast<int>(wanted);
+  return {static_cast<int>(wanted), last};
 }
 
 bool SearchRun::FinishIfComplete(Scratch& scratch) {
@@ -233,11 +239,13 @@ void SearchRun::Start(const std::shared_ptr<SearchRun>& run, Scratch& scratch) {
 void SearchRun::Work(const std::shared_ptr<SearchRun>& run, Scratch& scratch) {
   for (;;) {
     const Unit unit = run->Next();
+    Booked booked = {0, true};
     if (!unit.none) {
-      const int more = run->Book(unit, run->Run(unit, scratch));
-      if (more > 0) run->pool_.Submit([run](Scratch& own) { Work(run, own); }, more);
+      booked = run->Book(unit, run->Run(unit, scratch));
+      if (booked.more > 0) run->pool_.Submit([run](Scratch& own) { Work(run, own); }, booked.more);
     }
-    if (run->FinishIfComplete(scratch) || unit.none) return;
+    if (booked.last && run->FinishIfComplete(scratch)) return;
+    if (unit.none) return;
     if (run->pool_.Crowded()) {
       run->pool_.Submit([run](Scratch& own) { Work(run, own); });
       return;
