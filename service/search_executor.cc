@@ -11,11 +11,15 @@
 #include "absl/strings/str_cat.h"
 #include "proto/status_code.h"
 #include "service/short_lock.h"
+#include "transport/pause.h"
 
 namespace kvseek::service {
 namespace {
 
 using index::Scratch;
+
+// How long a worker looks for the next step of a run before it looks for other work.
+constexpr std::chrono::microseconds kLookMax{200};
 
 /// The searches of one request under way. Runners (jobs on the pool) take units from it until there
 /// are none.
@@ -52,6 +56,13 @@ class SearchRun {
   static void Work(const std::shared_ptr<SearchRun>& run, Scratch& scratch);
   /// Takes the next unit for a runner; without one, the runner is gone.
   Unit Next() ABSL_LOCKS_EXCLUDED(mutex_);
+  /// For a runner that has gone: looks for units that another runner's unit makes ready, as long as
+  /// idle workers look for jobs, but not long. True: there are some, and it is back.
+  bool ComeBack() ABSL_LOCKS_EXCLUDED(mutex_);
+  /// Whether there are units to be given out.
+  bool HasUnits() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    return failure_.ok() && (!open_.empty() || next_task_ < tasks_.size());
+  }
   /// What came of a unit.
   struct Outcome {
     absl::Status status;
@@ -92,9 +103,11 @@ class SearchRun {
       ABSL_GUARDED_BY(mutex_);  ///< planned searches with pieces left to give out
   int64_t open_pieces_ ABSL_GUARDED_BY(mutex_) = 0;
   int runners_ ABSL_GUARDED_BY(mutex_) = 0;    ///< jobs queued or running
+  int lookers_ ABSL_GUARDED_BY(mutex_) = 0;    ///< runners gone that may come back
   int under_way_ ABSL_GUARDED_BY(mutex_) = 0;  ///< units taken and not booked
   bool done_called_ ABSL_GUARDED_BY(mutex_) = false;
   absl::Status failure_ ABSL_GUARDED_BY(mutex_);
+  std::atomic<bool> changed_{false};  ///< since a looker has last looked; set with the lock
 };
 
 SearchRun::Unit SearchRun::Next() {
@@ -116,6 +129,27 @@ SearchRun::Unit SearchRun::Next() {
   }
   --runners_;
   return {};
+}
+
+bool SearchRun::ComeBack() {
+  const auto end = std::chrono::steady_clock::now() + std::min(pool_.spin(), kLookMax);
+  const auto may_look = [&] { return !pool_.Crowded() && std::chrono::steady_clock::now() < end; };
+  if (!may_look()) return false;
+  bool counted = false;
+  for (;;) {
+    {
+      const auto lock = LockShortly(mutex_);
+      if (std::exchange(counted, true)) --lookers_;
+      if (HasUnits()) {
+        ++runners_;
+        return true;
+      }
+      if (done_called_ || !failure_.ok() || !may_look()) return false;
+      changed_.store(false);
+      ++lookers_;
+    }
+    while (!changed_.load(std::memory_order_relaxed) && may_look()) transport::Pause();
+  }
 }
 
 std::unique_ptr<index::SearchPlan> SearchRun::Plan(const SearchTask& task, bool distrusted,
@@ -200,7 +234,8 @@ SearchRun::Booked SearchRun::Book(const Unit& unit, Outcome outcome) {
     open_pieces_ += outcome.opened;
   }
   const int64_t units = open_pieces_ + static_cast<int64_t>(tasks_.size() - next_task_);
-  const int64_t wanted = std::min<int64_t>(units, pool_.workers()) - runners_;
+  if (outcome.opened > 0) changed_.store(true);
+  const int64_t wanted = std::min<int64_t>(units, pool_.workers()) - runners_ - lookers_;
   if (wanted <= 0) return {0, last};
   runners_ += static_cast<int>(wanted);
   return {static_cast<int>(wanted), last};
@@ -213,6 +248,7 @@ bool SearchRun::FinishIfComplete(Scratch& scratch) {
     const bool nothing_left = open_.empty() && next_task_ == tasks_.size();
     if (under_way_ > 0 || (failure_.ok() && !nothing_left)) return false;
     if (std::exchange(done_called_, true)) return true;
+    changed_.store(true);
     failure = failure_;
   }
   scratch.Reset();
@@ -245,7 +281,7 @@ void SearchRun::Work(const std::shared_ptr<SearchRun>& run, Scratch& scratch) {
       if (booked.more > 0) run->pool_.Submit([run](Scratch& own) { Work(run, own); }, booked.more);
     }
     if (booked.last && run->FinishIfComplete(scratch)) return;
-    if (unit.none) return;
+    if (unit.none && !run->ComeBack()) return;
     if (run->pool_.Crowded()) {
       run->pool_.Submit([run](Scratch& own) { Work(run, own); });
       return;
