@@ -145,9 +145,8 @@ int64_t ProductScan::BytesRead(int64_t blocks, int64_t sampled) const {
   const auto value_bytes = static_cast<int64_t>(view_.shape.ValueRowBytes());
   const int64_t dim = view_.shape.key_dim;
   const int64_t means = layout_.sketch ? (blocks + kSegmentBlocks - 1) / kSegmentBlocks : blocks;
-  const int64_t floats = dim * kernels::kCentroids + kernels::kCentroids;
-  const int64_t book = dim * dim * static_cast<int64_t>(sizeof(uint16_t)) +
-                       floats * static_cast<int64_t>(sizeof(float)) +
+  const int64_t book = dim * (dim + kernels::kCentroids) * static_cast<int64_t>(sizeof(uint16_t)) +
+                       kernels::kCentroids * static_cast<int64_t>(sizeof(float)) +
                        (layout_.sketch ? kSketchDim * value_bytes : 0);
   return blocks * layout_.BlockBytes() + sampled * layout_.SketchOffset() + means * value_bytes +
          static_cast<int64_t>(tables_.size()) * book;
