@@ -196,12 +196,12 @@ INSTANTIATE_TEST_SUITE_P(Workers, SearchExecutorTest, testing::Values(1, 4));
 /// Workers look for units that are not there yet.
 class LookingExecutorTest : public SearchExecutorTest {
  protected:
-  LookingExecutorTest() : SearchExecutorTest(std::chrono::milliseconds(50)) {}
+  LookingExecutorTest() : SearchExecutorTest(std::chrono::microseconds(300)) {}
 };
 
 TEST_P(LookingExecutorTest, ManyShortSteps) {
   index_.steps = 40;
-  for (int round = 0; round < 50; ++round) {
+  for (int round = 0; round < 20; ++round) {
     const auto results = Run(Tasks({1, 4, 0, 3, 2}), In(std::chrono::minutes(1)));
     ASSERT_TRUE(results.ok()) << results.status();
     for (size_t i = 0; i < 5; ++i) {
