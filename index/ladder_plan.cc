@@ -150,6 +150,7 @@ void LadderPlan::Candidates::Reserve(int more, int group) {
 
 void LadderPlan::PrepareQueries(const ProductIndex* product) {
   const auto group = static_cast<size_t>(group_);
+  if (product != nullptr) ProductScan::FetchFirst(*product, FirstSegment());
   auto* const rotated = memory_->Take<float>(group * padded_dim_);
   kernels::Rotate(query_.queries, group_, view_.shape.key_dim, rotated);
   quantised_ = memory_->Take<int8_t>(group * padded_dim_);

@@ -59,6 +59,12 @@ ProductScan::ProductScan(const ProductIndex& index, const KvView& view, const Sc
   }
 }
 
+void ProductScan::FetchFirst(const ProductIndex& index, int64_t first_segment) {
+  const auto stretch = static_cast<size_t>(first_segment / kStretchSegments);
+  const ProductCodebook& book = *index.stretches()[stretch]->codebook;
+  FetchRows(book.search_query_map(), book.query_map.size() / 4);
+}
+
 void ProductScan::Scan(int64_t block, int blocks, const uint8_t* next, int16_t* sums) const {
   kernels::ScanProducts(Block(block), blocks, layout_, TablesOf(block).entries, queries_.group,
                         sums, blocks * kScanBlock, next);

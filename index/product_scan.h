@@ -19,6 +19,8 @@ class ProductScan final : public ScanCode {
   /// `index` and `view` must outlive it. Its tables stand in `memory`.
   ProductScan(const ProductIndex& index, const KvView& view, const ScanQueries& queries,
               int64_t last_segment, Scratch& memory);
+  /// Fetches what making one begins with.
+  static void FetchFirst(const ProductIndex& index, int64_t first_segment);
 
   void Scan(int64_t block, int blocks, const uint8_t* next, int16_t* sums) const override;
   void Estimate(int64_t block, int blocks, const int16_t* sums, float* estimates,
