@@ -40,7 +40,7 @@ struct Products {
         code_storage(static_cast<size_t>(kSegmentBlocks * layout.BlockBytes()) + kLine),
         sum_storage(kHeadsMax * kSegmentKeys + kLine),
         weight_storage(kHeadsMax * kSegmentKeys + kLine),
-        centroids(reference::RandomFloats(1, kDim * kCentroids, 1.0F)),
+        centroids(reference::RandomElements(1, kDim * kCentroids, 1.0F, DType::kBf16)),
         queries(reference::RandomFloats(2, kHeadsMax * kDim, 0.15F)),
         entries(static_cast<size_t>(kHeadsMax * layout.Symbols() * kTableSize)),
         tables(kHeadsMax) {
@@ -87,7 +87,7 @@ struct Products {
   std::vector<uint8_t> code_storage;
   std::vector<uint8_t> sum_storage;
   std::vector<uint8_t> weight_storage;
-  std::vector<float> centroids;
+  std::vector<uint16_t> centroids;
   std::vector<float> queries;
   std::vector<float> errors;
   std::vector<uint32_t> starts;

@@ -70,8 +70,8 @@ class LadderPlan final : public SearchPlan {
     int64_t last_segment;
     size_t first_block;
     size_t last_block;
-    std::vector<float> largest;  ///< (group), estimate
-    std::vector<float> mass;     ///< (group), summed weight relative to it
+    float* largest;  ///< (group), estimate; RunSample's
+    float* mass;     ///< (group), summed weight relative to it
   };
 
   /// Keys that were read at 4 bits, ascending, with their scores.
@@ -90,7 +90,7 @@ class LadderPlan final : public SearchPlan {
   struct Piece {
     int64_t first_block;
     int64_t last_block;
-    kernels::GroupState state;  ///< candidates at 4 bits and the rest's estimate
+    kernels::GroupState state;  ///< candidates at 4 bits and the rest's estimate; Run empties it
     Candidates candidates{};
     float* rest = nullptr;  ///< (group): the unchosen keys' summed weight, relative to reference_
     std::vector<float> block_weights{};  ///< audits only, (group, blocks): the same for each block
@@ -101,7 +101,7 @@ class LadderPlan final : public SearchPlan {
   // ---- preparation (ladder_plan.cc)
   void PrepareQueries(const ProductIndex* product);
   /// Of segments [first, last).
-  void ScoreCentres(int64_t first, int64_t last);
+  void ScoreCentres(int64_t first, int64_t last, Scratch& scratch);
   void AttendExactPart(Scratch& scratch);
   void PlanScan();
   bool has_exact_part() const {
@@ -187,13 +187,17 @@ class LadderPlan final : public SearchPlan {
   // ---- finish (ladder_finish.cc)
   /// (group): the unread keys' mass over exp(reference).
   std::vector<float> RestMass() const;
-  /// Puts all pieces' states into state_, and what was asked for into candidates_.
+  /// Puts all pieces' states into state_, unless that is left to RefineBest, and what was asked for
+  /// into candidates_.
   void MergePieces(Scratch& scratch);
+  /// One head's part of state_: the exact part and all pieces, in order.
+  void MergeHead(int head);
   int64_t CandidateCount() const;
   ScoredKeys AllCandidates() const;
   /// SearchOptions::list_read.
   void ListRead();
-  /// Replaces the 4-bit parts of a head's best candidates by exact ones.
+  /// Merges a head, if that was left to it, and replaces the 4-bit parts of its best candidates by
+  /// exact ones.
   void RefineBest(int head, Scratch& scratch);
   /// Chooses the keys to return and takes their parts out of `state`.
   void TakeTopK(const ScoredKeys& candidates, SearchResult& result, Scratch& scratch);
@@ -238,6 +242,7 @@ class LadderPlan final : public SearchPlan {
   std::vector<SamplePart> sample_parts_;
   std::vector<Piece> pieces_;
   kernels::GroupState state_;
+  bool merged_ = false;                       ///< state_ is all heads'
   ScoredKeys candidates_;                     ///< all pieces'; empty unless it is asked for
   std::vector<std::vector<uint32_t>> picks_;  ///< (group): numbers of a head's exact candidates
   std::vector<RestRatio> recall_ratios_;      ///< CheckRecall's

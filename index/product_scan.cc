@@ -17,6 +17,12 @@ using kernels::kSketchDim;
 constexpr int64_t kSegmentBlocks = kSegmentTokens / kScanBlock;
 constexpr int64_t kStretchBlocks = kStretchSegments * kSegmentBlocks;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+// Rows of a query map that are fetched before the first is used; the kernel fetches the others.
+constexpr size_t kFirstRows = 32;
+
+void FetchRows(const uint16_t* rows, size_t elements) {
+  kernels::PrefetchRange(rows, elements * sizeof(uint16_t));
+}
 
 }  // namespace
 
@@ -30,24 +36,33 @@ ProductScan::ProductScan(const ProductIndex& index, const KvView& view, const Sc
   const auto group = static_cast<size_t>(queries.group);
   const auto dim = static_cast<size_t>(view.shape.key_dim);
   auto* const seen = memory.Take<float>(group * dim);
-  const ProductCodebook* last = nullptr;
+  std::vector<const ProductCodebook*> books;
   for (int64_t s = first_stretch_; s <= last_segment / kStretchSegments; ++s) {
-    const ProductCodebook& book = *index.stretches()[static_cast<size_t>(s)]->codebook;
-    if (&book != last) {
-      kernels::ScoreRows(queries.scaled, queries.group, book.query_map.data(),
-                         kernels::DType::kBf16, view.shape.key_dim, view.shape.key_dim, seen,
-                         view.shape.key_dim);
-      const Tables tables = {memory.Take<uint8_t>(group * static_cast<size_t>(layout_.Symbols()) *
-                                                  kernels::kTableSize),
-                             memory.Take<kernels::ProductTables>(group)};
-      kernels::BuildProductTables(seen, queries.group, view.shape.key_dim, book.centroids.data(),
-                                  book.starts.data(), book.errors.data(), layout_, tables.entries,
-                                  tables.heads);
-      tables_.push_back(tables);
-      last = &book;
-    }
-    tables_of_.push_back(tables_.size() - 1);
+    const ProductCodebook* const book = index.stretches()[static_cast<size_t>(s)]->codebook.get();
+    if (books.empty() || books.back() != book) books.push_back(book);
+    tables_of_.push_back(books.size() - 1);
   }
+  for (size_t b = 0; b < books.size(); ++b) {
+    const ProductCodebook& book = *books[b];
+    FetchRows(book.search_centroids(), book.centroids.size());
+    kernels::ScoreRows(queries.scaled, queries.group, book.search_query_map(),
+                       kernels::DType::kBf16, view.shape.key_dim, view.shape.key_dim, seen,
+                       view.shape.key_dim);
+    const Tables tables = {
+        memory.Take<uint8_t>(group * static_cast<size_t>(layout_.Symbols()) * kernels::kTableSize),
+        memory.Take<kernels::ProductTables>(group)};
+    if (b + 1 < books.size()) FetchRows(books[b + 1]->search_query_map(), kFirstRows * dim);
+    kernels::BuildProductTables(seen, queries.group, view.shape.key_dim, book.search_centroids(),
+                                book.starts.data(), book.errors.data(), layout_, tables.entries,
+                                tables.heads);
+    tables_.push_back(tables);
+  }
+}
+
+void ProductScan::FetchFirst(const ProductIndex& index, int64_t first_segment) {
+  const auto stretch = static_cast<size_t>(first_segment / kStretchSegments);
+  const ProductCodebook& book = *index.stretches()[stretch]->codebook;
+  FetchRows(book.search_query_map(), book.query_map.size() / 4);
 }
 
 void ProductScan::Scan(int64_t block, int blocks, const uint8_t* next, std::byte* sums) const {
@@ -153,11 +168,10 @@ int64_t ProductScan::BytesRead(int64_t blocks, int64_t sampled) const {
   const auto value_bytes = static_cast<int64_t>(view_.shape.ValueRowBytes());
   const int64_t dim = view_.shape.key_dim;
   const int64_t means = layout_.sketch ? (blocks + kSegmentBlocks - 1) / kSegmentBlocks : blocks;
-  const int64_t floats = dim * kernels::kCentroids + kernels::kCentroids;
-  const int64_t book = dim * dim * static_cast<int64_t>(sizeof(uint16_t)) +
-                       floats * static_cast<int64_t>(sizeof(float)) +
+  const int64_t book = dim * (dim + kernels::kCentroids) * static_cast<int64_t>(sizeof(uint16_t)) +
+                       kernels::kCentroids * static_cast<int64_t>(sizeof(float)) +
                        (layout_.sketch ? kSketchDim * value_bytes : 0);
-  return blocks * BlockBytes() + sampled * layout_.SketchOffset() + means * value_bytes +
+  return blocks * layout_.BlockBytes() + sampled * layout_.SketchOffset() + means * value_bytes +
          static_cast<int64_t>(tables_.size()) * book;
 }
 

@@ -20,6 +20,8 @@ class ProductScan final : public ScanCode {
   /// `index` and `view` must outlive it. Its tables stand in `memory`.
   ProductScan(const ProductIndex& index, const KvView& view, const ScanQueries& queries,
               int64_t last_segment, Scratch& memory);
+  /// Fetches what making one begins with.
+  static void FetchFirst(const ProductIndex& index, int64_t first_segment);
 
   void Scan(int64_t block, int blocks, const uint8_t* next, std::byte* sums) const override;
   void Estimate(int64_t block, int blocks, const std::byte* sums, float* estimates,
@@ -33,7 +35,7 @@ class ProductScan final : public ScanCode {
              float* deviations) const override;
   void PrefetchRest(int64_t block, int blocks) const override;
   const uint8_t* Block(int64_t block) const override;
-  int BlockBytes() const override { return layout_.BlockBytes(); }
+  int ScannedBytes() const override { return layout_.SketchOffset(); }
   int64_t BytesRead(int64_t blocks, int64_t sampled) const override;
 
  private:

@@ -79,7 +79,8 @@ class ScanCode {
   virtual void PrefetchRest(int64_t block, int blocks) const = 0;
 
   virtual const uint8_t* Block(int64_t block) const = 0;
-  virtual int BlockBytes() const = 0;
+  /// What Scan, Estimate and Select read of a block: its first bytes.
+  virtual int ScannedBytes() const = 0;
   /// All that a search reads through it, with `sampled` of its blocks read twice.
   virtual int64_t BytesRead(int64_t blocks, int64_t sampled) const = 0;
 };

@@ -115,15 +115,15 @@ const uint16_t* SignScan::Means(int64_t block) const {
 }
 
 const uint8_t* SignScan::Block(int64_t block) const {
-  return SegmentOf(block).scan_blocks() + (block % kSegmentBlocks) * BlockBytes();
+  return SegmentOf(block).scan_blocks() + (block % kSegmentBlocks) * ScannedBytes();
 }
 
-int SignScan::BlockBytes() const {
+int SignScan::ScannedBytes() const {
   return kernels::ScanBlockBytes(symbols_, view_.shape.scan_bits);
 }
 
 int64_t SignScan::BytesRead(int64_t blocks, int64_t sampled) const {
-  return (blocks + sampled) * BlockBytes() +
+  return (blocks + sampled) * ScannedBytes() +
          blocks * static_cast<int64_t>(view_.shape.ValueRowBytes());
 }
 

@@ -33,7 +33,7 @@ class SignScan final : public ScanCode {
              float* deviations) const override;
   void PrefetchRest(int64_t block, int blocks) const override;
   const uint8_t* Block(int64_t block) const override;
-  int BlockBytes() const override;
+  int ScannedBytes() const override;
   int64_t BytesRead(int64_t blocks, int64_t sampled) const override;
 
  private:

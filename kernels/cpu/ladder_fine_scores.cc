@@ -251,6 +251,30 @@ void ScoreFineImpl(const FineRow* rows, int count, int record_bytes, const int8_
   }
 }
 
+void QuantiseQueriesImpl(const float* rotated_queries, int heads, int padded_dim, int8_t* quantised,
+                         float* units) {
+  constexpr int32_t kLargest = 127;
+  const hn::CappedTag<float, 16> d;
+  const hn::RebindToSigned<decltype(d)> di;
+  const hn::Rebind<int8_t, decltype(d)> d8;
+  const auto lanes = static_cast<int>(hn::Lanes(d));
+  for (int h = 0; h < heads; ++h, rotated_queries += padded_dim, quantised += padded_dim) {
+    auto largest = hn::Zero(d);
+    for (int i = 0; i < padded_dim; i += lanes) {
+      largest = hn::Max(largest, hn::Abs(hn::LoadU(d, rotated_queries + i)));
+    }
+    units[h] = hn::GetLane(hn::MaxOfLanes(d, largest)) / static_cast<float>(kLargest);
+    // Below that the inverse is infinite; such a query scores nothing.
+    if (units[h] < 1e-37F) units[h] = 0.0F;
+    const auto inverse = hn::Set(d, units[h] == 0.0F ? 0.0F : 1.0F / units[h]);
+    for (int i = 0; i < padded_dim; i += lanes) {
+      const auto value = hn::NearestInt(hn::Mul(hn::LoadU(d, rotated_queries + i), inverse));
+      const auto bounded = hn::Max(hn::Min(value, hn::Set(di, kLargest)), hn::Set(di, -kLargest));
+      hn::StoreU(hn::DemoteTo(d8, bounded), d8, quantised + i);
+    }
+  }
+}
+
 }  // namespace HWY_NAMESPACE
 }  // namespace kvseek::kernels
 HWY_AFTER_NAMESPACE();
@@ -259,22 +283,12 @@ HWY_AFTER_NAMESPACE();
 namespace kvseek::kernels {
 
 HWY_EXPORT(ScoreFineImpl);
+HWY_EXPORT(QuantiseQueriesImpl);
 
 void QuantiseQueries(const float* rotated_queries, int heads, int padded_dim, int8_t* quantised,
                      float* units) noexcept {
-  constexpr float kLargest = 127.0F;
-  for (int h = 0; h < heads; ++h, rotated_queries += padded_dim, quantised += padded_dim) {
-    float largest = 0.0F;
-    for (int i = 0; i < padded_dim; ++i) largest = std::max(largest, std::abs(rotated_queries[i]));
-    units[h] = largest / kLargest;
-    // Below that the inverse is infinite; such a query scores nothing.
-    if (units[h] < 1e-37F) units[h] = 0.0F;
-    const float inverse = units[h] == 0.0F ? 0.0F : 1.0F / units[h];
-    for (int i = 0; i < padded_dim; ++i) {
-      const float value = std::nearbyint(rotated_queries[i] * inverse);
-      quantised[i] = static_cast<int8_t>(std::clamp(value, -kLargest, kLargest));
-    }
-  }
+  HWY_DYNAMIC_DISPATCH(QuantiseQueriesImpl)
+  (rotated_queries, heads, padded_dim, quantised, units);
 }
 
 void ScoreFine(const FineRow* rows, int count, int record_bytes, const int8_t* quantised,

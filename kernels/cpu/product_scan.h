@@ -45,10 +45,10 @@ struct ProductTables {
 };
 
 /// Builds the tables of `heads` queries. queries is (heads, dim), in the coordinates of the codes
-/// and times the softmax scale; centroids is (dim, 64), and sub-space g has the coordinates
+/// and times the softmax scale; centroids is (dim, 64) bf16, and sub-space g has the coordinates
 /// [starts[g], starts[g + 1]); errors is (64), the distance that each level stands for. entries is
 /// (heads, layout.Symbols(), 64).
-void BuildProductTables(const float* queries, int heads, int dim, const float* centroids,
+void BuildProductTables(const float* queries, int heads, int dim, const uint16_t* centroids,
                         const uint32_t* starts, const float* errors, const ProductLayout& layout,
                         uint8_t* entries, ProductTables* tables) noexcept;
 

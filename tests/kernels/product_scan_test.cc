@@ -41,11 +41,16 @@ struct Subject {
       starts.push_back(static_cast<uint32_t>(g * kDim / subspaces));
     }
     centroids = reference::RandomFloats(3, kDim * 64, 1.0F);
+    std::vector<uint16_t> narrow;
+    for (float& element : centroids) {
+      narrow.push_back(FloatToBf16(element));
+      element = Bf16ToFloat(narrow.back());
+    }
     queries = reference::RandomFloats(4, static_cast<size_t>(heads * kDim), 0.4F * spread);
     for (int c = 0; c < 64; ++c) errors.push_back(0.2F * std::exp(0.05F * static_cast<float>(c)));
     entries.resize(static_cast<size_t>(heads * layout.Symbols() * 64));
     tables.resize(static_cast<size_t>(heads));
-    BuildProductTables(queries.data(), heads, kDim, centroids.data(), starts.data(), errors.data(),
+    BuildProductTables(queries.data(), heads, kDim, narrow.data(), starts.data(), errors.data(),
                        layout, entries.data(), tables.data());
     ScanProducts(codes.data(), blocks, layout, entries.data(), heads, sums.data(), blocks * 64);
   }
