@@ -2,13 +2,14 @@
 // within one run.
 //
 //   index_bench [--tokens 131072] [--group 4] [--rounds 15] [--level LEVEL] [--only INDEX]
-//               [--format text|json]
+//               [--steps] [--format text|json]
 //
 // Exact and ladder searches alternate over several heads whose rows are far larger than the caches,
 // so that each starts cold. Product codes (with value sketches) are trained on the traces' prefill
 // queries. Keys and values are the traces of tests/data, repeated with noise;
 // queries are recorded decode queries. Each answer's error against the exact one is printed beside
-// its time. KVSEEK_BENCH_TINY=1 makes everything small, to see that it runs.
+// its time. --steps adds the times of each search's units, run one after the other as the daemon's
+// workers run them side by side. KVSEEK_BENCH_TINY=1 makes everything small, to see that it runs.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -20,6 +21,7 @@
 
 #include "CLI/CLI.hpp"
 #include "bench/roof.h"
+#include "bench/search_steps.h"
 #include "cli/build_index.h"
 #include "cli/evaluation.h"
 #include "cli/trace.h"
@@ -39,6 +41,7 @@ struct Options {
   std::string level;
   std::string format = "text";
   std::string only;
+  bool steps = false;
   std::string data = KVSEEK_SOURCE_DIR "/tests/data";
 };
 
@@ -66,6 +69,7 @@ struct Contender {
   int subspaces = 0;  ///< of product codes
   std::vector<std::shared_ptr<const index::KeyIndex>> of_heads{};
   std::vector<double> micros{};
+  bench::SearchSteps steps{};
   double bytes = 0.0;
   double error = 0.0;
 };
@@ -114,8 +118,11 @@ void Measure(const std::vector<cli::HeadTrace>& traces, const Options& options,
       const index::KvView view = heads[static_cast<size_t>(contender.scan_bits)][at].view();
       const index::KeyIndex& index =
           contender.index != nullptr ? *contender.index : *contender.of_heads[at];
+      const bool steps = options.steps && round >= 0 && &contender != &contenders.front();
       const auto start = std::chrono::steady_clock::now();
-      index::SearchResult result = index.Search(view, query, search, scratch);
+      index::SearchResult result = steps
+                                       ? contender.steps.Search(index, view, query, search, scratch)
+                                       : index.Search(view, query, search, scratch);
       const std::chrono::duration<double, std::micro> time =
           std::chrono::steady_clock::now() - start;
       if (&contender == &contenders.front()) exact = result;
@@ -124,6 +131,24 @@ void Measure(const std::vector<cli::HeadTrace>& traces, const Options& options,
       contender.bytes += static_cast<double>(result.report.bytes_touched) / options.rounds;
       contender.error += MeanError(result, exact, options.group, trace.value_dim) / options.rounds;
     }
+  }
+}
+
+nlohmann::json StepsJson(const Contender& contender) {
+  nlohmann::json all = nlohmann::json::array();
+  for (const bench::StepTime& step : contender.steps.Times()) {
+    all.push_back({{"step", step.name},
+                   {"units", step.units},
+                   {"unit_micros_p50", step.unit_us},
+                   {"unit_micros_best", step.unit_us_best}});
+  }
+  return all;
+}
+
+void PrintSteps(const Contender& contender) {
+  for (const bench::StepTime& step : contender.steps.Times()) {
+    std::printf("  %-12s %6.0f units %8.1f us each (best %.1f)\n", step.name.c_str(), step.units,
+                step.unit_us, step.unit_us_best);
   }
 }
 
@@ -144,13 +169,15 @@ void Print(const Options& options, const std::vector<Contender>& contenders) {
       std::printf("%-14s %10.0f %8.3f %8.2f %9.2f %8.2f %8.4f\n", contender.name.c_str(), micros,
                   micros / exact, contender.bytes / 1e6, rate / 1e9, rate / bench::Roof(),
                   contender.error);
+      PrintSteps(contender);
     }
     results.push_back({{"index", contender.name},
                        {"micros_p50", micros},
                        {"of_exact", micros / exact},
                        {"bytes_touched", contender.bytes},
                        {"of_roof", rate / bench::Roof()},
-                       {"error", contender.error}});
+                       {"error", contender.error},
+                       {"steps", StepsJson(contender)}});
   }
   if (options.format == "json") {
     const nlohmann::json all = {{"tokens", options.tokens},
@@ -173,6 +200,7 @@ int Run(int argc, char** argv) {
   app.add_option("--level", options.level, "SIMD level");
   app.add_option("--format", options.format)->check(CLI::IsMember({"text", "json"}));
   app.add_option("--only", options.only, "one index beside exact, e.g. \"product 11\"");
+  app.add_flag("--steps", options.steps, "times of each step's units");
   app.add_option("--data", options.data, "folder of the traces");
   CLI11_PARSE(app, argc, argv);
   if (bench::Tiny()) {

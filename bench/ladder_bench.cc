@@ -83,7 +83,7 @@ struct Ladder {
     QuantiseQueries(queries.data(), kHeadsMax, kDim, quantised.get(), fine_units);
     const float scale = 1.0F / std::sqrt(static_cast<float>(kDim));
     for (int h = 0; h < kHeadsMax; ++h) {
-      fine_heads.push_back({0.0F, scale * fine_units[h] * kFourBitStep / 2.0F});
+      slopes.push_back(scale * fine_units[h] * kFourBitStep / 2.0F);
     }
     for (uint32_t i = 0; i < kSegmentKeys; i += 32) chosen.push_back(i + i / 32 * 7 % 32);
   }
@@ -114,7 +114,7 @@ struct Ladder {
   Aligned<int8_t> tables;
   float units[kHeadsMax];
   Aligned<int8_t> quantised;
-  std::vector<FineHead> fine_heads;
+  std::vector<float> slopes;     // of the 4-bit rung
   std::vector<uint32_t> chosen;  // 32 of a segment
 };
 
@@ -195,8 +195,9 @@ void BenchFine(benchmark::State& state, const std::string& level, int heads, boo
   };
   const auto score = [&](int segment) {
     find(segment);
-    ScoreFine(rows.data(), count, record_bytes, ladder.quantised.get(), kDim,
-              ladder.fine_heads.data(), heads, scores.get(), count);
+    std::fill_n(scores.get(), heads * count, 0.0F);
+    ScoreFine(rows.data(), count, record_bytes, ladder.quantised.get(), kDim, ladder.slopes.data(),
+              heads, scores.get(), count);
   };
   const auto accumulate = [&](int segment) {
     find(segment);

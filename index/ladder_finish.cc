@@ -17,8 +17,11 @@ using kernels::kScanBlock;
 
 void LadderPlan::MergePieces(Scratch& scratch) {
   step_ = Step::kRefine;
-  kernels::MergeState(state_, exact_state_);
-  for (const Piece& piece : pieces_) kernels::MergeState(state_, piece.state);
+  const bool refines = options_.k < 0 && options_.exact_rows > 0 && CandidateCount() > 0;
+  picks_.resize(refines ? static_cast<size_t>(group_) : 0);
+  // Else each head's worker does it.
+  merged_ = !refines || recall_.last != nullptr || options_.keep > 0;
+  for (int h = 0; h < group_ && merged_; ++h) MergeHead(h);
   if (options_.k >= 0 || options_.list_read || options_.audit_samples > 0 ||
       recall_.last != nullptr) {
     candidates_ = AllCandidates();
@@ -28,8 +31,12 @@ void LadderPlan::MergePieces(Scratch& scratch) {
   } else if (options_.keep > 0 && !pieces_.empty()) {
     result_.last = MakeLast(LseOf(state_));
   }
-  const bool refines = options_.k < 0 && options_.exact_rows > 0 && CandidateCount() > 0;
-  picks_.resize(refines ? static_cast<size_t>(group_) : 0);
+}
+
+void LadderPlan::MergeHead(int head) {
+  const kernels::GroupState state = HeadState(state_, head);
+  kernels::MergeState(state, HeadState(exact_state_, head));
+  for (const Piece& piece : pieces_) kernels::MergeState(state, HeadState(piece.state, head));
 }
 
 int64_t LadderPlan::CandidateCount() const {
@@ -75,15 +82,18 @@ void LadderPlan::ListRead() {
 }
 
 void LadderPlan::RefineBest(int head, Scratch& scratch) {
+  if (!merged_) MergeHead(head);
   scratch.Reset();
   const auto all = static_cast<size_t>(CandidateCount());
   auto* const head_scores = scratch.Take<float>(all);
+  // Most of it is in other workers' caches.
+  const auto scores_of = [&](const Candidates& candidates) {
+    return candidates.scores + static_cast<ptrdiff_t>(head) * candidates.capacity;
+  };
   size_t passed = 0;
   for (const Piece& piece : pieces_) {
-    const Candidates& candidates = piece.candidates;
-    std::copy_n(candidates.scores + static_cast<ptrdiff_t>(head) * candidates.capacity,
-                candidates.count, head_scores + passed);
-    passed += static_cast<size_t>(candidates.count);
+    std::copy_n(scores_of(piece.candidates), piece.candidates.count, head_scores + passed);
+    passed += static_cast<size_t>(piece.candidates.count);
   }
   std::vector<uint32_t>& picks = picks_[static_cast<size_t>(head)];
   picks = BestIndices({head_scores, all}, options_.exact_rows, scratch);
@@ -103,13 +113,13 @@ void LadderPlan::RefineBest(int head, Scratch& scratch) {
       passed += static_cast<size_t>(piece++->candidates.count);
     }
     const int64_t position = piece->candidates.positions[picks[i] - passed];
+    const RowPointers row = FindRow(view_, position);
+    keys[i] = row.key;
+    values[i] = row.value;
     fine_rows[i] = FindFine(position);
     kernels::PrefetchRange(fine_rows[i].record + value_offset, record_bytes - value_offset);
     kernels::PrefetchRange(fine_rows[i].factors, sizeof(kernels::FineFactors));
     fine_scores[i] = head_scores[picks[i]];
-    const RowPointers row = FindRow(view_, position);
-    keys[i] = row.key;
-    values[i] = row.value;
   }
   for (size_t i = 0; i < picks.size(); ++i) {
     kernels::PrefetchRange(keys[i], view_.shape.KeyRowBytes());
@@ -201,6 +211,9 @@ void LadderPlan::ReportMissed(absl::Span<const float> lse, const ScoredKeys& can
                               absl::Span<const RestRatio> ratios, SearchReport& report,
                               Scratch& scratch) const {
   const std::vector<float> masses = RestMass();
+  for (auto* const missed : {&report.missed_mass, &report.missed_low, &report.missed_high}) {
+    missed->reserve(masses.size());
+  }
   for (int h = 0; h < group_; ++h) {
     const auto i = static_cast<size_t>(h);
     const float rest = masses[i];

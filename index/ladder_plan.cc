@@ -18,7 +18,7 @@ namespace {
 using kernels::kScanBlock;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int64_t kCentresAhead = 8;  // fetched before they are scored
+constexpr size_t kCentresAhead = 16;  // fetched before any is scored
 
 }  // namespace
 
@@ -51,7 +51,7 @@ LadderPlan::LadderPlan(const KvView& view, const SearchQuery& query, const Searc
   }
   AttendExactPart(scratch);
   reference_ = LseOf(exact_state_);
-  ScoreCentres(FirstSegment(), LastSegment());
+  ScoreCentres(FirstSegment(), LastSegment(), scratch);
   PrepareRecall();
   PlanScan();
 }
@@ -79,6 +79,7 @@ void LadderPlan::Run(int index, Scratch& scratch) {
       }
       break;
     case Step::kScan:
+      kernels::ResetState(pieces_[i].state);
       RunScan(pieces_[i], scratch);
       break;
     case Step::kRefine:
@@ -113,7 +114,9 @@ void LadderPlan::PlanScan() {
   pieces_.reserve(static_cast<size_t>(all / piece_blocks + 2));
   for (int64_t block = first_block_; block < last_block_;) {
     const int64_t end = std::min(last_block_, (block / piece_blocks + 1) * piece_blocks);
-    Piece piece = {block, end, MakeState(group_, view_.shape.value_dim, *memory_)};
+    const int floats = kernels::GroupStateFloats(group_, view_.shape.value_dim);
+    float* const state = memory_->Take<float>(static_cast<size_t>(floats));
+    Piece piece = {block, end, kernels::BindState(state, group_, view_.shape.value_dim)};
     piece.rest = memory_->Take<float>(group);
     // Room for half as many again as the budget's even share.
     const int64_t share = (end - block) * budget / all;
@@ -147,11 +150,14 @@ void LadderPlan::Candidates::Reserve(int more, int group) {
 
 void LadderPlan::PrepareQueries(const ProductIndex* product) {
   const auto group = static_cast<size_t>(group_);
+  if (product != nullptr) ProductScan::FetchFirst(*product, FirstSegment());
   auto* const rotated = memory_->Take<float>(group * padded_dim_);
   kernels::Rotate(query_.queries, group_, view_.shape.key_dim, rotated);
   quantised_ = memory_->Take<int8_t>(group * padded_dim_);
-  query_units_ = memory_->Take<float>(group);
-  kernels::QuantiseQueries(rotated, group_, padded_dim_, quantised_, query_units_);
+  fine_slopes_ = memory_->Take<float>(group);
+  kernels::QuantiseQueries(rotated, group_, padded_dim_, quantised_, fine_slopes_);
+  const float scale = view_.shape.softmax_scale * kernels::kFourBitStep / 2.0F;
+  for (int h = 0; h < group_; ++h) fine_slopes_[h] *= scale;
   centre_scores_ = memory_->Take<float>(Segments() * group);
   const ScanQueries queries = {group_, scaled_, rotated, centre_scores_, FirstSegment()};
   if (product != nullptr) {
@@ -162,14 +168,22 @@ void LadderPlan::PrepareQueries(const ProductIndex* product) {
   }
 }
 
-void LadderPlan::ScoreCentres(int64_t first, int64_t last) {
-  for (int64_t s = first; s < last; ++s) {
-    if (s + kCentresAhead < last) {
-      kernels::PrefetchRange(view_.segments[static_cast<size_t>(s + kCentresAhead)]->centre(),
-                             static_cast<size_t>(view_.shape.key_dim) * sizeof(float));
+void LadderPlan::ScoreCentres(int64_t first, int64_t last, Scratch& scratch) {
+  scratch.Reset();
+  const auto count = static_cast<size_t>(last - first);
+  auto* const rows = scratch.Take<const float*>(count);
+  auto* const scores = scratch.Take<float>(static_cast<size_t>(group_) * count);
+  for (size_t s = 0; s < count; ++s) {
+    rows[s] = view_.segments[static_cast<size_t>(first) + s]->centre();
+    if (s < kCentresAhead) {  // the kernel fetches the others
+      kernels::PrefetchRange(rows[s], static_cast<size_t>(view_.shape.key_dim) * sizeof(float));
     }
-    kernels::ScoreFloatRows(scaled_, group_, view_.segments[static_cast<size_t>(s)]->centre(), 1,
-                            view_.shape.key_dim, centre_scores_ + (s - FirstSegment()) * group_, 1);
+  }
+  kernels::ScoreGatheredFloatRows(scaled_, group_, rows, static_cast<int>(count),
+                                  view_.shape.key_dim, scores, static_cast<int>(count));
+  float* to = centre_scores_ + (first - FirstSegment()) * group_;
+  for (size_t s = 0; s < count; ++s) {
+    for (int h = 0; h < group_; ++h) *to++ = scores[static_cast<size_t>(h) * count + s];
   }
 }
 
@@ -199,14 +213,6 @@ void LadderPlan::AttendExactPart(Scratch& scratch) {
   } else {
     add(query_.begin, first_block_ * kScanBlock);
     add(last_block_ * kScanBlock, query_.end);
-  }
-}
-
-void LadderPlan::FillFineHeads(int64_t segment, kernels::FineHead* heads) const {
-  const float* centres = centre_scores_ + (segment - FirstSegment()) * group_;
-  const float scale = view_.shape.softmax_scale * kernels::kFourBitStep / 2.0F;
-  for (int h = 0; h < group_; ++h) {
-    heads[h] = {centres[h], scale * query_units_[h]};
   }
 }
 

@@ -70,8 +70,8 @@ class LadderPlan final : public SearchPlan {
     int64_t last_segment;
     size_t first_block;
     size_t last_block;
-    std::vector<float> largest;  ///< (group), estimate
-    std::vector<float> mass;     ///< (group), summed weight relative to it
+    float* largest;  ///< (group), estimate; RunSample's
+    float* mass;     ///< (group), summed weight relative to it
   };
 
   /// Keys that were read at 4 bits, ascending, with their scores.
@@ -90,7 +90,7 @@ class LadderPlan final : public SearchPlan {
   struct Piece {
     int64_t first_block;
     int64_t last_block;
-    kernels::GroupState state;  ///< candidates at 4 bits and the rest's estimate
+    kernels::GroupState state;  ///< candidates at 4 bits and the rest's estimate; Run empties it
     Candidates candidates{};
     float* rest = nullptr;  ///< (group): the unchosen keys' summed weight, relative to reference_
     std::vector<float> block_weights{};  ///< audits only, (group, blocks): the same for each block
@@ -101,7 +101,7 @@ class LadderPlan final : public SearchPlan {
   // ---- preparation (ladder_plan.cc)
   void PrepareQueries(const ProductIndex* product);
   /// Of segments [first, last).
-  void ScoreCentres(int64_t first, int64_t last);
+  void ScoreCentres(int64_t first, int64_t last, Scratch& scratch);
   void AttendExactPart(Scratch& scratch);
   void PlanScan();
   bool has_exact_part() const {
@@ -131,17 +131,14 @@ class LadderPlan final : public SearchPlan {
   size_t KeysForMass(const float* estimates, size_t count, Scratch& scratch) const;
   /// SearchOptions::threshold, as far as TopK's k allows.
   void RaiseThresholds(const float* estimates, int keys, Scratch& scratch);
-  void FillFineHeads(int64_t segment, kernels::FineHead* heads) const;
 
   // ---- scan (ladder_scan_piece.cc)
   /// A worker's buffers for one segment after the other.
   struct ScanBuffers {
-    int16_t* sums;                  ///< (group, 1024)
-    float* block_weights;           ///< (group, 16)
-    uint16_t* key_weights;          ///< (group, 1024)
-    kernels::FineHead* fine_heads;  ///< (group)
-    uint32_t* kept;                 ///< (1024)
-    float* kept_weights;            ///< (group, 16)
+    std::byte* sums;      ///< (group, 1024, kSumBytes)
+    ScanResults results;  ///< but for `chosen`
+    uint32_t* kept;       ///< (1024)
+    float* kept_weights;  ///< (group, 16)
   };
   /// Candidates of one segment, as indices into it.
   struct Chosen {
@@ -156,21 +153,21 @@ class LadderPlan final : public SearchPlan {
   void KeepKeys(Piece& piece, int64_t begin_block, int blocks, const ScanBuffers& buffers);
   /// Adds buffers.block_weights of the blocks to the rest.
   void AddRest(Piece& piece, int64_t begin_block, int blocks, const ScanBuffers& buffers,
-               const kernels::GroupState& rest);
+               const kernels::GroupState& rest, RestSums& rest_sums);
   /// Where the next `blocks` blocks of the range start, or null if it has not so many. A piece that
   /// ends fetches for the one after it, which the same worker is likely to run.
   const uint8_t* NextCodes(int64_t end_block, int blocks) const;
   void PrefetchRecords(const Chosen& chosen) const;
-  /// The youngest candidates, whose values are added when they are so many: fewer cost as much.
+  /// The youngest candidates, which are read when they are so many: fewer cost as much.
   static constexpr int kPendingWhole = 64;
   struct Pending {
     int count;
     kernels::FineRow* rows;  ///< (kPendingWhole + kSegmentTokens)
   };
-  void ReadCandidates(Piece& piece, const Chosen& chosen, const ScanBuffers& buffers,
-                      Pending& pending);
-  /// Adds the values of the first `count`.
-  void AddPending(Piece& piece, Pending& pending, int count) const;
+  /// Adds them to the piece's candidates and to `pending`.
+  void AddCandidates(Piece& piece, const Chosen& chosen, Pending& pending) const;
+  /// Reads the first `count`.
+  void ReadPending(Piece& piece, Pending& pending, int count) const;
   kernels::FineRow FindFine(int64_t position) const;
 
   // ---- recall (ladder_recall.cc)
@@ -190,13 +187,17 @@ class LadderPlan final : public SearchPlan {
   // ---- finish (ladder_finish.cc)
   /// (group): the unread keys' mass over exp(reference).
   std::vector<float> RestMass() const;
-  /// Puts all pieces' states into state_, and what was asked for into candidates_.
+  /// Puts all pieces' states into state_, unless that is left to RefineBest, and what was asked for
+  /// into candidates_.
   void MergePieces(Scratch& scratch);
+  /// One head's part of state_: the exact part and all pieces, in order.
+  void MergeHead(int head);
   int64_t CandidateCount() const;
   ScoredKeys AllCandidates() const;
   /// SearchOptions::list_read.
   void ListRead();
-  /// Replaces the 4-bit parts of a head's best candidates by exact ones.
+  /// Merges a head, if that was left to it, and replaces the 4-bit parts of its best candidates by
+  /// exact ones.
   void RefineBest(int head, Scratch& scratch);
   /// Chooses the keys to return and takes their parts out of `state`.
   void TakeTopK(const ScoredKeys& candidates, SearchResult& result, Scratch& scratch);
@@ -220,7 +221,7 @@ class LadderPlan final : public SearchPlan {
 
   const float* scaled_;             ///< (group, key_dim), times softmax_scale
   int8_t* quantised_ = nullptr;     ///< (group, padded_dim), rotated
-  float* query_units_ = nullptr;    ///< (group)
+  float* fine_slopes_ = nullptr;    ///< (group), for kernels::ScoreFine
   float* centre_scores_ = nullptr;  ///< (segments of the range, group)
   std::unique_ptr<const ScanCode> codes_;
 
@@ -241,6 +242,7 @@ class LadderPlan final : public SearchPlan {
   std::vector<SamplePart> sample_parts_;
   std::vector<Piece> pieces_;
   kernels::GroupState state_;
+  bool merged_ = false;                       ///< state_ is all heads'
   ScoredKeys candidates_;                     ///< all pieces'; empty unless it is asked for
   std::vector<std::vector<uint32_t>> picks_;  ///< (group): numbers of a head's exact candidates
   std::vector<RestRatio> recall_ratios_;      ///< CheckRecall's

@@ -104,7 +104,7 @@ void LadderPlan::RecallSegmentPart(int64_t begin_block, int64_t end_block,
   const int64_t blocks = end_block - begin_block;
   for (int64_t h = 0; h < group_; ++h) {
     std::copy_n(recalled_weights_.begin() + h * all + begin_block - first_block_, blocks,
-                buffers.block_weights + h * blocks);
+                buffers.results.block_weights + h * blocks);
   }
 }
 

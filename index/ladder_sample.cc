@@ -24,13 +24,14 @@ constexpr int64_t kHeadShare = 8;
 constexpr size_t kPartsMax = 4;
 constexpr size_t kPartBlocksMin = 8;
 // How far ahead its blocks, which are far apart, are fetched.
-constexpr size_t kBlocksAhead = 3;
+constexpr size_t kBlocksAhead = 8;
 
 /// Block numbers of the sample: evenly spread, the first and the last always among them.
 std::vector<int64_t> SampleBlocks(int64_t first, int64_t last) {
   const int64_t blocks = last - first;
   const int64_t wanted = std::min(blocks, std::max(kSampleBlocksMin, blocks / kSampleStride));
   std::vector<int64_t> sample;
+  sample.reserve(static_cast<size_t>(wanted));
   for (int64_t i = 0; i < wanted; ++i) {
     sample.push_back(wanted == 1 ? first : first + i * (blocks - 1) / (wanted - 1));
   }
@@ -46,6 +47,7 @@ void LadderPlan::PlanSample() {
   estimates_ = memory_->Take<float>(group * sample_.size() * kScanBlock);
   // A part ends where a segment does, since it scores the centres of its own.
   const size_t parts = std::clamp<size_t>(sample_.size() / kPartBlocksMin, 1, kPartsMax);
+  sample_parts_.reserve(parts);
   size_t block = 0;
   int64_t segment = FirstSegment();
   for (size_t p = 1; p <= parts && segment < LastSegment(); ++p) {
@@ -53,32 +55,35 @@ void LadderPlan::PlanSample() {
                                    : FirstSegment() + (LastSegment() - FirstSegment()) *
                                                           static_cast<int64_t>(p) /
                                                           static_cast<int64_t>(parts);
-    SamplePart part = {segment,
-                       end,
-                       block,
-                       block,
-                       std::vector<float>(group, -kInfinity),
-                       std::vector<float>(group, 0.0F)};
+    SamplePart part = {
+        segment, end, block, block, memory_->Take<float>(group), memory_->Take<float>(group)};
     while (block < sample_.size() && sample_[block] / kSegmentBlocks < end) ++block;
     part.last_block = block;
     segment = end;
-    sample_parts_.push_back(std::move(part));
+    sample_parts_.push_back(part);
   }
 }
 
 void LadderPlan::RunSample(SamplePart& part, Scratch& scratch) {
-  ScoreCentres(part.first_segment, part.last_segment);
+  for (size_t i = part.first_block; i < part.last_block && i < part.first_block + kBlocksAhead;
+       ++i) {
+    kernels::PrefetchRange(codes_->Block(sample_[i]), static_cast<size_t>(codes_->ScannedBytes()));
+  }
+  ScoreCentres(part.first_segment, part.last_segment, scratch);
   scratch.Reset();
   const auto group = static_cast<size_t>(group_);
+  std::fill_n(part.largest, group, -kInfinity);
+  std::fill_n(part.mass, group, 0.0F);
   const auto keys = static_cast<int>(sample_.size() * kScanBlock);
-  auto* sums = scratch.Take<int16_t>(group * kScanBlock);
+  auto* sums = scratch.Take<std::byte>(group * kScanBlock * kSumBytes);
   auto* weights = scratch.Take<float>(group);
   const ScanResults results = {scratch.Take<uint32_t>(kScanBlock), weights,
-                               scratch.Take<uint16_t>(group * kScanBlock)};
+                               scratch.Take<uint8_t>(group * kScanBlock),
+                               scratch.Take<float>(group)};
   for (size_t i = part.first_block; i < part.last_block; ++i) {
     if (i + kBlocksAhead < part.last_block) {
       kernels::PrefetchRange(codes_->Block(sample_[i + kBlocksAhead]),
-                             static_cast<size_t>(codes_->BlockBytes()));
+                             static_cast<size_t>(codes_->ScannedBytes()));
     }
     float* estimates = estimates_ + i * kScanBlock;
     codes_->Scan(sample_[i], 1, nullptr, sums);
@@ -90,7 +95,7 @@ void LadderPlan::RunSample(SamplePart& part, Scratch& scratch) {
         part.largest[h] = best;
       }
     }
-    codes_->Select(sample_[i], 1, sums, {{}, part.largest.data()}, nullptr, results);
+    codes_->Select(sample_[i], 1, sums, {{}, part.largest}, nullptr, results);
     // The first block stands for itself: a sink in it would be counted many times.
     const auto others = static_cast<float>(sample_.size() - 1);
     const float stands_for =
@@ -160,10 +165,7 @@ std::vector<float> LadderPlan::Thresholds(const float* estimates, int keys, int6
   // The others by their share of softmax mass, with one threshold for all heads that fills the
   // budget.
   auto* best = scratch.Take<float>(static_cast<size_t>(keys));
-  auto* over = scratch.Take<float>(static_cast<size_t>(keys));
-  kernels::MaxOfShifted(estimates, keys, group_, reference_.data(), keys, best);
-  kernels::MaxOfShifted(estimates, keys, group_, thresholds.data(), keys, over);
-  for (int i = 0; i < keys; ++i) best[i] = over[i] > 0.0F ? kInfinity : best[i];
+  kernels::MaxOfShifted(estimates, keys, group_, reference_.data(), thresholds.data(), keys, best);
   const float mass = kernels::RankThreshold(best, keys, sample_rank(wanted), work);
   for (size_t h = 0; h < thresholds.size(); ++h) {
     thresholds[h] = std::min(thresholds[h], mass + reference_[h]);

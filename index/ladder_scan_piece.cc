@@ -22,16 +22,20 @@ void LadderPlan::RunScan(Piece& piece, Scratch& scratch) {
   if (options_.audit_samples > 0) piece.block_weights.resize(piece_blocks * group);
   if (options_.keep > 0) piece.kept_weights.resize(piece_blocks * group);
   scratch.Reset();
-  ScanBuffers buffers = {
-      scratch.Take<int16_t>(group * kSegmentTokens),  scratch.Take<float>(group * kSegmentBlocks),
-      scratch.Take<uint16_t>(group * kSegmentTokens), scratch.Take<kernels::FineHead>(group),
-      scratch.Take<uint32_t>(kSegmentTokens),         scratch.Take<float>(group * kSegmentBlocks)};
+  const ScanBuffers buffers = {
+      scratch.Take<std::byte>(group * kSegmentTokens * kSumBytes),
+      {nullptr, scratch.Take<float>(group * kSegmentBlocks),
+       scratch.Take<uint8_t>(group * kSegmentTokens), scratch.Take<float>(group)},
+      scratch.Take<uint32_t>(kSegmentTokens),
+      scratch.Take<float>(group * kSegmentBlocks)};
   Pending pending = {0, scratch.Take<kernels::FineRow>(kPendingWhole + kSegmentTokens)};
   Chosen chosen = {0, 0, scratch.Take<uint32_t>(kSegmentTokens)};
   Chosen before = {0, 0, scratch.Take<uint32_t>(kSegmentTokens)};
   // The estimated rest is summed relative to reference_.
   const kernels::GroupState rest = MakeState(group_, view_.shape.value_dim, scratch);
   for (size_t h = 0; h < group; ++h) rest.max[h] = reference_[h];
+  RestSums rest_sums = {rest.acc, scratch.Take<float>(group * RestSums::kSegments),
+                        scratch.Take<float>(group * kernels::kSketchDim)};
   for (int64_t block = piece.first_block; block < piece.last_block;) {
     const int64_t end = std::min(piece.last_block, (block / kSegmentBlocks + 1) * kSegmentBlocks);
     if (recall_.last != nullptr) {
@@ -39,15 +43,16 @@ void LadderPlan::RunScan(Piece& piece, Scratch& scratch) {
     } else {
       ScanSegmentPart(piece, block, end, buffers, chosen);
     }
-    AddRest(piece, block, static_cast<int>(end - block), buffers, rest);
+    AddRest(piece, block, static_cast<int>(end - block), buffers, rest, rest_sums);
     // Records arrive from memory while the next segment is scanned.
     PrefetchRecords(chosen);
-    ReadCandidates(piece, before, buffers, pending);
+    AddCandidates(piece, before, pending);
     std::swap(chosen, before);
     block = end;
   }
-  ReadCandidates(piece, before, buffers, pending);
-  AddPending(piece, pending, pending.count);
+  AddCandidates(piece, before, pending);
+  ReadPending(piece, pending, pending.count);
+  codes_->FinishRest(rest_sums);
   for (size_t h = 0; h < group; ++h) piece.rest[h] = rest.sum[h];
   kernels::MergeState(piece.state, rest);
 }
@@ -64,8 +69,9 @@ void LadderPlan::ScanSegmentPart(Piece& piece, int64_t begin_block, int64_t end_
   codes_->PrefetchRest(begin_block, blocks);
   if (options_.keep > 0) KeepKeys(piece, begin_block, blocks, buffers);
   const ScanBounds bounds = {full ? absl::Span<const float>() : thresholds_, reference_.data()};
-  chosen.count = codes_->Select(begin_block, blocks, buffers.sums, bounds, next,
-                                {chosen.keys, buffers.block_weights, buffers.key_weights});
+  ScanResults results = buffers.results;
+  results.chosen = chosen.keys;
+  chosen.count = codes_->Select(begin_block, blocks, buffers.sums, bounds, next, results);
 }
 
 void LadderPlan::KeepKeys(Piece& piece, int64_t begin_block, int blocks,
@@ -74,8 +80,10 @@ void LadderPlan::KeepKeys(Piece& piece, int64_t begin_block, int blocks,
       static_cast<int64_t>(piece.kept.size()) >= kCandidateBoundFactor * options_.keep;
   const ScanBounds bounds = {full ? absl::Span<const float>() : keep_thresholds_,
                              reference_.data()};
-  const int count = codes_->Select(begin_block, blocks, buffers.sums, bounds, nullptr,
-                                   {buffers.kept, buffers.kept_weights, buffers.key_weights});
+  ScanResults results = buffers.results;
+  results.chosen = buffers.kept;
+  results.block_weights = buffers.kept_weights;
+  const int count = codes_->Select(begin_block, blocks, buffers.sums, bounds, nullptr, results);
   const int64_t segment_start = begin_block / kSegmentBlocks * kSegmentTokens;
   for (int i = 0; i < count; ++i) piece.kept.push_back(segment_start + buffers.kept[i]);
   const int64_t piece_blocks = piece.last_block - piece.first_block;
@@ -86,12 +94,11 @@ void LadderPlan::KeepKeys(Piece& piece, int64_t begin_block, int blocks,
 }
 
 void LadderPlan::AddRest(Piece& piece, int64_t begin_block, int blocks, const ScanBuffers& buffers,
-                         const kernels::GroupState& rest) {
-  codes_->AddRest(begin_block, blocks, {nullptr, buffers.block_weights, buffers.key_weights},
-                  rest.acc);
+                         const kernels::GroupState& rest, RestSums& rest_sums) {
+  codes_->AddRest(begin_block, blocks, buffers.results, rest_sums);
   const auto piece_blocks = piece.last_block - piece.first_block;
   for (int h = 0; h < group_; ++h) {
-    const float* weights = buffers.block_weights + static_cast<ptrdiff_t>(h) * blocks;
+    const float* weights = buffers.results.block_weights + static_cast<ptrdiff_t>(h) * blocks;
     float sum = 0.0F;
     for (int b = 0; b < blocks; ++b) sum += weights[b];
     rest.sum[h] += sum;
@@ -116,8 +123,7 @@ void LadderPlan::PrefetchRecords(const Chosen& chosen) const {
   }
 }
 
-void LadderPlan::ReadCandidates(Piece& piece, const Chosen& chosen, const ScanBuffers& buffers,
-                                Pending& pending) {
+void LadderPlan::AddCandidates(Piece& piece, const Chosen& chosen, Pending& pending) const {
   if (chosen.count == 0) return;
   const auto record_bytes =
       static_cast<size_t>(kernels::FineRecordBytes(padded_dim_, view_.shape.value_dim));
@@ -131,20 +137,25 @@ void LadderPlan::ReadCandidates(Piece& piece, const Chosen& chosen, const ScanBu
                segment.fine_factors() + chosen.keys[i]};
     positions[i] = chosen.segment * kSegmentTokens + chosen.keys[i];
   }
-  FillFineHeads(chosen.segment, buffers.fine_heads);
-  kernels::ScoreFine(rows, chosen.count, static_cast<int>(record_bytes), quantised_, padded_dim_,
-                     buffers.fine_heads, group_, candidates.scores + candidates.count,
-                     candidates.capacity);
+  const float* const centres = centre_scores_ + (chosen.segment - FirstSegment()) * group_;
+  for (int h = 0; h < group_; ++h) {
+    float* const scores =
+        candidates.scores + static_cast<ptrdiff_t>(h) * candidates.capacity + candidates.count;
+    std::fill_n(scores, chosen.count, centres[h]);
+  }
   candidates.count += chosen.count;
   pending.count += chosen.count;
-  AddPending(piece, pending, pending.count / kPendingWhole * kPendingWhole);
+  ReadPending(piece, pending, pending.count / kPendingWhole * kPendingWhole);
 }
 
-void LadderPlan::AddPending(Piece& piece, Pending& pending, int count) const {
+void LadderPlan::ReadPending(Piece& piece, Pending& pending, int count) const {
   const Candidates& candidates = piece.candidates;
-  kernels::AccumulateFine(pending.rows, count, kernels::FineValueOffset(padded_dim_),
-                          candidates.scores + candidates.count - pending.count, candidates.capacity,
-                          piece.state);
+  float* const scores = candidates.scores + candidates.count - pending.count;
+  kernels::ScoreFine(pending.rows, count,
+                     kernels::FineRecordBytes(padded_dim_, view_.shape.value_dim), quantised_,
+                     padded_dim_, fine_slopes_, group_, scores, candidates.capacity);
+  kernels::AccumulateFine(pending.rows, count, kernels::FineValueOffset(padded_dim_), scores,
+                          candidates.capacity, piece.state);
   std::copy(pending.rows + count, pending.rows + pending.count, pending.rows);
   pending.count -= count;
 }

@@ -192,7 +192,6 @@ void SetSketch(const FloatRows& values, ProductCodebook& book) {
       book.components.push_back(static_cast<float>(eigen.vectors[c * dim + i]));
     }
   }
-  book.SetSketchRows();
 }
 
 /// Nibbles (1024, 8) of a segment's values.
@@ -231,6 +230,7 @@ std::shared_ptr<const ProductCodebook> ProductCodebook::Train(
       seen.elements.data());
   SetCentroids(seen, *book);
   if (layout.sketch) SetSketch(SampleValues(shape, segments), *book);
+  book->SetSearchRows();
   return book;
 }
 
@@ -267,7 +267,11 @@ void ProductCodebook::Encode(const KvShape& shape, const Segment& segment, uint8
   kernels::PackProductBlocks(symbols.data(), nibbles.data(), kBlocks, layout, codes);
 }
 
-void ProductCodebook::SetSketchRows() {
+void ProductCodebook::SetSearchRows() {
+  search_rows = MakeSlot((query_map.size() + centroids.size()) * sizeof(uint16_t));
+  auto* const rows = reinterpret_cast<uint16_t*>(search_rows.get());
+  std::copy(query_map.begin(), query_map.end(), rows);
+  std::transform(centroids.begin(), centroids.end(), rows + query_map.size(), kernels::FloatToBf16);
   const size_t dim = components.size() / kSketchDim;
   for (size_t i = 0; i < components.size(); ++i) {
     sketch_rows.push_back(kernels::FloatToBf16(steps[i / dim] * components[i]));
@@ -278,7 +282,7 @@ size_t ProductCodebook::Bytes() const {
   return sizeof(ProductCodebook) + starts.size() * sizeof(uint32_t) +
          sizeof(float) * (key_map.size() + centroids.size() + errors.size() + components.size() +
                           steps.size()) +
-         sizeof(uint16_t) * (query_map.size() + sketch_rows.size());
+         sizeof(uint16_t) * (2 * query_map.size() + centroids.size() + sketch_rows.size());
 }
 
 }  // namespace kvseek::index

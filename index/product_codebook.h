@@ -20,6 +20,7 @@
 #include "absl/types/span.h"
 #include "index/cholesky.h"
 #include "index/segment.h"
+#include "index/slab_memory.h"
 #include "kernels/cpu/product_codes.h"
 
 namespace kvseek::index {
@@ -36,6 +37,7 @@ struct ProductCodebook {
   std::vector<float> components;      ///< (8, value_dim), orthonormal; empty without a sketch
   std::vector<uint16_t> sketch_rows;  ///< (8, value_dim) bf16: components times their steps
   std::vector<float> steps;           ///< (8) of the components' nibbles
+  Slot search_rows;  ///< what a search reads of it, in one run: query_map, the centroids as bf16
 
   /// Of `segments`, at least one. `queries`: the factor L.
   static std::shared_ptr<const ProductCodebook> Train(
@@ -46,8 +48,12 @@ struct ProductCodebook {
   /// (value_dim) if there is a sketch.
   void Encode(const KvShape& shape, const Segment& segment, uint8_t* codes,
               uint16_t* value_mean) const;
-  /// Sets sketch_rows from components and steps.
-  void SetSketchRows();
+  /// Sets search_rows, and sketch_rows if there is a sketch, from the others.
+  void SetSearchRows();
+  const uint16_t* search_query_map() const {
+    return reinterpret_cast<const uint16_t*>(search_rows.get());
+  }
+  const uint16_t* search_centroids() const { return search_query_map() + query_map.size(); }
   size_t Bytes() const;
 };
 

@@ -62,7 +62,10 @@ std::shared_ptr<const ProductCodebook> ReadCodebook(const KvShape& shape,
       !reader.Check(are_errors(book->errors), "errors", "not ascending from above 0")) {
     return nullptr;
   }
-  if (!layout.sketch) return book;
+  if (!layout.sketch) {
+    book->SetSearchRows();
+    return book;
+  }
   const auto are_steps = [](const std::vector<float>& steps) {
     return std::all_of(steps.begin(), steps.end(), [](float step) { return step >= 0.0F; });
   };
@@ -72,7 +75,7 @@ std::shared_ptr<const ProductCodebook> ReadCodebook(const KvShape& shape,
       !reader.Check(are_steps(book->steps), "steps", "negative")) {
     return nullptr;
   }
-  book->SetSketchRows();
+  book->SetSearchRows();
   return reader.Check(AllFinite(book->sketch_rows), "components", "too large") ? book : nullptr;
 }
 

@@ -17,6 +17,12 @@ using kernels::kSketchDim;
 constexpr int64_t kSegmentBlocks = kSegmentTokens / kScanBlock;
 constexpr int64_t kStretchBlocks = kStretchSegments * kSegmentBlocks;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+// Rows of a query map that are fetched before the first is used; the kernel fetches the others.
+constexpr size_t kFirstRows = 32;
+
+void FetchRows(const uint16_t* rows, size_t elements) {
+  kernels::PrefetchRange(rows, elements * sizeof(uint16_t));
+}
 
 }  // namespace
 
@@ -30,74 +36,100 @@ ProductScan::ProductScan(const ProductIndex& index, const KvView& view, const Sc
   const auto group = static_cast<size_t>(queries.group);
   const auto dim = static_cast<size_t>(view.shape.key_dim);
   auto* const seen = memory.Take<float>(group * dim);
-  const ProductCodebook* last = nullptr;
+  std::vector<const ProductCodebook*> books;
   for (int64_t s = first_stretch_; s <= last_segment / kStretchSegments; ++s) {
-    const ProductCodebook& book = *index.stretches()[static_cast<size_t>(s)]->codebook;
-    if (&book != last) {
-      kernels::ScoreRows(queries.scaled, queries.group, book.query_map.data(),
-                         kernels::DType::kBf16, view.shape.key_dim, view.shape.key_dim, seen,
-                         view.shape.key_dim);
-      const Tables tables = {
-          memory.Take<int8_t>(group * static_cast<size_t>(layout_.Symbols()) * kernels::kTableSize),
-          memory.Take<kernels::ProductTables>(group)};
-      kernels::BuildProductTables(seen, queries.group, view.shape.key_dim, book.centroids.data(),
-                                  book.starts.data(), book.errors.data(), layout_, tables.entries,
-                                  tables.heads);
-      tables_.push_back(tables);
-      last = &book;
-    }
-    tables_of_.push_back(tables_.size() - 1);
+    const ProductCodebook* const book = index.stretches()[static_cast<size_t>(s)]->codebook.get();
+    if (books.empty() || books.back() != book) books.push_back(book);
+    tables_of_.push_back(books.size() - 1);
+  }
+  for (size_t b = 0; b < books.size(); ++b) {
+    const ProductCodebook& book = *books[b];
+    FetchRows(book.search_centroids(), book.centroids.size());
+    kernels::ScoreRows(queries.scaled, queries.group, book.search_query_map(),
+                       kernels::DType::kBf16, view.shape.key_dim, view.shape.key_dim, seen,
+                       view.shape.key_dim);
+    const Tables tables = {
+        memory.Take<uint8_t>(group * static_cast<size_t>(layout_.Symbols()) * kernels::kTableSize),
+        memory.Take<kernels::ProductTables>(group)};
+    if (b + 1 < books.size()) FetchRows(books[b + 1]->search_query_map(), kFirstRows * dim);
+    kernels::BuildProductTables(seen, queries.group, view.shape.key_dim, book.search_centroids(),
+                                book.starts.data(), book.errors.data(), layout_, tables.entries,
+                                tables.heads);
+    tables_.push_back(tables);
   }
 }
 
-void ProductScan::Scan(int64_t block, int blocks, const uint8_t* next, int16_t* sums) const {
-  kernels::ScanProducts(Block(block), blocks, layout_, TablesOf(block).entries, queries_.group,
-                        sums, blocks * kScanBlock, next);
+void ProductScan::FetchFirst(const ProductIndex& index, int64_t first_segment) {
+  const auto stretch = static_cast<size_t>(first_segment / kStretchSegments);
+  const ProductCodebook& book = *index.stretches()[stretch]->codebook;
+  FetchRows(book.search_query_map(), book.query_map.size() / 4);
 }
 
-void ProductScan::Estimate(int64_t block, int blocks, const int16_t* sums, float* estimates,
+void ProductScan::Scan(int64_t block, int blocks, const uint8_t* next, std::byte* sums) const {
+  kernels::ScanProducts(Block(block), blocks, layout_, TablesOf(block).entries, queries_.group,
+                        reinterpret_cast<uint8_t*>(sums), blocks * kScanBlock, next);
+}
+
+void ProductScan::Estimate(int64_t block, int blocks, const std::byte* sums, float* estimates,
                            int stride) const {
   kernels::ProductHead heads[kMaxGroup];
   constexpr float kReference[kMaxGroup] = {};
   FillHeads(block, {{}, kReference}, heads);
-  kernels::EstimateProducts(sums, blocks * kScanBlock, Block(block), blocks, layout_, heads,
-                            queries_.group, estimates, nullptr, nullptr, stride);
+  kernels::EstimateProducts(reinterpret_cast<const uint8_t*>(sums), blocks * kScanBlock,
+                            Block(block), blocks, layout_, heads, queries_.group, estimates,
+                            nullptr, nullptr, stride);
 }
 
-int ProductScan::Select(int64_t block, int blocks, const int16_t* sums, const ScanBounds& bounds,
+int ProductScan::Select(int64_t block, int blocks, const std::byte* sums, const ScanBounds& bounds,
                         const uint8_t* next, const ScanResults& results) const {
   kernels::ProductHead heads[kMaxGroup];
   FillHeads(block, bounds, heads);
   const auto first = static_cast<uint32_t>((block % kSegmentBlocks) * kScanBlock);
-  return kernels::SelectProducts(sums, blocks * kScanBlock, Block(block), blocks, layout_, heads,
-                                 queries_.group, first, results.chosen, results.key_weights,
-                                 blocks * kScanBlock, results.block_weights, blocks, next);
+  return kernels::SelectProducts(reinterpret_cast<const uint8_t*>(sums), blocks * kScanBlock,
+                                 Block(block), blocks, layout_, heads, queries_.group, first,
+                                 {results.chosen, results.key_weights, blocks * kScanBlock,
+                                  results.weight_units, results.block_weights, blocks},
+                                 next);
 }
 
-void ProductScan::AddRest(int64_t block, int blocks, const ScanResults& results, float* acc) const {
+void ProductScan::AddRest(int64_t block, int blocks, const ScanResults& results,
+                          RestSums& rest) const {
   const int value_dim = view_.shape.value_dim;
+  const int64_t number = block / kSegmentBlocks;
   if (!layout_.sketch) {
-    const Segment& segment = *view_.segments[static_cast<size_t>(block / kSegmentBlocks)];
+    const Segment& segment = *view_.segments[static_cast<size_t>(number)];
     kernels::AddWeightedRows(results.block_weights, blocks, queries_.group,
                              segment.block_means() + (block % kSegmentBlocks) * value_dim, blocks,
-                             value_dim, acc);
+                             value_dim, rest.acc);
     return;
   }
-  const ProductStretch& stretch = StretchOf(block);
-  float weights[kMaxGroup];
+  if (rest.segments == RestSums::kSegments || number % kStretchSegments == 0) FinishRest(rest);
+  if (rest.segments == 0) {
+    rest.first_segment = number;
+    std::fill_n(rest.components, queries_.group * kSketchDim, 0.0F);
+  }
   for (int h = 0; h < queries_.group; ++h) {
     const float* const of_blocks = results.block_weights + static_cast<ptrdiff_t>(h) * blocks;
-    weights[h] = 0.0F;
-    for (int b = 0; b < blocks; ++b) weights[h] += of_blocks[b];
+    float sum = 0.0F;
+    for (int b = 0; b < blocks; ++b) sum += of_blocks[b];
+    rest.weights[h * RestSums::kSegments + rest.segments] = sum;
   }
-  const int64_t segment = block % kStretchBlocks / kSegmentBlocks;
-  kernels::AddWeightedRows(weights, 1, queries_.group,
-                           stretch.value_means.get() + segment * value_dim, 1, value_dim, acc);
-  float components[kMaxGroup * kSketchDim] = {};
+  ++rest.segments;
   kernels::AddSketches(Block(block), blocks, layout_, results.key_weights, blocks * kScanBlock,
-                       queries_.group, components);
-  kernels::AddWeightedRows(components, kSketchDim, queries_.group,
-                           stretch.codebook->sketch_rows.data(), kSketchDim, value_dim, acc);
+                       results.weight_units, queries_.group, rest.components);
+}
+
+void ProductScan::FinishRest(RestSums& rest) const {
+  if (rest.segments == 0) return;
+  const int value_dim = view_.shape.value_dim;
+  const ProductStretch& stretch = StretchOf(rest.first_segment * kSegmentBlocks);
+  kernels::AddWeightedRows(
+      rest.weights, RestSums::kSegments, queries_.group,
+      stretch.value_means.get() + rest.first_segment % kStretchSegments * value_dim, rest.segments,
+      value_dim, rest.acc);
+  kernels::AddWeightedRows(rest.components, kSketchDim, queries_.group,
+                           stretch.codebook->sketch_rows.data(), kSketchDim, value_dim, rest.acc);
+  rest.segments = 0;
 }
 
 void ProductScan::Weigh(int64_t block, int head, float reference, float* weights,
@@ -105,11 +137,11 @@ void ProductScan::Weigh(int64_t block, int head, float reference, float* weights
   const std::vector<float> references(static_cast<size_t>(queries_.group), reference);
   kernels::ProductHead heads[kMaxGroup];
   FillHeads(block, {{}, references.data()}, heads);
-  alignas(kCacheLine) int16_t sums[kScanBlock];
+  alignas(kCacheLine) uint8_t sums[kScanBlock];
   float estimates[kScanBlock];
-  const int8_t* const entries = TablesOf(block).entries + static_cast<ptrdiff_t>(head) *
-                                                              layout_.Symbols() *
-                                                              kernels::kTableSize;
+  const uint8_t* const entries = TablesOf(block).entries + static_cast<ptrdiff_t>(head) *
+                                                               layout_.Symbols() *
+                                                               kernels::kTableSize;
   kernels::ScanProducts(Block(block), 1, layout_, entries, 1, sums, kScanBlock);
   kernels::EstimateProducts(sums, kScanBlock, Block(block), 1, layout_, heads + head, 1, estimates,
                             weights, deviations, kScanBlock);
@@ -136,11 +168,10 @@ int64_t ProductScan::BytesRead(int64_t blocks, int64_t sampled) const {
   const auto value_bytes = static_cast<int64_t>(view_.shape.ValueRowBytes());
   const int64_t dim = view_.shape.key_dim;
   const int64_t means = layout_.sketch ? (blocks + kSegmentBlocks - 1) / kSegmentBlocks : blocks;
-  const int64_t floats = dim * kernels::kCentroids + kernels::kCentroids;
-  const int64_t book = dim * dim * static_cast<int64_t>(sizeof(uint16_t)) +
-                       floats * static_cast<int64_t>(sizeof(float)) +
+  const int64_t book = dim * (dim + kernels::kCentroids) * static_cast<int64_t>(sizeof(uint16_t)) +
+                       kernels::kCentroids * static_cast<int64_t>(sizeof(float)) +
                        (layout_.sketch ? kSketchDim * value_bytes : 0);
-  return blocks * BlockBytes() + sampled * layout_.SketchOffset() + means * value_bytes +
+  return blocks * layout_.BlockBytes() + sampled * layout_.SketchOffset() + means * value_bytes +
          static_cast<int64_t>(tables_.size()) * book;
 }
 

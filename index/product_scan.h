@@ -2,6 +2,7 @@
 #ifndef KVSEEK_INDEX_PRODUCT_SCAN_H_
 #define KVSEEK_INDEX_PRODUCT_SCAN_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -19,24 +20,28 @@ class ProductScan final : public ScanCode {
   /// `index` and `view` must outlive it. Its tables stand in `memory`.
   ProductScan(const ProductIndex& index, const KvView& view, const ScanQueries& queries,
               int64_t last_segment, Scratch& memory);
+  /// Fetches what making one begins with.
+  static void FetchFirst(const ProductIndex& index, int64_t first_segment);
 
-  void Scan(int64_t block, int blocks, const uint8_t* next, int16_t* sums) const override;
-  void Estimate(int64_t block, int blocks, const int16_t* sums, float* estimates,
+  void Scan(int64_t block, int blocks, const uint8_t* next, std::byte* sums) const override;
+  void Estimate(int64_t block, int blocks, const std::byte* sums, float* estimates,
                 int stride) const override;
-  int Select(int64_t block, int blocks, const int16_t* sums, const ScanBounds& bounds,
+  int Select(int64_t block, int blocks, const std::byte* sums, const ScanBounds& bounds,
              const uint8_t* next, const ScanResults& results) const override;
-  void AddRest(int64_t block, int blocks, const ScanResults& results, float* acc) const override;
+  void AddRest(int64_t block, int blocks, const ScanResults& results,
+               RestSums& rest) const override;
+  void FinishRest(RestSums& rest) const override;
   void Weigh(int64_t block, int head, float reference, float* weights,
              float* deviations) const override;
   void PrefetchRest(int64_t block, int blocks) const override;
   const uint8_t* Block(int64_t block) const override;
-  int BlockBytes() const override { return layout_.BlockBytes(); }
+  int ScannedBytes() const override { return layout_.SketchOffset(); }
   int64_t BytesRead(int64_t blocks, int64_t sampled) const override;
 
  private:
   /// The queries' tables for one codebook.
   struct Tables {
-    int8_t* entries;                ///< (group, symbols, 64)
+    uint8_t* entries;               ///< (group, symbols, 64)
     kernels::ProductTables* heads;  ///< (group)
   };
 

@@ -5,6 +5,7 @@
 #ifndef KVSEEK_INDEX_SCAN_CODE_H_
 #define KVSEEK_INDEX_SCAN_CODE_H_
 
+#include <cstddef>
 #include <cstdint>
 
 #include "absl/types/span.h"
@@ -29,28 +30,48 @@ struct ScanBounds {
 
 /// Results for the keys of one segment part, and what AddRest needs of them.
 struct ScanResults {
-  uint32_t* chosen;       ///< (1024) ascending indices into the segment
-  float* block_weights;   ///< (group, blocks): summed weight of the unchosen keys
-  uint16_t* key_weights;  ///< (group, blocks * 64) bf16: product codes only
+  uint32_t* chosen;      ///< (1024) ascending indices into the segment
+  float* block_weights;  ///< (group, blocks): summed weight of the unchosen keys
+  uint8_t* key_weights;  ///< (group, blocks * 64), in weight_units: product codes only
+  float* weight_units;   ///< (group)
 };
 
+/// What stands for the values of unread keys, added up over consecutive segments.
+struct RestSums {
+  static constexpr int kSegments = 16;
+
+  float* acc;         ///< (group, value_dim)
+  float* weights;     ///< (group, kSegments), of segments that wait: product codes only
+  float* components;  ///< (group, kernels::kSketchDim), of their keys: product codes only
+  int64_t first_segment = 0;
+  int segments = 0;  ///< that wait to be added to acc
+};
+
+/// Bytes of a key's sum for each head. What they are is the code's own affair.
+inline constexpr size_t kSumBytes = 2;
+
 /// Thread-safe because immutable. Blocks are numbered over the session, and the `blocks` blocks
-/// from `block` on are all of one segment; sums are (group, blocks * 64).
+/// from `block` on are all of one segment; sums are (group, blocks * 64, kSumBytes), 64-byte
+/// aligned.
 class ScanCode {
  public:
   virtual ~ScanCode() = default;
 
   /// Adds up the tables' entries for every key. `next`: Block of as many blocks again that will be
   /// scanned next, or null.
-  virtual void Scan(int64_t block, int blocks, const uint8_t* next, int16_t* sums) const = 0;
+  virtual void Scan(int64_t block, int blocks, const uint8_t* next, std::byte* sums) const = 0;
   /// estimates[h * stride + key] that thresholds are compared with.
-  virtual void Estimate(int64_t block, int blocks, const int16_t* sums, float* estimates,
+  virtual void Estimate(int64_t block, int blocks, const std::byte* sums, float* estimates,
                         int stride) const = 0;
   /// Chooses keys and weighs the others; returns how many it chose.
-  virtual int Select(int64_t block, int blocks, const int16_t* sums, const ScanBounds& bounds,
+  virtual int Select(int64_t block, int blocks, const std::byte* sums, const ScanBounds& bounds,
                      const uint8_t* next, const ScanResults& results) const = 0;
-  /// Adds the unchosen keys' weights times what stands for their values to acc (group, value_dim).
-  virtual void AddRest(int64_t block, int blocks, const ScanResults& results, float* acc) const = 0;
+  /// Adds the unchosen keys' weights times what stands for their values. Calls are for consecutive
+  /// segments.
+  virtual void AddRest(int64_t block, int blocks, const ScanResults& results,
+                       RestSums& rest) const = 0;
+  /// Completes rest.acc.
+  virtual void FinishRest(RestSums& rest) const = 0;
   /// One block and one head: weights over exp(reference), and each estimate's deviation; (64) each.
   virtual void Weigh(int64_t block, int head, float reference, float* weights,
                      float* deviations) const = 0;
@@ -58,7 +79,8 @@ class ScanCode {
   virtual void PrefetchRest(int64_t block, int blocks) const = 0;
 
   virtual const uint8_t* Block(int64_t block) const = 0;
-  virtual int BlockBytes() const = 0;
+  /// What Scan, Estimate and Select read of a block: its first bytes.
+  virtual int ScannedBytes() const = 0;
   /// All that a search reads through it, with `sampled` of its blocks read twice.
   virtual int64_t BytesRead(int64_t blocks, int64_t sampled) const = 0;
 };

@@ -48,15 +48,14 @@ std::vector<uint32_t> BestIndices(absl::Span<const float> values, int64_t count,
   count = std::clamp<int64_t>(count, 0, size);
   auto* const work = scratch.Take<int32_t>(values.size());
   const float threshold = kernels::RankThreshold(values.data(), size, count, work);
-  int64_t above = 0;
-  for (const float value : values) above += value > threshold ? 1 : 0;
-  int64_t ties = count - above;
-  std::vector<uint32_t> best;
-  best.reserve(static_cast<size_t>(count));
-  for (size_t i = 0; i < values.size() && count > 0; ++i) {
-    if (values[i] < threshold) continue;  // nearly always
-    if (values[i] > threshold || ties-- > 0) best.push_back(static_cast<uint32_t>(i));
-  }
+  if (count == 0) return {};
+  auto* const indices = scratch.Take<uint32_t>(values.size());
+  const int64_t found = kernels::IndicesFrom(values.data(), size, threshold, indices);
+  std::vector<uint32_t> best(indices, indices + found);
+  if (found == count) return best;
+  const auto is_tie = [&](uint32_t i) { return values[i] == threshold; };
+  int64_t ties = count - found + std::count_if(best.begin(), best.end(), is_tie);
+  std::erase_if(best, [&](uint32_t i) { return is_tie(i) && ties-- <= 0; });
   return best;
 }
 

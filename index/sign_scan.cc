@@ -35,33 +35,36 @@ SignScan::SignScan(const KvView& view, const ScanQueries& queries, Scratch& memo
   }
 }
 
-void SignScan::Scan(int64_t block, int blocks, const uint8_t* next, int16_t* sums) const {
+void SignScan::Scan(int64_t block, int blocks, const uint8_t* next, std::byte* sums) const {
   kernels::ScanCodes(Block(block), blocks, symbols_, view_.shape.scan_bits, tables_, queries_.group,
-                     sums, blocks * kScanBlock, next);
+                     reinterpret_cast<int16_t*>(sums), blocks * kScanBlock, next);
 }
 
-void SignScan::Estimate(int64_t block, int blocks, const int16_t* sums, float* estimates,
+void SignScan::Estimate(int64_t block, int blocks, const std::byte* sums, float* estimates,
                         int stride) const {
   kernels::ScanHead heads[kMaxGroup];
   constexpr float kReference[kMaxGroup] = {};
   FillHeads(block / kSegmentBlocks, {{}, kReference}, heads);
-  kernels::EstimateScores(sums, blocks * kScanBlock, Block(block), blocks, symbols_,
-                          view_.shape.scan_bits, heads, queries_.group, estimates, stride, nullptr);
+  kernels::EstimateScores(reinterpret_cast<const int16_t*>(sums), blocks * kScanBlock, Block(block),
+                          blocks, symbols_, view_.shape.scan_bits, heads, queries_.group, estimates,
+                          stride, nullptr);
 }
 
-int SignScan::Select(int64_t block, int blocks, const int16_t* sums, const ScanBounds& bounds,
+int SignScan::Select(int64_t block, int blocks, const std::byte* sums, const ScanBounds& bounds,
                      const uint8_t* next, const ScanResults& results) const {
   kernels::ScanHead heads[kMaxGroup];
   FillHeads(block / kSegmentBlocks, bounds, heads);
   const auto first = static_cast<uint32_t>((block % kSegmentBlocks) * kScanBlock);
-  return kernels::SelectAndWeigh(sums, blocks * kScanBlock, Block(block), blocks, symbols_,
-                                 view_.shape.scan_bits, heads, queries_.group, first,
-                                 results.chosen, results.block_weights, blocks, next);
+  return kernels::SelectAndWeigh(reinterpret_cast<const int16_t*>(sums), blocks * kScanBlock,
+                                 Block(block), blocks, symbols_, view_.shape.scan_bits, heads,
+                                 queries_.group, first, results.chosen, results.block_weights,
+                                 blocks, next);
 }
 
-void SignScan::AddRest(int64_t block, int blocks, const ScanResults& results, float* acc) const {
+void SignScan::AddRest(int64_t block, int blocks, const ScanResults& results,
+                       RestSums& rest) const {
   kernels::AddWeightedRows(results.block_weights, blocks, queries_.group, Means(block), blocks,
-                           view_.shape.value_dim, acc);
+                           view_.shape.value_dim, rest.acc);
 }
 
 void SignScan::Weigh(int64_t block, int head, float reference, float* weights,
@@ -112,15 +115,15 @@ const uint16_t* SignScan::Means(int64_t block) const {
 }
 
 const uint8_t* SignScan::Block(int64_t block) const {
-  return SegmentOf(block).scan_blocks() + (block % kSegmentBlocks) * BlockBytes();
+  return SegmentOf(block).scan_blocks() + (block % kSegmentBlocks) * ScannedBytes();
 }
 
-int SignScan::BlockBytes() const {
+int SignScan::ScannedBytes() const {
   return kernels::ScanBlockBytes(symbols_, view_.shape.scan_bits);
 }
 
 int64_t SignScan::BytesRead(int64_t blocks, int64_t sampled) const {
-  return (blocks + sampled) * BlockBytes() +
+  return (blocks + sampled) * ScannedBytes() +
          blocks * static_cast<int64_t>(view_.shape.ValueRowBytes());
 }
 

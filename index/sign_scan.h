@@ -3,6 +3,7 @@
 #ifndef KVSEEK_INDEX_SIGN_SCAN_H_
 #define KVSEEK_INDEX_SIGN_SCAN_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -20,17 +21,19 @@ class SignScan final : public ScanCode {
   /// Its tables stand in `memory`.
   SignScan(const KvView& view, const ScanQueries& queries, Scratch& memory);
 
-  void Scan(int64_t block, int blocks, const uint8_t* next, int16_t* sums) const override;
-  void Estimate(int64_t block, int blocks, const int16_t* sums, float* estimates,
+  void Scan(int64_t block, int blocks, const uint8_t* next, std::byte* sums) const override;
+  void Estimate(int64_t block, int blocks, const std::byte* sums, float* estimates,
                 int stride) const override;
-  int Select(int64_t block, int blocks, const int16_t* sums, const ScanBounds& bounds,
+  int Select(int64_t block, int blocks, const std::byte* sums, const ScanBounds& bounds,
              const uint8_t* next, const ScanResults& results) const override;
-  void AddRest(int64_t block, int blocks, const ScanResults& results, float* acc) const override;
+  void AddRest(int64_t block, int blocks, const ScanResults& results,
+               RestSums& rest) const override;
+  void FinishRest(RestSums& /*rest*/) const override {}
   void Weigh(int64_t block, int head, float reference, float* weights,
              float* deviations) const override;
   void PrefetchRest(int64_t block, int blocks) const override;
   const uint8_t* Block(int64_t block) const override;
-  int BlockBytes() const override;
+  int ScannedBytes() const override;
   int64_t BytesRead(int64_t blocks, int64_t sampled) const override;
 
  private:

@@ -11,6 +11,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "proto/status_code.h"
+#include "service/short_lock.h"
 #include "transport/pause.h"
 
 namespace kvseek::service {
@@ -114,7 +115,7 @@ void ComputePool::Wake(Wakeup wakeup) {
 void ComputePool::Submit(Job job, int count) {
   Wakeup wakeup;
   {
-    const std::lock_guard lock(mutex_);
+    const auto lock = LockShortly(mutex_);
     wakeup = Queue(std::move(job), count);
   }
   Wake(wakeup);  // without the lock, which they want first of all
@@ -161,14 +162,14 @@ bool ComputePool::ClaimWithin(std::chrono::microseconds time) {
 }
 
 ComputePool::Job ComputePool::Next() {
-  std::unique_lock lock(mutex_);
+  std::unique_lock lock = LockShortly(mutex_);
   ++idle_;
   bool claimed = Claim();
   if (!claimed && spin_.count() > 0) {
     ++looking_;
     lock.unlock();
     claimed = ClaimWithin(spin_);
-    lock.lock();
+    lock = LockShortly(mutex_);
     --looking_;
   }
   while (!claimed) {

@@ -81,6 +81,8 @@ class ComputePool {
     return waiting_.load(std::memory_order_relaxed) > idle_.load(std::memory_order_relaxed);
   }
 
+  /// How long a worker without a job looks for one (options.worker_spin).
+  std::chrono::microseconds spin() const { return spin_; }
   int workers() const { return static_cast<int>(threads_.size()); }
   /// Requests admitted, and how many may be.
   uint64_t requests() const { return requests_.load(std::memory_order_relaxed); }

@@ -10,11 +10,16 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/strings/str_cat.h"
 #include "proto/status_code.h"
+#include "service/short_lock.h"
+#include "transport/pause.h"
 
 namespace kvseek::service {
 namespace {
 
 using index::Scratch;
+
+// How long a worker looks for the next step of a run before it looks for other work.
+constexpr std::chrono::microseconds kLookMax{200};
 
 /// The searches of one request under way. Runners (jobs on the pool) take units from it until there
 /// are none.
@@ -53,6 +58,13 @@ class SearchRun {
   static void Work(const std::shared_ptr<SearchRun>& run, Scratch& scratch);
   /// Takes the next unit for a runner; without one, the runner is gone.
   Unit Next() ABSL_LOCKS_EXCLUDED(mutex_);
+  /// For a runner that has gone: looks for units that another runner's unit makes ready, as long as
+  /// idle workers look for jobs, but not long. True: there are some, and it is back.
+  bool ComeBack() ABSL_LOCKS_EXCLUDED(mutex_);
+  /// Whether there are units to be given out.
+  bool HasUnits() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    return failure_.ok() && (!open_.empty() || next_task_ < tasks_.size());
+  }
   /// What came of a unit.
   struct Outcome {
     absl::Status status;
@@ -71,8 +83,12 @@ class SearchRun {
   int GoOn(size_t task, Scratch& scratch);
   /// Takes the result of a plan that is complete; false if it is not to be trusted.
   bool Finish(size_t task, Scratch& scratch);
-  /// Books a unit. Returns how many more runners there is work for.
-  int Book(const Unit& unit, Outcome outcome) ABSL_LOCKS_EXCLUDED(mutex_);
+  /// What is to be done after a unit.
+  struct Booked {
+    int more = 0;       ///< runners there is work for
+    bool last = false;  ///< no unit is under way: FinishIfComplete
+  };
+  Booked Book(const Unit& unit, Outcome outcome) ABSL_LOCKS_EXCLUDED(mutex_);
   /// Calls `done` if no unit is under way and none is left to do; true: that has been done. Runners
   /// that still wait for a worker are not waited for; they will find nothing.
   bool FinishIfComplete(Scratch& scratch) ABSL_LOCKS_EXCLUDED(mutex_);
@@ -91,14 +107,16 @@ class SearchRun {
       ABSL_GUARDED_BY(mutex_);  ///< planned searches with pieces left to give out
   int64_t open_pieces_ ABSL_GUARDED_BY(mutex_) = 0;
   int runners_ ABSL_GUARDED_BY(mutex_) = 0;    ///< jobs queued or running
+  int lookers_ ABSL_GUARDED_BY(mutex_) = 0;    ///< runners gone that may come back
   int under_way_ ABSL_GUARDED_BY(mutex_) = 0;  ///< units taken and not booked
   bool done_called_ ABSL_GUARDED_BY(mutex_) = false;
   absl::Status failure_ ABSL_GUARDED_BY(mutex_);
+  std::atomic<bool> changed_{false};  ///< since a looker has last looked; set with the lock
 };
 
 SearchRun::Unit SearchRun::Next() {
   absl::Status give_up = give_up_.Check();
-  const std::lock_guard lock(mutex_);
+  const auto lock = LockShortly(mutex_);
   if (failure_.ok()) failure_ = std::move(give_up);
   if (failure_.ok() && next_task_ < tasks_.size() && (open_.empty() || plans_ < plans_wanted())) {
     ++under_way_;
@@ -116,6 +134,27 @@ SearchRun::Unit SearchRun::Next() {
   }
   --runners_;
   return {};
+}
+
+bool SearchRun::ComeBack() {
+  const auto end = std::chrono::steady_clock::now() + std::min(pool_.spin(), kLookMax);
+  const auto may_look = [&] { return !pool_.Crowded() && std::chrono::steady_clock::now() < end; };
+  if (!may_look()) return false;
+  bool counted = false;
+  for (;;) {
+    {
+      const auto lock = LockShortly(mutex_);
+      if (std::exchange(counted, true)) --lookers_;
+      if (HasUnits()) {
+        ++runners_;
+        return true;
+      }
+      if (done_called_ || !failure_.ok() || !may_look()) return false;
+      changed_.store(false);
+      ++lookers_;
+    }
+    while (!changed_.load(std::memory_order_relaxed) && may_look()) transport::Pause();
+  }
 }
 
 std::unique_ptr<index::SearchPlan> SearchRun::Plan(const SearchTask& task, bool distrusted,
@@ -194,21 +233,23 @@ bool SearchRun::Finish(size_t task, Scratch& scratch) {
   return true;
 }
 
-int SearchRun::Book(const Unit& unit, Outcome outcome) {
-  const std::lock_guard lock(mutex_);
+SearchRun::Booked SearchRun::Book(const Unit& unit, Outcome outcome) {
+  const auto lock = LockShortly(mutex_);
   --under_way_;
+  const bool last = under_way_ == 0;
   if (failure_.ok()) failure_ = std::move(outcome.status);
-  if (!failure_.ok()) return 0;
+  if (!failure_.ok()) return {0, last};
   if (outcome.finished) --plans_;
   if (outcome.opened > 0) {
     open_.push_back(unit.task);
     open_pieces_ += outcome.opened;
   }
   const int64_t units = open_pieces_ + static_cast<int64_t>(tasks_.size() - next_task_);
-  const int64_t wanted = std::min<int64_t>(units, pool_.workers()) - runners_;
-  if (wanted <= 0) return 0;
+  if (outcome.opened > 0) changed_.store(true);
+  const int64_t wanted = std::min<int64_t>(units, pool_.workers()) - runners_ - lookers_;
+  if (wanted <= 0) return {0, last};
   runners_ += static_cast<int>(wanted);
-  return static_cast<int>(wanted);
+  return {static_cast<int>(wanted), last};
 }
 
 bool SearchRun::FinishIfComplete(Scratch& scratch) {
@@ -218,6 +259,7 @@ bool SearchRun::FinishIfComplete(Scratch& scratch) {
     const bool nothing_left = open_.empty() && next_task_ == tasks_.size();
     if (under_way_ > 0 || (failure_.ok() && !nothing_left)) return false;
     if (std::exchange(done_called_, true)) return true;
+    changed_.store(true);
     failure = failure_;
   }
   scratch.Reset();
@@ -244,11 +286,13 @@ void SearchRun::Start(const std::shared_ptr<SearchRun>& run, Scratch& scratch) {
 void SearchRun::Work(const std::shared_ptr<SearchRun>& run, Scratch& scratch) {
   for (;;) {
     const Unit unit = run->Next();
+    Booked booked = {0, true};
     if (!unit.none) {
-      const int more = run->Book(unit, run->Run(unit, scratch));
-      if (more > 0) run->pool_.Submit([run](Scratch& own) { Work(run, own); }, more);
+      booked = run->Book(unit, run->Run(unit, scratch));
+      if (booked.more > 0) run->pool_.Submit([run](Scratch& own) { Work(run, own); }, booked.more);
     }
-    if (run->FinishIfComplete(scratch) || unit.none) return;
+    if (booked.last && run->FinishIfComplete(scratch)) return;
+    if (unit.none && !run->ComeBack()) return;
     if (run->pool_.Crowded()) {
       run->pool_.Submit([run](Scratch& own) { Work(run, own); });
       return;

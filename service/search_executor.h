@@ -8,6 +8,9 @@
 // a worker makes room for other requests that wait. No unit waits for another. Every result has its
 // own slot: the same searches give the same bits, whatever the number of workers.
 //
+// Where workers look for jobs before they sleep (DaemonOptions::worker_spin), one for which a run
+// has no unit looks for those of its next steps, for 200 us at most and while no other job waits.
+//
 // A search that may be answered from an earlier one (index/reuse.h) is run like any other; if its
 // answer is not trusted, it is planned once more, as a search.
 #ifndef KVSEEK_SERVICE_SEARCH_EXECUTOR_H_

@@ -159,6 +159,11 @@ void ScoreFloatRows(const float* queries, int group, const float* rows, int coun
                  scores, score_stride);
 }
 
+void ScoreGatheredFloatRows(const float* queries, int group, const float* const* rows, int count,
+                            int dim, float* scores, int score_stride) {
+  ScoreAll<Fp32>(queries, group, GatheredRows<Fp32>{rows}, count, dim, scores, score_stride);
+}
+
 void AttendRows(const float* queries, const uint16_t* keys, const uint16_t* values, DType dtype,
                 int tokens, int key_dim, const GroupState& state) {
   if (dtype == DType::kBf16) {
@@ -237,6 +242,7 @@ namespace kvseek::kernels {
 HWY_EXPORT(ScoreRows);
 HWY_EXPORT(ScoreGathered);
 HWY_EXPORT(ScoreFloatRows);
+HWY_EXPORT(ScoreGatheredFloatRows);
 HWY_EXPORT(AttendRows);
 HWY_EXPORT(AccumulateScored);
 HWY_EXPORT(AccumulateScoredGathered);
@@ -258,6 +264,12 @@ void ScoreGathered(const float* queries, int group, const uint16_t* const* key_r
 void ScoreFloatRows(const float* queries, int group, const float* rows, int count, int dim,
                     float* scores, int score_stride) noexcept {
   HWY_DYNAMIC_DISPATCH(ScoreFloatRows)
+  (queries, group, rows, count, dim, scores, score_stride);
+}
+
+void ScoreGatheredFloatRows(const float* queries, int group, const float* const* rows, int count,
+                            int dim, float* scores, int score_stride) noexcept {
+  HWY_DYNAMIC_DISPATCH(ScoreGatheredFloatRows)
   (queries, group, rows, count, dim, scores, score_stride);
 }
 

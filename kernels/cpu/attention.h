@@ -29,6 +29,10 @@ void ScoreGathered(const float* queries, int group, const uint16_t* const* key_r
 void ScoreFloatRows(const float* queries, int group, const float* rows, int count, int dim,
                     float* scores, int score_stride) noexcept;
 
+/// The same for fp32 rows anywhere.
+void ScoreGatheredFloatRows(const float* queries, int group, const float* const* rows, int count,
+                            int dim, float* scores, int score_stride) noexcept;
+
 /// Adds attention over `tokens` contiguous rows to `state`. One pass, block-wise online softmax.
 void AttendRows(const float* queries, const uint16_t* keys, const uint16_t* values, DType dtype,
                 int tokens, int key_dim, const GroupState& state) noexcept;

@@ -25,17 +25,12 @@ struct FineRow {
   const FineFactors* factors;
 };
 
-/// What turns integer products into scores, for one head and one segment.
-struct FineHead {
-  float centre;  ///< scale * <c, q>
-  float slope;   ///< scale * unit * 0.3352 / 2:
-                 ///< score = centre + slope * gain * sum_i (2 * nibble_i - 15) q_i
-};
-
-/// scores[h * score_stride + i] of rows[i], all of one segment; record_bytes =
-/// FineRecordBytes(padded_dim, value_dim).
+/// scores[h * score_stride + i] += slopes[h] * gain * sum over e of (2 nibble_e - 15) q_e, of
+/// rows[i], keys of any segments: what is there already is the score of each key's centre, and a
+/// slope is scale * unit * kFourBitStep / 2. record_bytes = FineRecordBytes(padded_dim, value_dim).
+/// Sixteen keys at a time where products of bytes are used.
 void ScoreFine(const FineRow* rows, int count, int record_bytes, const int8_t* quantised,
-               int padded_dim, const FineHead* fine_heads, int heads, float* scores,
+               int padded_dim, const float* slopes, int heads, float* scores,
                int score_stride) noexcept;
 
 /// Adds the keys, of any segments, to `state` with their scores and their 4-bit values.

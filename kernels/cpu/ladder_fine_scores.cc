@@ -2,6 +2,7 @@
 #include <cassert>
 #include <cmath>
 #include <cstddef>
+#include <cstring>
 
 #include "kernels/cpu/ladder_fine.h"
 
@@ -17,7 +18,7 @@ namespace kvseek::kernels {
 namespace HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-constexpr int kAhead = 12;  // records between prefetch and use
+constexpr int kAhead = 16;  // records between prefetch and use
 
 HWY_INLINE int32_t SumQuery(const int8_t* query, int padded_dim) {
   const hn::ScalableTag<int32_t> d;
@@ -31,54 +32,56 @@ HWY_INLINE int32_t SumQuery(const int8_t* query, int padded_dim) {
 
 #if HWY_TARGET <= HWY_AVX3_DL
 
-/// Lane 4 j + h := sum of the lanes of sums[j][h].
-KVSEEK_VNNI HWY_INLINE __m512i SumSixteen(const __m512i (*sums)[4]) {
-  __m512i rows[4];
-  for (int j = 0; j < 4; ++j) {
-    const __m512i* v = sums[j];
-    const __m512i v01 =
-        _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
-    const __m512i v23 =
-        _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
-    rows[j] = _mm512_add_epi32(_mm512_unpacklo_epi64(v01, v23), _mm512_unpackhi_epi64(v01, v23));
+constexpr int kRows = 16;  // records at a time, one in each lane of 32 bits
+
+/// Lane i of words[j] := word j of rows[i].
+HWY_INLINE void Transpose(const __m512i* rows, __m512i* words) {
+  // fours[4 g + k], block q of 128 bits: words 4 q + k of rows 4 g to 4 g + 3.
+  __m512i fours[kRows];
+#pragma GCC unroll 4
+  for (int g = 0; g < kRows; g += 4) {
+    const __m512i low01 = _mm512_unpacklo_epi32(rows[g], rows[g + 1]);
+    const __m512i low23 = _mm512_unpacklo_epi32(rows[g + 2], rows[g + 3]);
+    const __m512i high01 = _mm512_unpackhi_epi32(rows[g], rows[g + 1]);
+    const __m512i high23 = _mm512_unpackhi_epi32(rows[g + 2], rows[g + 3]);
+    fours[g] = _mm512_unpacklo_epi64(low01, low23);
+    fours[g + 1] = _mm512_unpackhi_epi64(low01, low23);
+    fours[g + 2] = _mm512_unpacklo_epi64(high01, high23);
+    fours[g + 3] = _mm512_unpackhi_epi64(high01, high23);
   }
-  // Blocks of four lanes: 0 + 2, 1 + 3 of two rows, then of four.
-  const __m512i low = _mm512_add_epi32(_mm512_shuffle_i32x4(rows[0], rows[1], 0x44),
-                                       _mm512_shuffle_i32x4(rows[0], rows[1], 0xee));
-  const __m512i high = _mm512_add_epi32(_mm512_shuffle_i32x4(rows[2], rows[3], 0x44),
-                                        _mm512_shuffle_i32x4(rows[2], rows[3], 0xee));
-  return _mm512_add_epi32(_mm512_shuffle_i32x4(low, high, 0x88),
-                          _mm512_shuffle_i32x4(low, high, 0xdd));
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {
+    const __m512i front01 = _mm512_shuffle_i32x4(fours[k], fours[k + 4], 0x44);
+    const __m512i front23 = _mm512_shuffle_i32x4(fours[k + 8], fours[k + 12], 0x44);
+    const __m512i back01 = _mm512_shuffle_i32x4(fours[k], fours[k + 4], 0xee);
+    const __m512i back23 = _mm512_shuffle_i32x4(fours[k + 8], fours[k + 12], 0xee);
+    words[k] = _mm512_shuffle_i32x4(front01, front23, 0x88);
+    words[k + 4] = _mm512_shuffle_i32x4(front01, front23, 0xdd);
+    words[k + 8] = _mm512_shuffle_i32x4(back01, back23, 0x88);
+    words[k + 12] = _mm512_shuffle_i32x4(back01, back23, 0xdd);
+  }
 }
 
-/// Four records at a time, for which each query is loaded once.
+HWY_INLINE __m512i BroadcastWord(const int8_t* bytes) {
+  int32_t word;
+  std::memcpy(&word, bytes, sizeof(word));
+  return _mm512_set1_epi32(word);
+}
+
+/// Sixteen records at a time: each head's products stand side by side.
 template <int kHeads>
 KVSEEK_VNNI void ScoreT(const FineInput& in, int record_bytes, const int8_t* quantised,
-                        int padded_dim, const FineHead* fine_heads, float* scores,
-                        int score_stride) {
-  constexpr int kRows = 4;
+                        int padded_dim, const float* slopes, float* scores, int score_stride) {
   const int half_dim = padded_dim / 2;
-  // Lane 4 h + j belongs to head h and record j.
-  alignas(64) float centres[16] = {};
-  alignas(64) float slopes[16] = {};
-  alignas(64) int32_t centrings[16] = {};
+  __m512i centring[kHeads];
   for (int h = 0; h < kHeads; ++h) {
-    const int32_t centring =
-        15 * SumQuery(quantised + static_cast<ptrdiff_t>(h) * padded_dim, padded_dim);
-    for (int j = 4 * h; j < 4 * h + kRows; ++j) {
-      centres[j] = fine_heads[h].centre;
-      slopes[j] = fine_heads[h].slope;
-      centrings[j] = centring;
-    }
+    const int sum = SumQuery(quantised + static_cast<ptrdiff_t>(h) * padded_dim, padded_dim);
+    centring[h] = _mm512_set1_epi32(15 * sum);
   }
-  const __m512 centre = _mm512_load_ps(centres);
-  const __m512 slope = _mm512_load_ps(slopes);
-  const __m512i centring = _mm512_load_si512(centrings);
-  const __m512i by_head = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const __m512i nibble = _mm512_set1_epi8(15);
   for (int i = 0; i < in.count; i += kRows) {
     const uint8_t* records[kRows];
-    alignas(16) float gains[kRows];
+    alignas(64) float gains[kRows];
     for (int j = 0; j < kRows; ++j) {
       const FineRow& row = in.rows[std::min(i + j, in.count - 1)];
       records[j] = row.record;
@@ -88,38 +91,39 @@ KVSEEK_VNNI void ScoreT(const FineInput& in, int record_bytes, const int8_t* qua
       PrefetchLines(next.record, next.record + record_bytes);
       hwy::Prefetch(next.factors);
     }
-    __m512i sums[kRows][4];
-    for (auto& row : sums) std::fill_n(row, 4, _mm512_setzero_si512());
+    // Of the low and of the high nibbles, so that they do not wait for each other.
+    __m512i low_sums[kHeads];
+    __m512i high_sums[kHeads];
+    for (int h = 0; h < kHeads; ++h) low_sums[h] = high_sums[h] = _mm512_setzero_si512();
     for (int at = 0; at < half_dim; at += 64) {
-      const __mmask64 bytes = half_dim - at >= 64 ? ~uint64_t{0} : 0xffffffffU;
-      __m512i low[kRows];
-      __m512i high[kRows];
-      for (int j = 0; j < kRows; ++j) {
-        const __m512i both = _mm512_maskz_loadu_epi8(bytes, records[j] + at);
-        low[j] = _mm512_and_si512(both, nibble);
-        high[j] = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
-      }
-      const int8_t* query = quantised + at;
-      for (int h = 0; h < kHeads; ++h, query += padded_dim) {
-        const __m512i query_low = _mm512_maskz_loadu_epi8(bytes, query);
-        const __m512i query_high = _mm512_maskz_loadu_epi8(bytes, query + half_dim);
-        for (int j = 0; j < kRows; ++j) {
-          sums[j][h] = _mm512_dpbusd_epi32(sums[j][h], low[j], query_low);
-          sums[j][h] = _mm512_dpbusd_epi32(sums[j][h], high[j], query_high);
+      const int bytes = std::min(64, half_dim - at);
+      const __mmask64 mask = bytes == 64 ? ~uint64_t{0} : 0xffffffffU;
+      __m512i rows[kRows];
+      __m512i words[kRows];
+#pragma GCC unroll 16
+      for (int j = 0; j < kRows; ++j) rows[j] = _mm512_maskz_loadu_epi8(mask, records[j] + at);
+      Transpose(rows, words);
+      for (int w = 0; 4 * w < bytes; ++w) {
+        const __m512i low = _mm512_and_si512(words[w], nibble);
+        const __m512i high = _mm512_and_si512(_mm512_srli_epi16(words[w], 4), nibble);
+        const int8_t* query = quantised + at + static_cast<ptrdiff_t>(4 * w);
+        for (int h = 0; h < kHeads; ++h, query += padded_dim) {
+          low_sums[h] = _mm512_dpbusd_epi32(low_sums[h], low, BroadcastWord(query));
+          high_sums[h] = _mm512_dpbusd_epi32(high_sums[h], high, BroadcastWord(query + half_dim));
         }
       }
     }
-    const __m512i products = _mm512_permutexvar_epi32(by_head, SumSixteen(sums));
-    const __m512i centred = _mm512_sub_epi32(_mm512_slli_epi32(products, 1), centring);
-    const __m512 gain = _mm512_broadcast_f32x4(_mm_load_ps(gains));
-    const __m512 score =
-        _mm512_fmadd_ps(_mm512_mul_ps(slope, gain), _mm512_cvtepi32_ps(centred), centre);
-    const auto rows = static_cast<__mmask8>((1U << std::min(kRows, in.count - i)) - 1U);
-    alignas(64) float lanes[16];
-    _mm512_store_ps(lanes, score);
+    const __m512 gain = _mm512_load_ps(gains);
+    const int left = std::min(kRows, in.count - i);
+    const auto there = static_cast<__mmask16>((1U << left) - 1U);
     for (int h = 0; h < kHeads; ++h) {
-      _mm_mask_storeu_ps(scores + static_cast<ptrdiff_t>(h) * score_stride + i, rows,
-                         _mm_load_ps(lanes + static_cast<ptrdiff_t>(4 * h)));
+      const __m512i products = _mm512_add_epi32(low_sums[h], high_sums[h]);
+      const __m512i centred = _mm512_sub_epi32(_mm512_slli_epi32(products, 1), centring[h]);
+      const __m512 slope = _mm512_mul_ps(_mm512_set1_ps(slopes[h]), gain);
+      float* const of_head = scores + static_cast<ptrdiff_t>(h) * score_stride + i;
+      const __m512 before = _mm512_maskz_loadu_ps(there, of_head);
+      const __m512 score = _mm512_fmadd_ps(slope, _mm512_cvtepi32_ps(centred), before);
+      _mm512_mask_storeu_ps(of_head, there, score);
     }
   }
 }
@@ -164,12 +168,10 @@ HWY_INLINE void NibbleProducts(const uint8_t* record, int half_dim, const int16_
   for (int h = 0; h < kHeads; ++h) sums[h] = hn::RearrangeToOddPlusEven(sums[h], other[h]);
 }
 
-/// What turns products into scores, four heads at a time: centre + slope * gain * (2 product -
-/// centring).
+/// What turns products into scores, four heads at a time: slope * gain * (2 product - centring).
 template <int kPadded>
 struct ScoreHeads {
   static constexpr int kFour = 4;
-  alignas(64) float centre[kPadded] = {};
   alignas(64) float slope[kPadded] = {};
   alignas(64) int32_t centring[kPadded] = {};  // 15 * sum(q), for nibbles count from 0
 
@@ -180,15 +182,14 @@ struct ScoreHeads {
       const auto product = hn::LoadU(di, products + j);
       const auto sum = hn::Sub(hn::Add(product, product), hn::LoadU(di, centring + h + j));
       const auto factor = hn::Mul(hn::LoadU(d, slope + h + j), hn::Set(d, gain));
-      hn::StoreU(hn::MulAdd(factor, hn::ConvertTo(d, sum), hn::LoadU(d, centre + h + j)), d,
-                 scores + j);
+      hn::StoreU(hn::Mul(factor, hn::ConvertTo(d, sum)), d, scores + j);
     }
   }
 };
 
 template <int kHeads>
 void ScoreT(const FineInput& in, int record_bytes, const int8_t* quantised, int padded_dim,
-            const FineHead* fine_heads, float* scores, int score_stride) {
+            const float* slopes, float* scores, int score_stride) {
   constexpr int kPadded = (kHeads + 3) / 4 * 4;
   const D32 d32;
   ScoreHeads<kPadded> score_heads;
@@ -197,8 +198,7 @@ void ScoreT(const FineInput& in, int record_bytes, const int8_t* quantised, int 
   for (int h = 0; h < kHeads; ++h) {
     score_heads.centring[h] =
         15 * SumQuery(quantised + static_cast<ptrdiff_t>(h) * padded_dim, padded_dim);
-    score_heads.centre[h] = fine_heads[h].centre;
-    score_heads.slope[h] = fine_heads[h].slope;
+    score_heads.slope[h] = slopes[h];
   }
   for (int i = 0; i < in.count; ++i) {
     if (i + kAhead < in.count) {
@@ -216,7 +216,7 @@ void ScoreT(const FineInput& in, int record_bytes, const int8_t* quantised, int 
       SumFour(d32, sums + h, products);
       score_heads.Finish(h, products, gain, four);
       for (int j = 0; j < 4 && h + j < kHeads; ++j) {
-        scores[static_cast<ptrdiff_t>(h + j) * score_stride + i] = four[j];
+        scores[static_cast<ptrdiff_t>(h + j) * score_stride + i] += four[j];
       }
     }
   }
@@ -229,25 +229,49 @@ struct ScoreCall {
   int record_bytes;
   const int8_t* quantised;
   int padded_dim;
-  const FineHead* fine_heads;
+  const float* slopes;
   float* scores;
   int score_stride;
 
   template <int kHeads>
   void operator()() const {
-    ScoreT<kHeads>(in, record_bytes, quantised, padded_dim, fine_heads, scores, score_stride);
+    ScoreT<kHeads>(in, record_bytes, quantised, padded_dim, slopes, scores, score_stride);
   }
 };
 
 void ScoreFineImpl(const FineRow* rows, int count, int record_bytes, const int8_t* quantised,
-                   int padded_dim, const FineHead* fine_heads, int heads, float* scores,
+                   int padded_dim, const float* slopes, int heads, float* scores,
                    int score_stride) {
   for (int h = 0; h < heads; h += kHeadChunk) {
     const ScoreCall call = {
-        {rows, count}, record_bytes,   quantised + static_cast<ptrdiff_t>(h) * padded_dim,
-        padded_dim,    fine_heads + h, scores + static_cast<ptrdiff_t>(h) * score_stride,
+        {rows, count}, record_bytes, quantised + static_cast<ptrdiff_t>(h) * padded_dim,
+        padded_dim,    slopes + h,   scores + static_cast<ptrdiff_t>(h) * score_stride,
         score_stride};
     WithHeads(std::min(kHeadChunk, heads - h), call);
+  }
+}
+
+void QuantiseQueriesImpl(const float* rotated_queries, int heads, int padded_dim, int8_t* quantised,
+                         float* units) {
+  constexpr int32_t kLargest = 127;
+  const hn::CappedTag<float, 16> d;
+  const hn::RebindToSigned<decltype(d)> di;
+  const hn::Rebind<int8_t, decltype(d)> d8;
+  const auto lanes = static_cast<int>(hn::Lanes(d));
+  for (int h = 0; h < heads; ++h, rotated_queries += padded_dim, quantised += padded_dim) {
+    auto largest = hn::Zero(d);
+    for (int i = 0; i < padded_dim; i += lanes) {
+      largest = hn::Max(largest, hn::Abs(hn::LoadU(d, rotated_queries + i)));
+    }
+    units[h] = hn::GetLane(hn::MaxOfLanes(d, largest)) / static_cast<float>(kLargest);
+    // Below that the inverse is infinite; such a query scores nothing.
+    if (units[h] < 1e-37F) units[h] = 0.0F;
+    const auto inverse = hn::Set(d, units[h] == 0.0F ? 0.0F : 1.0F / units[h]);
+    for (int i = 0; i < padded_dim; i += lanes) {
+      const auto value = hn::NearestInt(hn::Mul(hn::LoadU(d, rotated_queries + i), inverse));
+      const auto bounded = hn::Max(hn::Min(value, hn::Set(di, kLargest)), hn::Set(di, -kLargest));
+      hn::StoreU(hn::DemoteTo(d8, bounded), d8, quantised + i);
+    }
   }
 }
 
@@ -259,30 +283,20 @@ HWY_AFTER_NAMESPACE();
 namespace kvseek::kernels {
 
 HWY_EXPORT(ScoreFineImpl);
+HWY_EXPORT(QuantiseQueriesImpl);
 
 void QuantiseQueries(const float* rotated_queries, int heads, int padded_dim, int8_t* quantised,
                      float* units) noexcept {
-  constexpr float kLargest = 127.0F;
-  for (int h = 0; h < heads; ++h, rotated_queries += padded_dim, quantised += padded_dim) {
-    float largest = 0.0F;
-    for (int i = 0; i < padded_dim; ++i) largest = std::max(largest, std::abs(rotated_queries[i]));
-    units[h] = largest / kLargest;
-    // Below that the inverse is infinite; such a query scores nothing.
-    if (units[h] < 1e-37F) units[h] = 0.0F;
-    const float inverse = units[h] == 0.0F ? 0.0F : 1.0F / units[h];
-    for (int i = 0; i < padded_dim; ++i) {
-      const float value = std::nearbyint(rotated_queries[i] * inverse);
-      quantised[i] = static_cast<int8_t>(std::clamp(value, -kLargest, kLargest));
-    }
-  }
+  HWY_DYNAMIC_DISPATCH(QuantiseQueriesImpl)
+  (rotated_queries, heads, padded_dim, quantised, units);
 }
 
 void ScoreFine(const FineRow* rows, int count, int record_bytes, const int8_t* quantised,
-               int padded_dim, const FineHead* fine_heads, int heads, float* scores,
+               int padded_dim, const float* slopes, int heads, float* scores,
                int score_stride) noexcept {
   assert(padded_dim >= 64 && padded_dim <= 512 && padded_dim % 64 == 0);
   HWY_DYNAMIC_DISPATCH(ScoreFineImpl)
-  (rows, count, record_bytes, quantised, padded_dim, fine_heads, heads, scores, score_stride);
+  (rows, count, record_bytes, quantised, padded_dim, slopes, heads, scores, score_stride);
 }
 
 }  // namespace kvseek::kernels

@@ -179,9 +179,17 @@ HWY_INLINE V8 FourthSymbol(V8 row0, V8 row1, V8 row2) {
   const auto low = hn::BitCast(d8, hn::ShiftRight<6>(hn::BitCast(d16, row0)));
   const auto middle = hn::BitCast(d8, hn::ShiftRight<4>(hn::BitCast(d16, row1)));
   const auto high = hn::BitCast(d8, hn::ShiftRight<2>(hn::BitCast(d16, row2)));
+#if HWY_TARGET <= HWY_AVX3
+  constexpr int kPick =
+      0xca;  // bits of the second operand where the first has ones, else the third
+  const __m512i low_middle =
+      _mm512_ternarylogic_epi32(_mm512_set1_epi8(0x03), low.raw, middle.raw, kPick);
+  return V8{_mm512_ternarylogic_epi32(_mm512_set1_epi8(0x0f), low_middle, high.raw, kPick)};
+#else
   const auto low_middle =
       hn::Or(hn::And(low, hn::Set(d8, 0x03)), hn::And(middle, hn::Set(d8, 0x0c)));
   return hn::Or(low_middle, hn::And(high, hn::Set(d8, 0x30)));
+#endif
 }
 
 template <int kHeads>

@@ -32,23 +32,30 @@ float MaxElementImpl(const float* values, int count) {
   return best;
 }
 
-void MaxOfShiftedImpl(const float* rows, int stride, int heads, const float* shifts, int count,
-                      float* out) {
+void MaxOfShiftedImpl(const float* rows, int stride, int heads, const float* shifts,
+                      const float* bounds, int count, float* out) {
   const D d;
   const auto lanes = static_cast<int>(hn::Lanes(d));
+  const float infinity = std::numeric_limits<float>::infinity();
   int i = 0;
   for (; i + lanes <= count; i += lanes) {
-    auto best = hn::Sub(hn::LoadU(d, rows + i), hn::Set(d, shifts[0]));
+    const float* row = rows + i;
+    auto value = hn::LoadU(d, row);
+    auto best = hn::Sub(value, hn::Set(d, shifts[0]));
+    auto over = hn::Gt(value, hn::Set(d, bounds[0]));
     for (int h = 1; h < heads; ++h) {
-      const float* row = rows + static_cast<ptrdiff_t>(h) * stride;
-      best = hn::Max(best, hn::Sub(hn::LoadU(d, row + i), hn::Set(d, shifts[h])));
+      row += stride;
+      value = hn::LoadU(d, row);
+      best = hn::Max(best, hn::Sub(value, hn::Set(d, shifts[h])));
+      over = hn::Or(over, hn::Gt(value, hn::Set(d, bounds[h])));
     }
-    hn::StoreU(best, d, out + i);
+    hn::StoreU(hn::IfThenElse(over, hn::Set(d, infinity), best), d, out + i);
   }
   for (; i < count; ++i) {
-    float best = rows[i] - shifts[0];
-    for (int h = 1; h < heads; ++h) {
-      const float shifted = rows[static_cast<ptrdiff_t>(h) * stride + i] - shifts[h];
+    float best = -infinity;
+    for (int h = 0; h < heads; ++h) {
+      const float value = rows[static_cast<ptrdiff_t>(h) * stride + i];
+      const float shifted = value > bounds[h] ? infinity : value - shifts[h];
       best = shifted > best ? shifted : best;
     }
     out[i] = best;
@@ -71,9 +78,9 @@ float MaxElement(const float* values, int count) noexcept {
   return HWY_DYNAMIC_DISPATCH(MaxElementImpl)(values, count);
 }
 
-void MaxOfShifted(const float* rows, int stride, int heads, const float* shifts, int count,
-                  float* out) noexcept {
-  HWY_DYNAMIC_DISPATCH(MaxOfShiftedImpl)(rows, stride, heads, shifts, count, out);
+void MaxOfShifted(const float* rows, int stride, int heads, const float* shifts,
+                  const float* bounds, int count, float* out) noexcept {
+  HWY_DYNAMIC_DISPATCH(MaxOfShiftedImpl)(rows, stride, heads, shifts, bounds, count, out);
 }
 
 }  // namespace kvseek::kernels

@@ -8,10 +8,10 @@ namespace kvseek::kernels {
 /// The largest of `count` values, -infinity if there are none. Values are not NaN.
 float MaxElement(const float* values, int count) noexcept;
 
-/// out[i] = max_h (rows[h * stride + i] - shifts[h]) for i < count, heads >= 1: a key's best
-/// normalised score in its group.
-void MaxOfShifted(const float* rows, int stride, int heads, const float* shifts, int count,
-                  float* out) noexcept;
+/// A key's best normalised score in its group: out[i] = max_h (rows[h * stride + i] - shifts[h])
+/// for i < count, heads >= 1; +infinity where any head's score exceeds its bound (heads).
+void MaxOfShifted(const float* rows, int stride, int heads, const float* shifts,
+                  const float* bounds, int count, float* out) noexcept;
 
 }  // namespace kvseek::kernels
 

@@ -79,55 +79,83 @@ int64_t CountFrom(const int32_t* order, int64_t count, int32_t bound) {
   return count - less;
 }
 
-/// At least `rank` values are no less: of as many strided parts as the rank, or a few more, each
-/// has one that is its best, and the least of these is what is returned. The least integer if
-/// `rank` is too large for that to pay.
-int32_t BoundOfBest(const int32_t* order, int64_t count, int64_t rank) {
+/// The integers of the values at `bits`.
+HWY_INLINE hn::Vec<DI> LoadOrder(const int32_t* bits) {
+  const DI d;
+  const auto value = hn::LoadU(d, bits);
+  return hn::Xor(value, hn::And(hn::BroadcastSignBit(value), hn::Set(d, 0x7fffffff)));
+}
+
+/// Where bisection begins: at least `rank` values are >= least, and none is > largest. Of as many
+/// strided parts as the rank, or a few more, each has one that is its best; `least` is the least of
+/// these. False if `rank` is too large for that to pay.
+bool BoundBest(const int32_t* bits, int64_t count, int64_t rank, int32_t* least, int32_t* largest) {
   const DI d;
   const auto lanes = static_cast<int64_t>(hn::Lanes(d));
   const int64_t parts = (rank + kPartsStep - 1) / kPartsStep * kPartsStep;
-  if (parts > kPartsMax || parts * kWorthwhile > count) return std::numeric_limits<int32_t>::min();
-  HWY_ALIGN int32_t best[kPartsMax] = {};
-  std::copy_n(order, parts, best);
-  for (int64_t i = parts; i + parts <= count; i += parts) {
-    for (int64_t p = 0; p < parts; p += lanes) {
-      hn::Store(hn::Max(hn::Load(d, best + p), hn::LoadU(d, order + i + p)), d, best + p);
+  if (parts > kPartsMax || parts * kWorthwhile > count) return false;
+  const int64_t whole = count / parts * parts;
+  auto low = hn::Set(d, std::numeric_limits<int32_t>::max());
+  auto high = hn::Set(d, std::numeric_limits<int32_t>::min());
+  // Four vectors of parts at a time stay in registers.
+  constexpr int64_t kStrip = 4;
+  int64_t p = 0;
+  for (; p + kStrip * lanes <= parts; p += kStrip * lanes) {
+    hn::Vec<DI> most[kStrip];
+    for (int64_t v = 0; v < kStrip; ++v) most[v] = LoadOrder(bits + p + v * lanes);
+    for (int64_t i = p + parts; i < whole; i += parts) {
+      for (int64_t v = 0; v < kStrip; ++v) {
+        most[v] = hn::Max(most[v], LoadOrder(bits + i + v * lanes));
+      }
+    }
+    for (int64_t v = 0; v < kStrip; ++v) {
+      low = hn::Min(low, most[v]);
+      high = hn::Max(high, most[v]);
     }
   }
-  auto least = hn::Load(d, best);
-  for (int64_t p = lanes; p < parts; p += lanes) least = hn::Min(least, hn::Load(d, best + p));
-  return hn::GetLane(hn::MinOfLanes(d, least));
+  for (; p < parts; p += lanes) {
+    auto most = LoadOrder(bits + p);
+    for (int64_t i = p + parts; i < whole; i += parts) most = hn::Max(most, LoadOrder(bits + i));
+    low = hn::Min(low, most);
+    high = hn::Max(high, most);
+  }
+  *least = hn::GetLane(hn::MinOfLanes(d, low));
+  *largest = hn::GetLane(hn::MaxOfLanes(d, high));
+  for (int64_t i = whole; i < count; ++i) *largest = std::max(*largest, ToOrder(bits[i]));
+  return true;
 }
 
-/// Drops values below `bound` and keeps the others in their order; returns how many are left.
-int64_t KeepFrom(int32_t* order, int64_t count, int32_t bound) {
-  int64_t kept = 0;
+/// Writes the integers of the values that are no less than `bound` to `kept`, in their order;
+/// returns how many.
+int64_t KeepFrom(const int32_t* bits, int64_t count, int32_t bound, int32_t* kept) {
+  int32_t* next = kept;
   int64_t i = 0;
 #if HWY_TARGET != HWY_SCALAR
   const DI d;
   const auto lanes = static_cast<int64_t>(hn::Lanes(d));
   const auto limit = hn::Set(d, bound);
   for (; i + lanes <= count; i += lanes) {
-    const auto value = hn::LoadU(d, order + i);
-    // What is written past the kept ones has been read.
-    kept += static_cast<int64_t>(
-        hn::CompressStore(value, hn::Not(hn::Lt(value, limit)), d, order + kept));
+    const auto order = LoadOrder(bits + i);
+    const auto keeps = hn::Not(hn::Lt(order, limit));
+    // No further than the values go.
+    hn::StoreU(hn::Compress(order, keeps), d, next);
+    next += hn::CountTrue(d, keeps);
   }
 #endif
   for (; i < count; ++i) {
-    if (order[i] >= bound) order[kept++] = order[i];
+    if (ToOrder(bits[i]) >= bound) *next++ = ToOrder(bits[i]);
   }
-  return kept;
+  return next - kept;
 }
 
 float RankThresholdImpl(const float* values, int64_t count, int64_t rank, int32_t* work) {
+  const auto* const bits = reinterpret_cast<const int32_t*>(values);
   int32_t low = 0;   // at least `rank` values are >= low
   int32_t high = 0;  // and fewer than that are > high
-  Order(values, count, work, &low, &high);
-  const int32_t bound = BoundOfBest(work, count, rank);
-  if (bound > low) {
-    count = KeepFrom(work, count, bound);
-    low = bound;
+  if (BoundBest(bits, count, rank, &low, &high)) {
+    count = KeepFrom(bits, count, low, work);
+  } else {
+    Order(values, count, work, &low, &high);
   }
   while (low < high) {
     const auto middle = static_cast<int32_t>((int64_t{low} + high + 1) >> 1);
@@ -142,6 +170,30 @@ float RankThresholdImpl(const float* values, int64_t count, int64_t rank, int32_
   return std::bit_cast<float>(ToOrder(low));
 }
 
+int64_t IndicesFromImpl(const float* values, int64_t count, float threshold, uint32_t* indices) {
+  uint32_t* next = indices;
+  int64_t i = 0;
+#if HWY_TARGET != HWY_SCALAR
+  const hn::ScalableTag<float> df;
+  const hn::RebindToUnsigned<decltype(df)> du;
+  const auto lanes = static_cast<int64_t>(hn::Lanes(df));
+  const auto limit = hn::Set(df, threshold);
+  auto index = hn::Iota(du, 0);
+  for (; i + lanes <= count; i += lanes) {
+    const auto reaches = hn::RebindMask(du, hn::Ge(hn::LoadU(df, values + i), limit));
+    if (!hn::AllFalse(du, reaches)) {  // seldom
+      hn::StoreU(hn::Compress(index, reaches), du, next);
+      next += hn::CountTrue(du, reaches);
+    }
+    index = hn::Add(index, hn::Set(du, static_cast<uint32_t>(lanes)));
+  }
+#endif
+  for (; i < count; ++i) {
+    if (values[i] >= threshold) *next++ = static_cast<uint32_t>(i);
+  }
+  return next - indices;
+}
+
 }  // namespace
 }  // namespace HWY_NAMESPACE
 }  // namespace kvseek::kernels
@@ -151,12 +203,18 @@ HWY_AFTER_NAMESPACE();
 namespace kvseek::kernels {
 namespace {
 HWY_EXPORT(RankThresholdImpl);
+HWY_EXPORT(IndicesFromImpl);
 }  // namespace
 
 float RankThreshold(const float* values, int64_t count, int64_t rank, int32_t* work) noexcept {
   if (rank <= 0) return std::numeric_limits<float>::infinity();
   if (rank > count) return -std::numeric_limits<float>::infinity();
   return HWY_DYNAMIC_DISPATCH(RankThresholdImpl)(values, count, rank, work);
+}
+
+int64_t IndicesFrom(const float* values, int64_t count, float threshold,
+                    uint32_t* indices) noexcept {
+  return HWY_DYNAMIC_DISPATCH(IndicesFromImpl)(values, count, threshold, indices);
 }
 
 }  // namespace kvseek::kernels

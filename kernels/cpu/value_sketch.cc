@@ -15,156 +15,135 @@ namespace kvseek::kernels {
 namespace HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-using DF = hn::CappedTag<float, 16>;
-constexpr int kLanes = static_cast<int>(hn::MaxLanes(DF()));
+/// What the products of weights and nibbles add to a head's sums.
+HWY_INLINE void AddComponents(float unit, const int32_t* products, int weight_sum, int first,
+                              int count, float* sums) {
+  for (int c = 0; c < count; ++c) {
+    // Nibbles count from 7.5, and halves are exact.
+    const auto twice = static_cast<float>(2 * products[c] - 15 * weight_sum);
+    sums[first + c] += 0.5F * unit * twice;
+  }
+}
 
 #if HWY_TARGET <= HWY_AVX3_DL
 
-/// Nibbles of components c and c + 4 of 64 keys.
-HWY_INLINE void LoadNibbles(const uint8_t* rows, __m512i* nibbles) {
-  const __m512i low = _mm512_set1_epi8(15);
-  for (int c = 0; c < kSketchDim / 2; ++c) {
-    const __m512i row = _mm512_loadu_si512(rows + c * kScanBlock);
-    nibbles[c] = _mm512_and_si512(row, low);
-    nibbles[c + kSketchDim / 2] = _mm512_and_si512(_mm512_srli_epi16(row, 4), low);
-  }
-}
-
-/// Numbers of bf16 as multiples of 2^(exponent - 134), rounded, at most 255: 32 in 16 bits each.
-HWY_INLINE __m512i RoundedWeights(__m512i bf16, __m512i exponent) {
-  const __m512i fraction = _mm512_and_si512(_mm512_slli_epi16(bf16, 1), _mm512_set1_epi16(0xfe));
-  const __m512i doubled = _mm512_or_si512(fraction, _mm512_set1_epi16(0x100));
-  const __m512i shift = _mm512_sub_epi16(exponent, _mm512_srli_epi16(bf16, 7));
-  return _mm512_avg_epu16(_mm512_srlv_epi16(doubled, shift), _mm512_setzero_si512());
-}
-
-/// The exponent bits of the largest of `count` bf16 numbers, none negative.
-HWY_INLINE int LargestExponent(const uint16_t* numbers, int count) {
-  __m512i most = _mm512_setzero_si512();
-  for (int i = 0; i < count; i += 32) {
-    most = _mm512_max_epu16(most, _mm512_loadu_si512(numbers + i));
-  }
-  const __m512i pairs = _mm512_max_epu32(_mm512_srli_epi32(most, 16),
-                                         _mm512_and_si512(most, _mm512_set1_epi32(0xffff)));
-  return static_cast<int>(_mm512_reduce_max_epu32(pairs)) >> 7;
-}
-
-/// All components for kHeads heads, weights in eight bits of each head's largest.
+/// All components for kHeads heads.
 template <int kHeads>
 KVSEEK_VNNI HWY_NOINLINE void AddSketchesOf(const uint8_t* codes, int blocks, int block_bytes,
-                                            const uint16_t* weights, int weights_stride,
-                                            float* sums) {
-  alignas(64) static constexpr uint8_t kEven[64] = {
-      0,  2,  4,   6,   8,   10,  12,  14,  16,  18,  20,  22,  24,  26,  28,  30,
-      32, 34, 36,  38,  40,  42,  44,  46,  48,  50,  52,  54,  56,  58,  60,  62,
-      64, 66, 68,  70,  72,  74,  76,  78,  80,  82,  84,  86,  88,  90,  92,  94,
-      96, 98, 100, 102, 104, 106, 108, 110, 112, 114, 116, 118, 120, 122, 124, 126};
-  const __m512i even = _mm512_load_si512(kEven);
+                                            const uint8_t* weights, int weights_stride,
+                                            const float* units, float* sums) {
+  constexpr int kHalf = kSketchDim / 2;
   const __m512i ones = _mm512_set1_epi8(1);
-  int largest[kHeads];
-  __m512i exponents[kHeads];
-  __m512i totals[kHeads][kSketchDim];
-  __m512i weight_totals[kHeads];
+  const __m512i nibble = _mm512_set1_epi8(15);
+  const __m512i sign = _mm512_set1_epi8(-128);
+  __m512i low[kHeads][kHalf];
+  __m512i both[kHeads][kHalf];  // low + 16 * high - 128
+  __m512i weight_sums[kHeads];
   for (int h = 0; h < kHeads; ++h) {
-    largest[h] =
-        LargestExponent(weights + static_cast<ptrdiff_t>(h) * weights_stride, blocks * kScanBlock);
-    exponents[h] = _mm512_set1_epi16(static_cast<int16_t>(largest[h]));
-    for (__m512i& total : totals[h]) total = _mm512_setzero_si512();
-    weight_totals[h] = _mm512_setzero_si512();
+    for (int c = 0; c < kHalf; ++c) low[h][c] = both[h][c] = _mm512_setzero_si512();
+    weight_sums[h] = _mm512_setzero_si512();
   }
   for (int b = 0; b < blocks; ++b, codes += block_bytes, weights += kScanBlock) {
-    __m512i nibbles[kSketchDim];
-    LoadNibbles(codes, nibbles);
+    __m512i block[kHeads];
     for (int h = 0; h < kHeads; ++h) {
-      const uint16_t* const block = weights + static_cast<ptrdiff_t>(h) * weights_stride;
-      const __m512i low = RoundedWeights(_mm512_loadu_si512(block), exponents[h]);
-      const __m512i high = RoundedWeights(_mm512_loadu_si512(block + 32), exponents[h]);
-      const __m512i bytes = _mm512_permutex2var_epi8(low, even, high);
-      weight_totals[h] = _mm512_dpbusd_epi32(weight_totals[h], bytes, ones);
-      for (int c = 0; c < kSketchDim; ++c) {
-        totals[h][c] = _mm512_dpbusd_epi32(totals[h][c], bytes, nibbles[c]);
+      block[h] = _mm512_loadu_si512(weights + static_cast<ptrdiff_t>(h) * weights_stride);
+      weight_sums[h] = _mm512_dpbusd_epi32(weight_sums[h], block[h], ones);
+    }
+    for (int c = 0; c < kHalf; ++c) {
+      const __m512i row = _mm512_loadu_si512(codes + c * kScanBlock);
+      const __m512i row_low = _mm512_and_si512(row, nibble);
+      const __m512i row_both = _mm512_xor_si512(row, sign);
+      for (int h = 0; h < kHeads; ++h) {
+        low[h][c] = _mm512_dpbusd_epi32(low[h][c], block[h], row_low);
+        both[h][c] = _mm512_dpbusd_epi32(both[h][c], block[h], row_both);
       }
     }
   }
   const hn::CappedTag<int32_t, 16> d32;
   using V32 = hn::Vec<decltype(d32)>;
   for (int h = 0; h < kHeads; ++h) {
-    const float unit = std::ldexp(1.0F, largest[h] - 134);
-    const auto centre = kSketchBias * static_cast<float>(_mm512_reduce_add_epi32(weight_totals[h]));
-    for (int c = 0; c < kSketchDim; c += 4) {
-      const V32 four_totals[4] = {V32{totals[h][c]}, V32{totals[h][c + 1]}, V32{totals[h][c + 2]},
-                                  V32{totals[h][c + 3]}};
-      int32_t four[4];
-      SumFour(d32, four_totals, four);
-      for (int j = 0; j < 4; ++j) {
-        sums[h * kSketchDim + c + j] += unit * (static_cast<float>(four[j]) - centre);
-      }
-    }
+    const int weight_sum = _mm512_reduce_add_epi32(weight_sums[h]);
+    const V32 low_totals[4] = {V32{low[h][0]}, V32{low[h][1]}, V32{low[h][2]}, V32{low[h][3]}};
+    const V32 both_totals[4] = {V32{both[h][0]}, V32{both[h][1]}, V32{both[h][2]}, V32{both[h][3]}};
+    int32_t lows[kHalf];
+    int32_t highs[kHalf];
+    SumFour(d32, low_totals, lows);
+    SumFour(d32, both_totals, highs);
+    for (int c = 0; c < kHalf; ++c) highs[c] = (highs[c] + 128 * weight_sum - lows[c]) / 16;
+    AddComponents(units[h], lows, weight_sum, 0, kHalf, sums + h * kSketchDim);
+    AddComponents(units[h], highs, weight_sum, kHalf, kHalf, sums + h * kSketchDim);
   }
 }
 
 #else
 
+using D32 = hn::CappedTag<int32_t, 16>;
+constexpr int kLanes = static_cast<int>(hn::MaxLanes(D32()));
+
 /// Half of the components, those of the low or the high nibbles, for kHeads heads.
 template <int kHeads>
-HWY_INLINE void AddHalfSketches(const uint8_t* codes, int blocks, int block_bytes, int shift,
-                                const uint16_t* weights, int weights_stride, float* sums) {
-  const DF d;
-  const hn::RebindToSigned<DF> di;
-  const hn::RebindToUnsigned<DF> du;
-  const hn::Rebind<uint16_t, DF> d16;
-  const hn::Rebind<uint8_t, DF> d8;
+HWY_INLINE void AddHalfSketches(const uint8_t* codes, int blocks, int block_bytes, int half,
+                                const uint8_t* weights, int weights_stride, const float* units,
+                                float* sums) {
+  const D32 d;
+  const hn::Rebind<uint8_t, D32> d8;
   constexpr int kHalf = kSketchDim / 2;
-  hn::Vec<DF> totals[kHeads][kHalf];
+  hn::Vec<D32> totals[kHeads][kHalf];
+  hn::Vec<D32> weight_sums[kHeads];
   for (int h = 0; h < kHeads; ++h) {
+    weight_sums[h] = hn::Zero(d);
     for (int c = 0; c < kHalf; ++c) totals[h][c] = hn::Zero(d);
   }
   for (int b = 0; b < blocks; ++b, codes += block_bytes, weights += kScanBlock) {
     for (int i = 0; i < kScanBlock; i += kLanes) {
-      hn::Vec<DF> components[kHalf];
+      hn::Vec<D32> components[kHalf];
       for (int c = 0; c < kHalf; ++c) {
-        const auto byte = hn::PromoteTo(di, hn::LoadU(d8, codes + c * kScanBlock + i));
-        const auto nibble = hn::And(hn::ShiftRightSame(byte, shift), hn::Set(di, 15));
-        components[c] = hn::Sub(hn::ConvertTo(d, nibble), hn::Set(d, kSketchBias));
+        const auto byte = hn::PromoteTo(d, hn::LoadU(d8, codes + c * kScanBlock + i));
+        components[c] = hn::And(hn::ShiftRightSame(byte, 4 * half), hn::Set(d, 15));
       }
       for (int h = 0; h < kHeads; ++h) {
-        const auto bits = hn::LoadU(d16, weights + static_cast<ptrdiff_t>(h) * weights_stride + i);
-        const auto weight = hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(du, bits)));
+        const uint8_t* const of_head = weights + static_cast<ptrdiff_t>(h) * weights_stride;
+        const auto weight = hn::PromoteTo(d, hn::LoadU(d8, of_head + i));
+        weight_sums[h] = hn::Add(weight_sums[h], weight);
         for (int c = 0; c < kHalf; ++c) {
-          totals[h][c] = hn::MulAdd(weight, components[c], totals[h][c]);
+          totals[h][c] = hn::Add(totals[h][c], hn::Mul(weight, components[c]));
         }
       }
     }
   }
   for (int h = 0; h < kHeads; ++h) {
-    float four[kHalf];
-    SumFour(d, totals[h], four);
-    for (int c = 0; c < kHalf; ++c) sums[h * kSketchDim + c] += four[c];
+    int32_t products[kHalf];
+    SumFour(d, totals[h], products);
+    const int weight_sum = hn::GetLane(hn::SumOfLanes(d, weight_sums[h]));
+    AddComponents(units[h], products, weight_sum, half * kHalf, kHalf, sums + h * kSketchDim);
   }
 }
 
 /// All components.
 template <int kHeads>
 HWY_NOINLINE void AddSketchesOf(const uint8_t* codes, int blocks, int block_bytes,
-                                const uint16_t* weights, int weights_stride, float* sums) {
+                                const uint8_t* weights, int weights_stride, const float* units,
+                                float* sums) {
   for (int half = 0; half < 2; ++half) {
-    AddHalfSketches<kHeads>(codes, blocks, block_bytes, 4 * half, weights, weights_stride,
-                            sums + half * kSketchDim / 2);
+    AddHalfSketches<kHeads>(codes, blocks, block_bytes, half, weights, weights_stride, units, sums);
   }
 }
 
 #endif
 
 void AddSketchesImpl(const uint8_t* codes, int blocks, const ProductLayout& layout,
-                     const uint16_t* weights, int weights_stride, int heads, float* sums) {
+                     const uint8_t* weights, int weights_stride, const float* units, int heads,
+                     float* sums) {
   codes += layout.SketchOffset();
   const int block_bytes = layout.BlockBytes();
   int h = 0;
   for (; h + 2 <= heads; h += 2, weights += 2 * static_cast<ptrdiff_t>(weights_stride)) {
-    AddSketchesOf<2>(codes, blocks, block_bytes, weights, weights_stride, sums + h * kSketchDim);
+    AddSketchesOf<2>(codes, blocks, block_bytes, weights, weights_stride, units + h,
+                     sums + h * kSketchDim);
   }
   if (h < heads) {
-    AddSketchesOf<1>(codes, blocks, block_bytes, weights, weights_stride, sums + h * kSketchDim);
+    AddSketchesOf<1>(codes, blocks, block_bytes, weights, weights_stride, units + h,
+                     sums + h * kSketchDim);
   }
 }
 
@@ -178,10 +157,11 @@ namespace kvseek::kernels {
 HWY_EXPORT(AddSketchesImpl);
 
 void AddSketches(const uint8_t* codes, int blocks, const ProductLayout& layout,
-                 const uint16_t* weights, int weights_stride, int heads, float* sums) noexcept {
+                 const uint8_t* weights, int weights_stride, const float* units, int heads,
+                 float* sums) noexcept {
   assert(layout.sketch);
   HWY_DYNAMIC_DISPATCH(AddSketchesImpl)
-  (codes, blocks, layout, weights, weights_stride, heads, sums);
+  (codes, blocks, layout, weights, weights_stride, units, heads, sums);
 }
 
 }  // namespace kvseek::kernels

@@ -9,11 +9,12 @@
 
 namespace kvseek::kernels {
 
-/// sums[h * 8 + c] += sum over keys of weight * component c of the key's sketch, in steps.
-/// Some levels round weights to a 256th of about a head's largest. REQUIRES: layout.sketch; weights
-/// as SelectProducts (product_scan.h) writes them; at most 64 blocks.
+/// sums[h * 8 + c] += units[h] * sum over keys of weight * component c of the key's sketch, in
+/// steps. REQUIRES: layout.sketch; weights and units as SelectProducts (product_scan.h) writes
+/// them; at most 64 blocks. Whole numbers but for the last multiplication: the same at every level.
 void AddSketches(const uint8_t* codes, int blocks, const ProductLayout& layout,
-                 const uint16_t* weights, int weights_stride, int heads, float* sums) noexcept;
+                 const uint8_t* weights, int weights_stride, const float* units, int heads,
+                 float* sums) noexcept;
 
 }  // namespace kvseek::kernels
 

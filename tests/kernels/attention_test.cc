@@ -250,6 +250,16 @@ TEST(Attention, ScoresFloatRows) {
         EXPECT_THAT(scores, ::testing::Pointwise(::testing::DoubleNear(kTolerance),
                                                  reference::Scores(queries.data(), 7, rows.data(),
                                                                    DType::kFp32, count, dim)));
+        std::vector<const float*> backwards;
+        for (int t = count - 1; t >= 0; --t) backwards.push_back(rows.data() + t * dim);
+        std::vector<float> gathered(scores.size());
+        ScoreGatheredFloatRows(queries.data(), 7, backwards.data(), count, dim, gathered.data(),
+                               count);
+        std::reverse(gathered.begin(), gathered.end());
+        for (int h = 0; h < 7; ++h) {  // the heads are backwards now, too
+          EXPECT_TRUE(std::equal(scores.begin() + h * count, scores.begin() + (h + 1) * count,
+                                 gathered.begin() + (6 - h) * count));
+        }
       }
     }
   });

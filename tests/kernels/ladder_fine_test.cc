@@ -86,15 +86,18 @@ TEST_P(LadderFineTest, ScoresMatchTheReference) {
       std::vector<float> units(static_cast<size_t>(heads));
       QuantiseQueries(queries.data(), heads, dim, quantised.data(), units.data());
       std::fill_n(quantised.begin(), dim, int8_t{127});  // the largest sums there are
-      std::vector<FineHead> fine_heads;
-      for (int h = 0; h < heads; ++h) {
-        fine_heads.push_back(
-            {0.1F * static_cast<float>(h), units[static_cast<size_t>(h)] * kFourBitStep / 2.0F});
-      }
+      std::vector<float> slopes;
+      for (const float unit : units) slopes.push_back(unit * kFourBitStep / 2.0F);
       const int stride = 50;
       std::vector<float> scores(static_cast<size_t>(heads * stride), -3.0F);
+      const auto centre = [](int h, int i) { return static_cast<float>(10 * h + i) / 100.0F; };
+      for (int h = 0; h < heads; ++h) {
+        for (int i = 0; i < records.count; ++i) {
+          scores[static_cast<size_t>(h * stride + i)] = centre(h, i);
+        }
+      }
       ScoreFine(records.rows.data(), records.count, records.record_bytes, quantised.data(), dim,
-                fine_heads.data(), heads, scores.data(), stride);
+                slopes.data(), heads, scores.data(), stride);
       for (int h = 0; h < heads; ++h) {
         const auto unit = static_cast<double>(units[static_cast<size_t>(h)]);
         for (int i = 0; i < records.count; ++i) {
@@ -103,7 +106,7 @@ TEST_P(LadderFineTest, ScoresMatchTheReference) {
           for (size_t e = 0; e < point.size(); ++e) {
             product += point[e] * unit * quantised[static_cast<size_t>(h * dim) + e];
           }
-          const double expected = static_cast<double>(fine_heads[static_cast<size_t>(h)].centre) +
+          const double expected = static_cast<double>(centre(h, i)) +
                                   static_cast<double>(records.Factors(i).gain) * product;
           ASSERT_NEAR(static_cast<double>(scores[static_cast<size_t>(h * stride + i)]), expected,
                       2e-6 * std::max(10.0, std::abs(expected)))

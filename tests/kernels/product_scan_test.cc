@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <random>
 #include <string>
@@ -9,7 +10,6 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
-#include "kernels/dtype.h"
 #include "tests/kernels/aligned.h"
 #include "tests/kernels/reference.h"
 #include "tests/kernels/simd_level_fixture.h"
@@ -41,11 +41,16 @@ struct Subject {
       starts.push_back(static_cast<uint32_t>(g * kDim / subspaces));
     }
     centroids = reference::RandomFloats(3, kDim * 64, 1.0F);
+    std::vector<uint16_t> narrow;
+    for (float& element : centroids) {
+      narrow.push_back(FloatToBf16(element));
+      element = Bf16ToFloat(narrow.back());
+    }
     queries = reference::RandomFloats(4, static_cast<size_t>(heads * kDim), 0.4F * spread);
     for (int c = 0; c < 64; ++c) errors.push_back(0.2F * std::exp(0.05F * static_cast<float>(c)));
     entries.resize(static_cast<size_t>(heads * layout.Symbols() * 64));
     tables.resize(static_cast<size_t>(heads));
-    BuildProductTables(queries.data(), heads, kDim, centroids.data(), starts.data(), errors.data(),
+    BuildProductTables(queries.data(), heads, kDim, narrow.data(), starts.data(), errors.data(),
                        layout, entries.data(), tables.data());
     ScanProducts(codes.data(), blocks, layout, entries.data(), heads, sums.data(), blocks * 64);
   }
@@ -85,12 +90,12 @@ struct Subject {
   int blocks;
   int heads;
   Aligned<uint8_t> codes;
-  Aligned<int16_t> sums;
+  Aligned<uint8_t> sums;
   std::vector<uint32_t> starts;
   std::vector<float> centroids;
   std::vector<float> queries;
   std::vector<float> errors;
-  std::vector<int8_t> entries;
+  std::vector<uint8_t> entries;
   std::vector<ProductTables> tables;
 };
 
@@ -137,116 +142,147 @@ TEST_P(ProductScanTest, EstimatesAreNear) {
   }
 }
 
+/// What SelectProducts finds in all blocks of a subject.
+struct Selected {
+  Selected(const Subject& subject, const std::vector<ProductHead>& heads)
+      : stride(subject.blocks * 64),
+        chosen(static_cast<size_t>(stride) + 1, 77777),
+        weights(heads.size() * static_cast<size_t>(stride)),
+        units(heads.size()),
+        block_weights(heads.size() * static_cast<size_t>(subject.blocks + 1), -1.0F) {
+    count = SelectProducts(subject.sums.data(), stride, subject.codes.data(), subject.blocks,
+                           subject.layout, heads.data(), static_cast<int>(heads.size()), 1000,
+                           {chosen.data(), weights.data(), stride, units.data(),
+                            block_weights.data(), subject.blocks + 1});
+  }
+  float Weight(size_t h, size_t key) const {
+    return units[h] * static_cast<float>(weights.data()[h * static_cast<size_t>(stride) + key]);
+  }
+
+  int stride;
+  int count;
+  std::vector<uint32_t> chosen;
+  Aligned<uint8_t> weights;
+  std::vector<float> units;
+  std::vector<float> block_weights;
+};
+
 TEST_P(ProductScanTest, SelectsAndWeighsAsEstimated) {
   for (const int heads : {1, 3, 4, 6, 7}) {
     for (const float spread : {0.01F, 1.0F, 8.0F}) {
-      for (const float threshold : {-kInfinity, 0.3F, kInfinity}) {
+      for (const float threshold : {-kInfinity, 0.3F, 1.2F, kInfinity}) {
         SCOPED_TRACE(testing::Message() << heads << " heads " << spread << ' ' << threshold);
-        // A fine exponent is lost where a unit of a table is more than a nat.
-        const float tolerance = spread > 1.0F ? 0.3F : 0.09F;
         const Subject subject(11, true, 3, heads, spread);
         const auto given = subject.Heads(threshold, 0.7F);
         const auto count = static_cast<size_t>(heads) * 192;
         std::vector<float> estimates(count), expected(count);
         EstimateProducts(subject.sums.data(), 192, subject.codes.data(), 3, subject.layout,
                          given.data(), heads, estimates.data(), expected.data(), nullptr, 192);
-        std::vector<uint32_t> chosen(3 * 64 + 1, 77777);
-        Aligned<uint16_t> weights(count);
-        std::vector<float> block_weights(static_cast<size_t>(heads) * 4, -1.0F);
-        const int found = SelectProducts(subject.sums.data(), 192, subject.codes.data(), 3,
-                                         subject.layout, given.data(), heads, 1000, chosen.data(),
-                                         weights.data(), 192, block_weights.data(), 4);
+        const Selected selected(subject, given);
         int next = 0;
-        for (int key = 0; key < 192; ++key) {
-          bool any = false;
-          for (int h = 0; h < heads; ++h) {
-            any = any || estimates[static_cast<size_t>(h * 192 + key)] > threshold;
+        std::vector<bool> any(192);
+        for (size_t key = 0; key < 192; ++key) {
+          for (size_t h = 0; h < static_cast<size_t>(heads); ++h) {
+            if (estimates[h * 192 + key] > threshold) any[key] = true;
           }
-          if (any) {
-            ASSERT_LT(next, found);
-            EXPECT_EQ(chosen[static_cast<size_t>(next++)], 1000U + static_cast<uint32_t>(key));
-          }
-          for (int h = 0; h < heads; ++h) {
-            const float weight = Bf16ToFloat(weights.data()[h * 192 + key]);
-            const float right = any ? 0.0F : expected[static_cast<size_t>(h * 192 + key)];
-            ASSERT_NEAR(weight, right, tolerance * right) << key;
-          }
+          if (!any[key]) continue;
+          ASSERT_LT(next, selected.count);
+          EXPECT_EQ(selected.chosen[static_cast<size_t>(next++)], 1000U + key);
         }
-        EXPECT_EQ(next, found);
-        EXPECT_EQ(chosen[static_cast<size_t>(found)], 77777U);
-        for (int h = 0; h < heads; ++h) {
-          for (int b = 0; b < 3; ++b) {
-            double sum = 0.0;
-            for (int i = 0; i < 64; ++i) {
-              sum += Bf16ToFloat(weights.data()[h * 192 + b * 64 + i]);
+        EXPECT_EQ(next, selected.count);
+        EXPECT_EQ(selected.chosen[static_cast<size_t>(next)], 77777U);
+        for (size_t h = 0; h < static_cast<size_t>(heads); ++h) {
+          const ProductTables& tables = subject.tables[h];
+          // Half a step of the window, and what a level's excess is rounded by.
+          const float half_step = 0.5F * tables.unit * static_cast<float>((1 << tables.shift) + 1);
+          const float relative = std::exp(half_step) - 1.0F;
+          const float largest = 255.0F * selected.units[h];
+          for (size_t b = 0; b < 3; ++b) {
+            float sum = 0.0F;
+            for (size_t key = b * 64; key < b * 64 + 64; ++key) {
+              const float right = any[key] ? 0.0F : expected[h * 192 + key];
+              const float tolerance = relative * right + 0.501F / 255.0F * largest;
+              ASSERT_NEAR(selected.Weight(h, key), right, any[key] ? 0.0F : tolerance) << key;
+              sum += right;
             }
-            EXPECT_NEAR(block_weights[static_cast<size_t>(h * 4 + b)], sum, 1e-5 * sum);
+            // Sums are of finer weights, down to exp(-11) of the largest.
+            ASSERT_NEAR(selected.block_weights[h * 4 + b], sum, relative * sum + 3e-3F * largest);
           }
-          EXPECT_EQ(block_weights[static_cast<size_t>(h * 4 + 3)], -1.0F);
+          EXPECT_EQ(selected.block_weights[h * 4 + 3], -1.0F);
         }
       }
     }
   }
 }
 
-// The fast exponential is right on average.
+// The threshold's place in the window: keys just below it weigh most.
+TEST_P(ProductScanTest, WindowEndsAtTheThreshold) {
+  const Subject subject(11, true, 4, 1);
+  for (const float threshold : {-1.0F, 0.0F, 1.0F}) {
+    const auto heads = subject.Heads(threshold, 0.0F);
+    const Selected selected(subject, heads);
+    EXPECT_GT(selected.count, 0);
+    EXPECT_LT(selected.count, 4 * 64);
+    EXPECT_NEAR(std::log(255.0F * selected.units[0]), threshold, subject.tables[0].unit);
+  }
+}
+
+// Rounding hardly adds up to anything where a share of the keys is chosen.
 TEST_P(ProductScanTest, WeightsAreUnbiased) {
-  const Subject subject(11, false, 64, 2);
-  const auto heads = subject.Heads(kInfinity, 0.0F);
-  const size_t count = 2 * 64 * 64;
-  std::vector<float> estimates(count), expected(count);
-  EstimateProducts(subject.sums.data(), 64 * 64, subject.codes.data(), 64, subject.layout,
-                   heads.data(), 2, estimates.data(), expected.data(), nullptr, 64 * 64);
-  Aligned<uint16_t> weights(count);
-  std::vector<float> block_weights(2 * 64);
-  std::vector<uint32_t> chosen(64 * 64);
-  EXPECT_EQ(SelectProducts(subject.sums.data(), 64 * 64, subject.codes.data(), 64, subject.layout,
-                           heads.data(), 2, 0, chosen.data(), weights.data(), 64 * 64,
-                           block_weights.data(), 64),
-            0);
-  double ratios = 0.0;
-  for (size_t i = 0; i < count; ++i) ratios += Bf16ToFloat(weights.data()[i]) / expected[i];
-  EXPECT_NEAR(ratios / count, 1.0, 0.01);
+  constexpr size_t kKeys = 64 * 64;
+  for (const float spread : {0.1F, 1.0F, 2.0F}) {
+    const Subject subject(11, false, 64, 1, spread);
+    std::vector<float> estimates(kKeys), expected(kKeys);
+    EstimateProducts(subject.sums.data(), kKeys, subject.codes.data(), 64, subject.layout,
+                     subject.Heads(kInfinity, 0.0F).data(), 1, estimates.data(), expected.data(),
+                     nullptr, kKeys);
+    std::vector<float> ranked = estimates;
+    std::nth_element(ranked.begin(), ranked.begin() + kKeys / 32, ranked.end(), std::greater<>());
+    const Selected selected(subject, subject.Heads(ranked[kKeys / 32], 0.0F));
+    EXPECT_GT(selected.count, 0);
+    double sum = 0.0;
+    double singles = 0.0;
+    double right = 0.0;
+    for (size_t b = 0; b < 64; ++b) sum += selected.block_weights[b];
+    for (size_t key = 0; key < kKeys; ++key) {
+      singles += selected.Weight(0, key);
+      if (estimates[key] <= ranked[kKeys / 32]) right += expected[key];
+    }
+    EXPECT_NEAR(sum / right, 1.0, 0.01) << spread;
+    EXPECT_NEAR(singles / right, 1.0, 0.02) << spread;
+  }
 }
 
 // References far above and far below all scores: nothing, or the bound.
 TEST_P(ProductScanTest, ExtremeReferences) {
   const Subject subject(11, false, 1, 1);
-  Aligned<uint16_t> weights(64);
-  float block_weight = 0.0F;
-  std::vector<uint32_t> chosen(64);
-  const auto weigh = [&](float reference) {
-    const auto heads = subject.Heads(kInfinity, reference);
-    SelectProducts(subject.sums.data(), 64, subject.codes.data(), 1, subject.layout, heads.data(),
-                   1, 0, chosen.data(), weights.data(), 64, &block_weight, 1);
-    return block_weight;
-  };
-  EXPECT_EQ(weigh(1e6F), 0.0F);
-  EXPECT_NEAR(std::log(weigh(-200.0F) / 64.0F), 80.0, 0.1);
+  const Selected nothing(subject, subject.Heads(kInfinity, 1e6F));
+  EXPECT_EQ(nothing.block_weights[0], 0.0F);
+  EXPECT_EQ(nothing.units[0], 0.0F);
+  const Selected most(subject, subject.Heads(kInfinity, -200.0F));
+  EXPECT_NEAR(std::log(255.0F * most.units[0]), 80.0, 1e-3);
+  EXPECT_GT(most.block_weights[0], 255.0F * most.units[0]);
+  EXPECT_LT(most.block_weights[0], 64.0F * 255.0F * most.units[0]);
 }
 
 // Subnormal weights, and products with them, take hundreds of cycles.
 TEST_P(ProductScanTest, WeightsAreZeroOrFarFromSubnormal) {
-  const float bound = std::exp2(-101.0F);
+  const float bound = std::exp2(-108.0F);
   for (const float spread : {0.1F, 1.0F, 30.0F}) {
     const Subject subject(11, true, 2, 2, spread);
-    Aligned<uint16_t> weights(2 * 128);
-    std::vector<float> block_weights(4);
-    std::vector<uint32_t> chosen(128);
     int zeros = 0;
     int small = 0;  // above the bound, but near it
-    for (int reference = 50; reference < 100; ++reference) {
-      const auto heads = subject.Heads(kInfinity, static_cast<float>(reference));
-      SelectProducts(subject.sums.data(), 128, subject.codes.data(), 2, subject.layout,
-                     heads.data(), 2, 0, chosen.data(), weights.data(), 128, block_weights.data(),
-                     2);
-      for (size_t i = 0; i < 2 * 128; ++i) {
-        const float weight = Bf16ToFloat(weights[i]);
-        ASSERT_TRUE(weight == 0.0F || weight >= bound) << weight << ' ' << reference;
-        if (weight == 0.0F) ++zeros;
-        if (weight > 0.0F && weight < 1024.0F * bound) ++small;
+    for (int reference = 0; reference < 400; ++reference) {
+      const Selected selected(subject, subject.Heads(kInfinity, static_cast<float>(reference)));
+      for (const float unit : selected.units) {
+        ASSERT_TRUE(unit == 0.0F || unit >= bound) << unit << ' ' << reference;
+        if (unit == 0.0F) ++zeros;
+        if (unit > 0.0F && unit < 1024.0F * bound) ++small;
       }
-      EXPECT_THAT(block_weights, testing::Each(testing::AnyOf(0.0F, testing::Ge(bound))));
+      for (const size_t at : {0, 1, 3, 4}) {
+        const float weight = selected.block_weights[at];
+        ASSERT_TRUE(weight == 0.0F || weight >= bound / 512.0F) << weight << ' ' << reference;
+      }
     }
     EXPECT_GT(zeros, 0) << spread;
     EXPECT_GT(small, 0) << spread;
@@ -254,18 +290,30 @@ TEST_P(ProductScanTest, WeightsAreZeroOrFarFromSubnormal) {
 }
 
 TEST_P(ProductScanTest, NoQueryScoresNothing) {
-  Subject subject(11, true, 1, 1, 0.0F);
+  const Subject subject(11, true, 1, 1, 0.0F);
   EXPECT_EQ(subject.tables[0].unit, 0.0F);
-  Aligned<uint16_t> weights(64);
-  float block_weight = 0.0F;
-  std::vector<uint32_t> chosen(64);
   for (const float threshold : {-1.0F, 1.0F}) {
-    const auto heads = subject.Heads(threshold, 0.0F);
-    EXPECT_EQ(
-        SelectProducts(subject.sums.data(), 64, subject.codes.data(), 1, subject.layout,
-                       heads.data(), 1, 0, chosen.data(), weights.data(), 64, &block_weight, 1),
-        threshold < 0.0F ? 64 : 0);
-    EXPECT_NEAR(block_weight, threshold < 0.0F ? 0.0F : 64.0F, 4.0F);
+    const Selected selected(subject, subject.Heads(threshold, 0.0F));
+    EXPECT_EQ(selected.count, threshold < 0.0F ? 64 : 0);
+    EXPECT_NEAR(selected.block_weights[0], threshold < 0.0F ? 0.0F : 64.0F, 1e-3F);
+  }
+}
+
+// However far the entries are apart, no sum leaves its byte.
+TEST_P(ProductScanTest, SumsFitTheirBytes) {
+  for (const int subspaces : {1, 2, 11, 22, 32}) {
+    const Subject subject(subspaces, false, 1, 3, 5.0F);
+    const int symbols = subject.layout.Symbols();
+    for (int h = 0; h < 3; ++h) {
+      int most = 0;
+      for (int g = 0; g < symbols; ++g) {
+        const auto table = subject.entries.begin() + (h * symbols + g) * 64;
+        EXPECT_EQ(*std::min_element(table, table + 64), 0);
+        most += *std::max_element(table, table + 64);
+      }
+      EXPECT_LE(most, kProductSumMax);
+      EXPECT_GT(most, kProductSumMax - 2 * symbols);
+    }
   }
 }
 

@@ -95,5 +95,31 @@ TEST(RankThresholdTest, RanksOutsideTheValues) {
   EXPECT_EQ(Rank({}, 1), -kInfinity);
 }
 
+TEST(IndicesFromTest, EveryLevelEqualsAPlainLoop) {
+  std::mt19937 random(9);
+  std::uniform_int_distribution<int> small(0, 9);
+  for (const std::string& level : SupportedSimdLevels()) {
+    ASSERT_TRUE(ForceSimdLevel(level));
+    for (const size_t count : {0, 1, 3, 16, 17, 64, 1000}) {
+      std::vector<float> values(count);
+      for (float& value : values) value = static_cast<float>(small(random));
+      if (count > 1) values[1] = -kInfinity;
+      for (const float threshold : {-kInfinity, -1.0F, 0.0F, 7.0F, 9.0F, 10.0F, kInfinity}) {
+        std::vector<uint32_t> expected;
+        for (uint32_t i = 0; i < count; ++i) {
+          if (values[i] >= threshold) expected.push_back(i);
+        }
+        std::vector<uint32_t> indices(count + 1, 42);
+        const int64_t found =
+            IndicesFrom(values.data(), static_cast<int64_t>(count), threshold, indices.data());
+        EXPECT_EQ(indices.back(), 42U) << "written past the end";
+        indices.resize(static_cast<size_t>(found));
+        EXPECT_EQ(indices, expected) << level << ' ' << count << ' ' << threshold;
+      }
+    }
+  }
+  ASSERT_TRUE(ForceSimdLevel(""));
+}
+
 }  // namespace
 }  // namespace kvseek::kernels

@@ -6,8 +6,6 @@
 #include <vector>
 
 #include "gtest/gtest.h"
-#include "kernels/dtype.h"
-#include "tests/kernels/reference.h"
 #include "tests/kernels/simd_level_fixture.h"
 
 namespace kvseek::kernels {
@@ -24,26 +22,24 @@ TEST_P(ValueSketchTest, SketchesAddUp) {
     const ProductLayout layout;
     std::vector<uint8_t> codes(static_cast<size_t>(3 * layout.BlockBytes()));
     for (uint8_t& byte : codes) byte = static_cast<uint8_t>(bytes());
-    const auto random = reference::RandomFloats(8, static_cast<size_t>(heads) * 192, 1.0F);
-    std::vector<uint16_t> weights(random.size());
-    for (size_t i = 0; i < random.size(); ++i) {
-      weights[i] = i % 7 == 0 ? uint16_t{0} : FloatToBf16(std::exp(random[i]));
+    std::vector<uint8_t> weights(static_cast<size_t>(heads) * 192);
+    for (size_t i = 0; i < weights.size(); ++i) {
+      weights[i] = i % 7 == 0 ? uint8_t{0} : static_cast<uint8_t>(bytes());
     }
+    std::vector<float> units;
+    for (int h = 0; h < heads; ++h) units.push_back(0.003F * static_cast<float>(h + 1));
     std::vector<float> sums(static_cast<size_t>(heads) * 8, 1.0F);
-    AddSketches(codes.data(), 3, layout, weights.data(), 192, heads, sums.data());
+    AddSketches(codes.data(), 3, layout, weights.data(), 192, units.data(), heads, sums.data());
     for (int h = 0; h < heads; ++h) {
       for (int c = 0; c < 8; ++c) {
         double sum = 1.0;
-        double size = 1.0;
         for (int key = 0; key < 192; ++key) {
           const uint8_t* const block = codes.data() + key / 64 * layout.BlockBytes();
           const int byte = block[layout.SketchOffset() + c % 4 * 64 + key % 64];
-          const double part = Bf16ToFloat(weights[static_cast<size_t>(h * 192 + key)]) *
-                              ((c < 4 ? byte & 15 : byte >> 4) - 7.5);
-          sum += part;
-          size += std::abs(part);
+          const double weight = weights[static_cast<size_t>(h * 192 + key)];
+          sum += units[static_cast<size_t>(h)] * weight * ((c < 4 ? byte & 15 : byte >> 4) - 7.5);
         }
-        EXPECT_NEAR(sums[static_cast<size_t>(h * 8 + c)], sum, 0.02 * size);
+        EXPECT_NEAR(sums[static_cast<size_t>(h * 8 + c)], sum, 1e-5 * (1.0 + std::abs(sum)));
       }
     }
   }
@@ -52,11 +48,12 @@ TEST_P(ValueSketchTest, SketchesAddUp) {
 TEST_P(ValueSketchTest, NoWeightsAddNothing) {
   const ProductLayout layout;
   const std::vector<uint8_t> codes(static_cast<size_t>(layout.BlockBytes()), 0xff);
-  const std::vector<uint16_t> weights(3 * 64, 0);
+  const std::vector<uint8_t> weights(3 * 64, 0);
+  const std::vector<float> units(3, 1.0F);
   std::vector<float> sums(3 * 8, 5.0F);
-  AddSketches(codes.data(), 1, layout, weights.data(), 64, 3, sums.data());
+  AddSketches(codes.data(), 1, layout, weights.data(), 64, units.data(), 3, sums.data());
   EXPECT_EQ(sums, std::vector<float>(3 * 8, 5.0F));
-  AddSketches(codes.data(), 0, layout, weights.data(), 64, 3, sums.data());
+  AddSketches(codes.data(), 0, layout, weights.data(), 64, units.data(), 3, sums.data());
   EXPECT_EQ(sums, std::vector<float>(3 * 8, 5.0F));
 }
 

@@ -75,9 +75,10 @@ class CountingIndex final : public index::KeyIndex {
 
 class SearchExecutorTest : public testing::TestWithParam<int> {
  protected:
-  SearchExecutorTest() {
+  explicit SearchExecutorTest(std::chrono::microseconds worker_spin = {}) {
     DaemonOptions options;
     options.workers = GetParam();
+    options.worker_spin = worker_spin;
     pool_ = std::make_unique<ComputePool>(options);
   }
   static GiveUp In(std::chrono::milliseconds time) {
@@ -206,6 +207,57 @@ TEST_P(SearchExecutorTest, WorkersThatDoNotComeAreNotWaitedFor) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Workers, SearchExecutorTest, testing::Values(1, 4));
+
+/// Workers look for units that are not there yet.
+class LookingExecutorTest : public SearchExecutorTest {
+ protected:
+  LookingExecutorTest() : SearchExecutorTest(std::chrono::microseconds(300)) {}
+};
+
+TEST_P(LookingExecutorTest, ManyShortSteps) {
+  index_.steps = 40;
+  for (int round = 0; round < 20; ++round) {
+    const auto results = Run(Tasks({1, 4, 0, 3, 2}), In(std::chrono::minutes(1)));
+    ASSERT_TRUE(results.ok()) << results.status();
+    for (size_t i = 0; i < 5; ++i) {
+      size_t count = std::vector<size_t>{1, 4, 0, 3, 2}[i];
+      size_t all = count;
+      for (int step = 1; step < 40; ++step) {
+        all += count = CountingIndex::PiecesOfStep(count, step);
+      }
+      EXPECT_EQ((*results)[i].positions.size(), all);
+    }
+  }
+}
+
+TEST_P(LookingExecutorTest, GivesWay) {
+  // One unit is under way, and nothing else of its run is there to be done meanwhile.
+  std::latch begun(1);
+  std::latch release(1);
+  std::latch large(1);
+  index_.on_run = [&] {
+    begun.count_down();
+    release.wait();
+  };
+  pool_->Submit([&](index::Scratch& scratch) {
+    RunSearches(
+        *pool_, Tasks({1}), In(std::chrono::minutes(1)),
+        [&](auto, index::Scratch&) { large.count_down(); }, scratch);
+  });
+  begun.wait();
+  if (GetParam() > 1) {
+    CountingIndex other;
+    std::vector<SearchTask> tasks = Tasks({2, 2, 2, 2});
+    for (SearchTask& task : tasks) task.index = &other;
+    const auto start = std::chrono::steady_clock::now();
+    EXPECT_TRUE(Run(std::move(tasks), In(std::chrono::minutes(1))).ok());
+    EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(20));
+  }
+  release.count_down();
+  large.wait();
+}
+
+INSTANTIATE_TEST_SUITE_P(Workers, LookingExecutorTest, testing::Values(1, 4));
 
 }  // namespace
 }  // namespace kvseek::service
