@@ -131,11 +131,17 @@ void LadderPlan::RefineBest(int head, Scratch& scratch) {
 
 void LadderPlan::TakeTopK(const ScoredKeys& candidates, SearchResult& result, Scratch& scratch) {
   const std::vector<float> lse = LseOf(state_);
-  ScoredKeys keys = candidates;
+  ScoredKeys keys;
+  keys.Reserve(candidates.positions.size() + exact_keys_.positions.size(), group_);
+  keys.Append(candidates);
   keys.Append(exact_keys_);
-  const std::vector<uint32_t> best = BestIndices(GroupScores(keys, lse), options_.k);
+  scratch.Reset();
+  const std::vector<uint32_t> best = BestIndices(GroupScores(keys, lse), options_.k, scratch);
   std::vector<uint32_t> fine;   // indices into candidates
   std::vector<uint32_t> exact;  // indices into exact_keys_
+  result.positions.reserve(best.size());
+  fine.reserve(best.size());
+  exact.reserve(best.size());
   const auto split = static_cast<uint32_t>(candidates.positions.size());
   for (const uint32_t i : best) {
     result.positions.push_back(keys.positions[i]);
@@ -166,9 +172,10 @@ void LadderPlan::TakeTopK(const ScoredKeys& candidates, SearchResult& result, Sc
     SubtractState(state_, returned);
   }
   const std::vector<float> rest = LseOf(state_);
+  result.report.missed_mass.resize(rest.size());
   for (size_t h = 0; h < rest.size(); ++h) {
     const float missed = std::isfinite(lse[h]) ? std::exp(rest[h] - lse[h]) : 0.0F;
-    result.report.missed_mass.push_back(missed);
+    result.report.missed_mass[h] = missed;
   }
   result.report.missed_low = result.report.missed_mass;
   result.report.missed_high = result.report.missed_mass;
@@ -201,6 +208,10 @@ void LadderPlan::ReportMissed(absl::Span<const float> lse, const ScoredKeys& can
                               absl::Span<const RestRatio> ratios, SearchReport& report,
                               Scratch& scratch) const {
   const std::vector<float> masses = RestMass();
+  for (std::vector<float>* const each :
+       {&report.missed_mass, &report.missed_low, &report.missed_high}) {
+    each->reserve(masses.size());
+  }
   for (int h = 0; h < group_; ++h) {
     const auto i = static_cast<size_t>(h);
     const float rest = masses[i];

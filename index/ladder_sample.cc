@@ -31,6 +31,7 @@ std::vector<int64_t> SampleBlocks(int64_t first, int64_t last) {
   const int64_t blocks = last - first;
   const int64_t wanted = std::min(blocks, std::max(kSampleBlocksMin, blocks / kSampleStride));
   std::vector<int64_t> sample;
+  sample.reserve(static_cast<size_t>(wanted));
   for (int64_t i = 0; i < wanted; ++i) {
     sample.push_back(wanted == 1 ? first : first + i * (blocks - 1) / (wanted - 1));
   }
@@ -46,6 +47,7 @@ void LadderPlan::PlanSample() {
   estimates_ = memory_->Take<float>(group * sample_.size() * kScanBlock);
   // A part ends where a segment does, since it scores the centres of its own.
   const size_t parts = std::clamp<size_t>(sample_.size() / kPartBlocksMin, 1, kPartsMax);
+  sample_parts_.reserve(parts);
   size_t block = 0;
   int64_t segment = FirstSegment();
   for (size_t p = 1; p <= parts && segment < LastSegment(); ++p) {
@@ -101,6 +103,7 @@ void LadderPlan::RunSample(SamplePart& part, Scratch& scratch) {
 
 void LadderPlan::EstimateReference() {
   reference_ = LseOf(exact_state_);
+  sampled_mass_.reserve(reference_.size());
   // The sample's share beside the exact part's.
   for (size_t h = 0; h < reference_.size(); ++h) {
     float largest = -kInfinity;

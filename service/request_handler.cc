@@ -147,7 +147,7 @@ RequestHandler::Impl::Call::Call(Impl& impl, Request request, std::function<void
 }
 
 RequestHandler::Impl::Call::~Call() {
-  Finish(absl::InternalError("the request was lost"));
+  if (!finished_.load()) Finish(absl::InternalError("the request was lost"));
   done_ = nullptr;
   const std::lock_guard lock(impl_.mutex_);
   if (--impl_.calls_ == 0) impl_.all_left_.notify_all();
