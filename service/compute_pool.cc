@@ -224,7 +224,7 @@ void Strand::RunNext(ComputePool& pool, const StatePtr& state, index::Scratch& s
 }
 
 void StrandJobs::Add(Strand& strand, ComputePool::Job job) {
-  states_.reserve(states_.size() + 1);
+  if (states_.size() == states_.capacity()) states_.reserve(2 * states_.size() + 8);
   if (Strand::Queue(*strand.state_, std::move(job))) states_.push_back(strand.state_);
   ++size_;
 }

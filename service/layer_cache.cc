@@ -36,7 +36,7 @@ absl::Status CheckElements(const char* name, const uint16_t* tensor, int64_t row
   };
   if (parts == 1) {
     check(0, worker.scratch);
-  } else {
+  } else if (parts > 1) {
     worker.pool.ForEach(parts, check, worker.scratch);
   }
   const int64_t bad = first_bad.load();
@@ -190,11 +190,13 @@ void LayerCache::MakeLater(const LayerState& state, const LayerState& next,
     } catch (const std::bad_alloc&) {  // whoever needs it tries again
     }
   };
+  const auto quarter = static_cast<size_t>(pool.workers() / 4);
+  const size_t strands = std::clamp<size_t>(quarter, 1, sealing_.size());
   try {
     for (size_t h = 0; h < next.kv_heads(); ++h) {
       const std::shared_ptr<PendingSegment>& pending = next.Head(h).pending();
       if (pending == nullptr || pending->made() || pending == state.Head(h).pending()) continue;
-      sealing_.Submit(pool, [make, waiting = std::weak_ptr(pending)](index::Scratch& scratch) {
+      sealing_[h % strands].Submit(pool, [make, waiting = std::weak_ptr(pending)](index::Scratch& scratch) {
         make(waiting, scratch);
       });
     }

@@ -17,6 +17,7 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 #include "index/built_index.h"
 #include "index/scratch.h"
 #include "service/compute_pool.h"
@@ -86,9 +87,10 @@ struct Worker {
 /// What appends write; thread-safe.
 class LayerCache {
  public:
-  /// Segments are made on `sealing`, one after the other, once appends have brought all of their
-  /// tokens; it must outlive the cache.
-  LayerCache(const std::shared_ptr<const LayerState>& state, Strand& sealing)
+  /// Once appends have brought all of their tokens, segments are made on `sealing`, as many at a
+  /// time as there are strands, but on a quarter of the workers at most. They must outlive the
+  /// cache.
+  LayerCache(const std::shared_ptr<const LayerState>& state, absl::Span<Strand> sealing)
       : state_(state), selections_(state->kv_heads()), sealing_(sealing) {}
 
   std::shared_ptr<const LayerState> State() const ABSL_LOCKS_EXCLUDED(state_mutex_);
@@ -138,7 +140,7 @@ class LayerCache {
       ABSL_ACQUIRED_AFTER(write_mutex_);  ///< held for the swap of a pointer only
   std::shared_ptr<const LayerState> state_ ABSL_GUARDED_BY(state_mutex_);
   SelectionMemory selections_;
-  Strand& sealing_;
+  const absl::Span<Strand> sealing_;
   TrafficQueries traffic_;
   std::atomic<bool> build_queued_{false};
   Strand strand_;

@@ -19,9 +19,8 @@ Session::Session(uint64_t id, SessionSettings settings, MemoryBudget::Reservatio
       planner_(std::move(start.planner)),
       last_used_(now) {
   layers_.reserve(start.layers.size());
-  for (size_t l = 0; l < start.layers.size(); ++l) {
-    Strand& sealing = sealing_[l % sealing_.size()];
-    layers_.push_back(std::make_unique<LayerCache>(start.layers[l], sealing));
+  for (const auto& state : start.layers) {
+    layers_.push_back(std::make_unique<LayerCache>(state, absl::MakeSpan(sealing_)));
   }
 }
 

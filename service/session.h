@@ -133,7 +133,7 @@ class Session {
   const std::shared_ptr<LivePlanner> planner_;
   std::shared_mutex shorten_mutex_;  ///< shared by appends, exclusive for Truncate
   /// Segments are made on these, so many at a time, beside the decoder's steps: all of a step's in
-  /// much less than kSealDelay steps, and a search finds most workers free.
+  /// less than kSealDelay steps, and a search finds most workers free.
   std::array<Strand, 4> sealing_;
   std::vector<std::unique_ptr<LayerCache>> layers_;
   std::atomic<TimePoint> last_used_;

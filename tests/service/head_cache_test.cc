@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <atomic>
 #include <thread>
 
@@ -253,13 +254,13 @@ class LayerCacheTest : public testing::Test {
 
   DaemonOptions options_;
   MemoryBudget budget_{uint64_t{1} << 30, std::chrono::milliseconds(50)};
-  Strand sealing_;
+  std::array<Strand, 2> sealing_;
   std::unique_ptr<ComputePool> pool_;
 };
 
 TEST_F(LayerCacheTest, SkipsWhatIsHeldAndRefusesGaps) {
   const Source source(3, 6000);
-  LayerCache layer(LayerState::Empty(kShape, 2), sealing_);
+  LayerCache layer(LayerState::Empty(kShape, 2), absl::MakeSpan(sealing_));
   EXPECT_EQ(*Append(layer, source, 0, 100), 100);
   EXPECT_EQ(*Append(layer, source, 0, 100), 100);
   EXPECT_EQ(*Append(layer, source, 50, 100), 150);
@@ -272,7 +273,7 @@ TEST_F(LayerCacheTest, SkipsWhatIsHeldAndRefusesGaps) {
 TEST_F(LayerCacheTest, ReadersSeeWholeTokensWhileItGrows) {
   constexpr int64_t kTokens = 2900;
   const Source source(5, 2 * kTokens);
-  LayerCache layer(LayerState::Empty(kShape, 2), sealing_);
+  LayerCache layer(LayerState::Empty(kShape, 2), absl::MakeSpan(sealing_));
   std::atomic<bool> stop{false};
   std::vector<std::thread> readers;
   for (int r = 0; r < 2; ++r) {
@@ -305,12 +306,12 @@ TEST_F(LayerCacheTest, ReadersSeeWholeTokensWhileItGrows) {
 
 TEST_F(LayerCacheTest, ConcurrentForksOfOneTailStayApart) {
   const Source base(9, 2 * 1200);
-  LayerCache parent(LayerState::Empty(kShape, 2), sealing_);
+  LayerCache parent(LayerState::Empty(kShape, 2), absl::MakeSpan(sealing_));
   ASSERT_TRUE(Append(parent, base, 0, 1100).ok());
   std::vector<std::unique_ptr<LayerCache>> forks;
   std::vector<std::unique_ptr<Source>> sources;
   for (uint32_t f = 0; f < 4; ++f) {
-    forks.push_back(std::make_unique<LayerCache>(parent.State(), sealing_));
+    forks.push_back(std::make_unique<LayerCache>(parent.State(), absl::MakeSpan(sealing_)));
     sources.push_back(std::make_unique<Source>(100 + f, 2 * 1300));
   }
   std::vector<std::thread> threads;
@@ -332,7 +333,7 @@ TEST_F(LayerCacheTest, ConcurrentForksOfOneTailStayApart) {
 
 TEST_F(LayerCacheTest, SegmentsAreMadeBesideTheStepsAfterThem) {
   const Source source(11, 2 * 1200);
-  LayerCache layer(LayerState::Empty(kShape, 2), sealing_);
+  LayerCache layer(LayerState::Empty(kShape, 2), absl::MakeSpan(sealing_));
   ASSERT_TRUE(Append(layer, source, 0, 1023).ok());
   ASSERT_TRUE(Append(layer, source, 1023, 1).ok());
   const auto state = layer.State();
