@@ -196,9 +196,8 @@ void LayerCache::MakeLater(const LayerState& state, const LayerState& next,
     for (size_t h = 0; h < next.kv_heads(); ++h) {
       const std::shared_ptr<PendingSegment>& pending = next.Head(h).pending();
       if (pending == nullptr || pending->made() || pending == state.Head(h).pending()) continue;
-      sealing_[h % strands].Submit(pool, [make, waiting = std::weak_ptr(pending)](index::Scratch& scratch) {
-        make(waiting, scratch);
-      });
+      sealing_[h % strands].Submit(pool, [make, waiting = std::weak_ptr(pending)](
+                                             index::Scratch& scratch) { make(waiting, scratch); });
     }
   } catch (const std::bad_alloc&) {
   }
