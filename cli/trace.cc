@@ -250,14 +250,12 @@ StoredHead::StoredHead(const HeadTrace& trace, int scan_bits)
   for (; at + index::kSegmentTokens <= trace.tokens; at += index::kSegmentTokens) {
     segments_.push_back(index::Segment::Build(shape_, keys_at(), values_at()));
   }
-  while (at < trace.tokens) {
-    const auto rows =
-        static_cast<int>(std::min<int64_t>(index::kTailChunkTokens, trace.tokens - at));
-    tail_.push_back({keys_at(), values_at(), rows});
-    at += rows;
+  tail_tokens_ = trace.tokens - at;
+  for (; at < trace.tokens; at += index::kTailChunkTokens) {
+    tail_.push_back({keys_at(), values_at()});
   }
 }
 
-index::KvView StoredHead::view() const { return {shape_, segments_, tail_}; }
+index::KvView StoredHead::view() const { return {shape_, segments_, tail_, tail_tokens_}; }
 
 }  // namespace kvseek::cli

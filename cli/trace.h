@@ -63,8 +63,9 @@ absl::StatusOr<std::vector<std::string>> ListHeads(const std::string& queries_pa
 /// large.
 std::vector<int> SpreadSteps(int steps, int count);
 
-/// A trace's keys and values as the library stores them: sealed segments with their codes, and the
-/// tail. Immutable; the trace must outlive it.
+/// A trace's keys and values as the library stores them: segments with their codes, and the tail. A
+/// whole segment at the end is one here, as it is in a daemon some tokens later. Immutable; the
+/// trace must outlive it.
 class StoredHead {
  public:
   /// REQUIRES: scan_bits is 1 or 2.
@@ -75,6 +76,7 @@ class StoredHead {
   index::KvShape shape_;
   std::vector<std::shared_ptr<const index::Segment>> segments_;
   std::vector<index::TailChunkView> tail_;
+  int64_t tail_tokens_ = 0;
 };
 
 }  // namespace kvseek::cli

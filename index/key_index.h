@@ -39,12 +39,10 @@ inline constexpr int64_t kExactBelowTokens = 8192;  ///< `auto` answers shorter 
 
 struct LastSearch;  // index/reuse.h
 
-/// Rows after the last segment; a chunk holds up to kTailChunkTokens, and all but the last are
-/// full.
+/// Rows after the last segment: kTailChunkTokens of them, fewer in the last chunk.
 struct TailChunkView {
   const uint16_t* keys = nullptr;
   const uint16_t* values = nullptr;
-  int tokens = 0;
 };
 
 /// A consistent look at one head cache: positions 0 .. tokens()-1. Owns nothing; what it points at
@@ -53,13 +51,10 @@ struct KvView {
   KvShape shape;
   absl::Span<const std::shared_ptr<const Segment>> segments;
   absl::Span<const TailChunkView> tail;
+  int64_t tail_tokens = 0;
 
   int64_t SealedTokens() const { return static_cast<int64_t>(segments.size()) * kSegmentTokens; }
-  int64_t Tokens() const {
-    int64_t tokens = SealedTokens();
-    for (const TailChunkView& chunk : tail) tokens += chunk.tokens;
-    return tokens;
-  }
+  int64_t Tokens() const { return SealedTokens() + tail_tokens; }
 };
 
 /// One query token of one group.

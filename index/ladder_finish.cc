@@ -141,11 +141,17 @@ void LadderPlan::RefineBest(int head, Scratch& scratch) {
 
 void LadderPlan::TakeTopK(const ScoredKeys& candidates, SearchResult& result, Scratch& scratch) {
   const std::vector<float> lse = LseOf(state_);
-  ScoredKeys keys = candidates;
+  ScoredKeys keys;
+  keys.Reserve(candidates.positions.size() + exact_keys_.positions.size(), group_);
+  keys.Append(candidates);
   keys.Append(exact_keys_);
-  const std::vector<uint32_t> best = BestIndices(GroupScores(keys, lse), options_.k);
+  scratch.Reset();
+  const std::vector<uint32_t> best = BestIndices(GroupScores(keys, lse), options_.k, scratch);
   std::vector<uint32_t> fine;   // indices into candidates
   std::vector<uint32_t> exact;  // indices into exact_keys_
+  result.positions.reserve(best.size());
+  fine.reserve(best.size());
+  exact.reserve(best.size());
   const auto split = static_cast<uint32_t>(candidates.positions.size());
   for (const uint32_t i : best) {
     result.positions.push_back(keys.positions[i]);
@@ -176,9 +182,10 @@ void LadderPlan::TakeTopK(const ScoredKeys& candidates, SearchResult& result, Sc
     SubtractState(state_, returned);
   }
   const std::vector<float> rest = LseOf(state_);
+  result.report.missed_mass.resize(rest.size());
   for (size_t h = 0; h < rest.size(); ++h) {
     const float missed = std::isfinite(lse[h]) ? std::exp(rest[h] - lse[h]) : 0.0F;
-    result.report.missed_mass.push_back(missed);
+    result.report.missed_mass[h] = missed;
   }
   result.report.missed_low = result.report.missed_mass;
   result.report.missed_high = result.report.missed_mass;

@@ -188,6 +188,10 @@ void LadderPlan::ScoreCentres(int64_t first, int64_t last, Scratch& scratch) {
 }
 
 void LadderPlan::AttendExactPart(Scratch& scratch) {
+  if (options_.k >= 0) {
+    const int64_t keys = query_.end - query_.begin - (last_block_ - first_block_) * kScanBlock;
+    exact_keys_.Reserve(static_cast<size_t>(keys), group_);
+  }
   const auto add = [&](int64_t begin, int64_t end) {
     VisitRows(view_, begin, end,
               [&](const uint16_t* keys, const uint16_t* values, int64_t first, int tokens) {

@@ -106,6 +106,7 @@ void LadderPlan::RunSample(SamplePart& part, Scratch& scratch) {
 
 void LadderPlan::EstimateReference() {
   reference_ = LseOf(exact_state_);
+  sampled_mass_.reserve(reference_.size());
   // The sample's share beside the exact part's.
   for (size_t h = 0; h < reference_.size(); ++h) {
     float largest = -kInfinity;

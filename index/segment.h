@@ -15,6 +15,15 @@ namespace kvseek::index {
 
 inline constexpr int kSegmentTokens = 1024;
 inline constexpr int kTailChunkTokens = 64;
+/// A segment's tokens are read as tail, exactly, until so many others follow them: its codes are
+/// made in that time, beside the decoder's steps, and which keys have codes is a function of the
+/// number of tokens alone.
+inline constexpr int kSealDelay = 64;
+
+/// How many of a head cache's first tokens stand in segments.
+constexpr int64_t SealedTokens(int64_t tokens) {
+  return tokens < kSealDelay ? 0 : (tokens - kSealDelay) / kSegmentTokens * kSegmentTokens;
+}
 
 /// What the keys and values of one head cache look like.
 struct KvShape {

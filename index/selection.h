@@ -87,8 +87,8 @@ void VisitRows(const KvView& view, int64_t begin, int64_t end, const Visitor& vi
   }
   int64_t first = sealed;
   for (const TailChunkView& chunk : view.tail) {
-    part(chunk.keys, chunk.values, first, chunk.tokens);
-    first += chunk.tokens;
+    part(chunk.keys, chunk.values, first, kTailChunkTokens);  // `end` is within the view
+    first += kTailChunkTokens;
   }
 }
 

@@ -27,6 +27,7 @@ SignScan::SignScan(const KvView& view, const ScanQueries& queries, Scratch& memo
   tables_ =
       memory.Take<int8_t>(static_cast<size_t>(queries.group) * symbols_ * kernels::kTableSize);
   kernels::BuildTables(queries.rotated, queries.group, padded_dim, tables_, table_units_.data());
+  query_norms_.reserve(table_units_.size());
   for (int h = 0; h < queries.group; ++h) {
     const float* row = queries.rotated + static_cast<ptrdiff_t>(h) * padded_dim;
     float squares = 0.0F;

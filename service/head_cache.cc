@@ -28,6 +28,15 @@ void Gather(const uint16_t* rows, size_t stride, int64_t count, int dim, uint16_
   }
 }
 
+/// Copies rows to a chunk's rows `filled` and following, which the caller has claimed.
+void CopyRows(const index::KvShape& shape, const StridedRows& rows, TailChunk& chunk, int filled) {
+  const auto at = static_cast<size_t>(filled);
+  Gather(rows.keys, rows.key_stride, rows.tokens, shape.key_dim,
+         chunk.keys() + at * static_cast<size_t>(shape.key_dim));
+  Gather(rows.values, rows.value_stride, rows.tokens, shape.value_dim,
+         chunk.values() + at * static_cast<size_t>(shape.value_dim));
+}
+
 /// The first `count` rows, which are taken off `rows`.
 StridedRows TakeRows(StridedRows& rows, int64_t count) {
   StridedRows first = rows;
@@ -38,132 +47,128 @@ StridedRows TakeRows(StridedRows& rows, int64_t count) {
   return first;
 }
 
-/// A segment and the memory it was promised.
-struct AccountedSegment {
-  std::shared_ptr<const index::Segment> segment;
-  Reservation memory;
-};
+constexpr int64_t kSealAt = kSegmentTokens + index::kSealDelay;  ///< tokens of a tail
+/// Rows of one append that complete a segment: more, and it is made of them at once.
+constexpr int64_t kRowsAfterwards = 64;
+constexpr size_t kChunksOfSegment = kSegmentTokens / kTailChunkTokens;
+// Segments end, and become due, where chunks end.
+static_assert(kSegmentTokens % kTailChunkTokens == 0 && kSealAt % kTailChunkTokens == 0);
 
 }  // namespace
 
-std::shared_ptr<const HeadCache::ChunkList> HeadCache::NoChunks() {
-  static const auto none = std::make_shared<const ChunkList>();
-  return none;
-}
+// ---- chunks
 
 TailChunk::TailChunk(const index::KvShape& shape, Reservation memory)
     : memory_(std::move(memory)),
-      keys_(index::MakeAligned<uint16_t>(kTailChunkTokens * static_cast<size_t>(shape.key_dim))),
-      values_(
-          index::MakeAligned<uint16_t>(kTailChunkTokens * static_cast<size_t>(shape.value_dim))) {}
+      slot_(index::MakeSlot(kTailChunkTokens * (shape.KeyRowBytes() + shape.ValueRowBytes()))),
+      keys_(reinterpret_cast<uint16_t*>(slot_.get())),
+      values_(keys_ + kTailChunkTokens * static_cast<size_t>(shape.key_dim)) {}
 
 uint64_t TailChunk::Bytes(const index::KvShape& shape) {
   return kTailChunkTokens * (shape.KeyRowBytes() + shape.ValueRowBytes()) + sizeof(TailChunk);
 }
 
-HeadCache::HeadCache(const index::KvShape& shape)
-    : shape_(shape), segments_(std::make_shared<const SegmentList>()), chunks_(NoChunks()) {}
+// ---- parts
 
-const uint16_t* HeadCache::KeyRow(int64_t position) const {
-  assert(position >= 0 && position < tokens());
-  const auto dim = static_cast<size_t>(shape_.key_dim);
-  if (position < SealedTokens()) {
-    const index::Segment& segment = *(*segments_)[static_cast<size_t>(position / kSegmentTokens)];
-    return segment.keys() + static_cast<size_t>(position % kSegmentTokens) * dim;
+void HeadCache::Parts::ShowFront(const index::KvShape& shape,
+                                 std::shared_ptr<const index::Segment> segment) {
+  chunks.clear();
+  tail.clear();
+  for (size_t i = 0; i < kChunksOfSegment; ++i) {
+    const size_t row = i * kTailChunkTokens;
+    tail.push_back({segment->keys() + row * static_cast<size_t>(shape.key_dim),
+                    segment->values() + row * static_cast<size_t>(shape.value_dim)});
   }
-  const int64_t offset = position - SealedTokens();
-  return tail_[static_cast<size_t>(offset / kTailChunkTokens)].keys +
-         static_cast<size_t>(offset % kTailChunkTokens) * dim;
+  front = std::move(segment);
 }
 
-const uint16_t* HeadCache::ValueRow(int64_t position) const {
-  assert(position >= 0 && position < tokens());
-  const auto dim = static_cast<size_t>(shape_.value_dim);
-  if (position < SealedTokens()) {
-    const index::Segment& segment = *(*segments_)[static_cast<size_t>(position / kSegmentTokens)];
-    return segment.values() + static_cast<size_t>(position % kSegmentTokens) * dim;
-  }
-  const int64_t offset = position - SealedTokens();
-  return tail_[static_cast<size_t>(offset / kTailChunkTokens)].values +
-         static_cast<size_t>(offset % kTailChunkTokens) * dim;
+void HeadCache::Parts::AddChunk(std::shared_ptr<TailChunk> chunk) {
+  tail.push_back({chunk->keys(), chunk->values()});
+  chunks.push_back(std::move(chunk));
 }
 
-absl::StatusOr<HeadCache> HeadCache::Append(const StridedRows& rows, MemoryGrant& memory,
-                                            index::Scratch& scratch) const {
-  HeadCache next = *this;
-  StridedRows left = rows;
-  if (tail_tokens_ + rows.tokens >= kSegmentTokens) {
-    auto segments = std::make_shared<SegmentList>(*segments_);
-    absl::Span<const index::TailChunkView> tail = Tail();
-    int64_t filled = tail_tokens_;
-    while (filled + left.tokens >= kSegmentTokens) {
-      const StridedRows part = TakeRows(left, kSegmentTokens - filled);
-      scratch.Reset();
-      auto segment = Seal(tail, part, memory, scratch);
-      if (!segment.ok()) return segment.status();
-      segments->push_back(*std::move(segment));
-      tail = {};
-      filled = 0;
+void HeadCache::Parts::DropPending() {
+  constexpr auto kGone = static_cast<std::ptrdiff_t>(kChunksOfSegment);
+  if (front == nullptr) chunks.erase(chunks.begin(), chunks.begin() + kGone);
+  tail.erase(tail.begin(), tail.begin() + kGone);
+  front = nullptr;
+  pending = nullptr;
+}
+
+// ---- growing
+
+/// A cache that is being made; what it has in common with others is shared, not changed.
+class HeadCache::Growth {
+ public:
+  Growth(const index::KvShape& shape, Parts parts, int64_t held, MemoryGrant& memory)
+      : shape_(shape),
+        parts_(std::move(parts)),
+        tail_tokens_(held - parts_.SealedTokens()),
+        memory_(memory) {}
+
+  /// Adds rows and seals what is due.
+  absl::Status Add(StridedRows rows, index::Scratch& scratch) {
+    absl::Status status;
+    for (;;) {
+      const int64_t end = tail_tokens_ + rows.tokens;
+      if (parts_.pending != nullptr && end >= kSealAt) {
+        Seal(scratch);
+      } else if (parts_.pending == nullptr && end >= kSegmentTokens) {
+        status = Complete(TakeRows(rows, kSegmentTokens - tail_tokens_), scratch);
+      } else {
+        return AddToChunks(rows);
+      }
+      if (!status.ok()) return status;
     }
-    next.segments_ = std::move(segments);
-    next.chunks_ = NoChunks();
-    next.tail_tokens_ = 0;
   }
-  if (absl::Status status = next.AppendToTail(left, memory); !status.ok()) return status;
-  next.RefreshTail();
-  return next;
+  /// Adds rows behind others, no more than kSealAt tokens of the tail in all.
+  absl::Status AddToChunks(StridedRows rows);
+
+  Parts Finish() { return std::move(parts_); }
+
+ private:
+  void Seal(index::Scratch& scratch);
+  /// Adds the last rows of the next segment, which is then pending.
+  absl::Status Complete(const StridedRows& rows, index::Scratch& scratch);
+  /// A segment of the tail and `rows`.
+  std::shared_ptr<const index::Segment> Build(const StridedRows& rows,
+                                              index::Scratch& scratch) const;
+  /// A chunk whose first `claimed` rows are claimed.
+  absl::StatusOr<std::shared_ptr<TailChunk>> MakeChunk(int claimed);
+
+  const index::KvShape& shape_;
+  Parts parts_;
+  int64_t tail_tokens_;
+  MemoryGrant& memory_;
+};
+
+void HeadCache::Growth::Seal(index::Scratch& scratch) {
+  auto segments = std::make_shared<SegmentList>();
+  segments->reserve(parts_.segments->size() + 1);
+  *segments = *parts_.segments;
+  segments->push_back(parts_.pending->Make(scratch));
+  parts_.segments = std::move(segments);
+  parts_.DropPending();
+  tail_tokens_ -= kSegmentTokens;
 }
 
-absl::StatusOr<HeadCache> HeadCache::Truncate(int64_t tokens, MemoryGrant& memory) const {
-  if (tokens >= this->tokens()) return *this;
-  HeadCache next = *this;
-  if (tokens >= SealedTokens()) {
-    next.tail_tokens_ = static_cast<int>(tokens - SealedTokens());
-    const auto kept = static_cast<std::ptrdiff_t>(ChunksFor(next.tail_tokens_));
-    next.chunks_ = std::make_shared<const ChunkList>(chunks_->begin(), chunks_->begin() + kept);
-    next.RefreshTail();
-    return next;
+absl::Status HeadCache::Growth::Complete(const StridedRows& rows, index::Scratch& scratch) {
+  absl::StatusOr<Reservation> memory = memory_.Take(index::Segment::Bytes(shape_));
+  if (!memory.ok()) return memory.status();
+  if (rows.tokens > kRowsAfterwards) {
+    auto segment = WithMemory(Build(rows, scratch), *std::move(memory));
+    parts_.pending = std::make_shared<PendingSegment>(segment);
+    parts_.ShowFront(shape_, std::move(segment));
+    tail_tokens_ = kSegmentTokens;
+    return absl::OkStatus();
   }
-  const int64_t whole = tokens / kSegmentTokens;
-  next.segments_ =
-      std::make_shared<const SegmentList>(segments_->begin(), segments_->begin() + whole);
-  next.chunks_ = NoChunks();
-  next.tail_tokens_ = 0;
-  const index::Segment& cut = *(*segments_)[static_cast<size_t>(whole)];
-  const StridedRows rest{tokens % kSegmentTokens, cut.keys(), cut.values(),
-                         static_cast<size_t>(shape_.key_dim),
-                         static_cast<size_t>(shape_.value_dim)};
-  if (absl::Status status = next.AppendToTail(rest, memory); !status.ok()) return status;
-  next.RefreshTail();
-  return next;
+  if (absl::Status status = AddToChunks(rows); !status.ok()) return status;
+  parts_.pending = std::make_shared<PendingSegment>(shape_, parts_.chunks, *std::move(memory));
+  return absl::OkStatus();
 }
 
-uint64_t HeadCache::AppendBytes(int64_t tokens) const {
-  if (tokens == 0) return 0;
-  const int64_t tail = tail_tokens_ + tokens;
-  if (tail >= kSegmentTokens) return Bytes(shape_, tail);
-  int64_t chunks = ChunksFor(tail) - ChunksFor(tail_tokens_);
-  const int filled = tail_tokens_ % kTailChunkTokens;
-  if (filled != 0 && chunks_->back()->claimed() != filled) ++chunks;
-  return static_cast<uint64_t>(chunks) * TailChunk::Bytes(shape_);
-}
-
-uint64_t HeadCache::TruncateBytes(int64_t tokens) const {
-  return tokens < SealedTokens() ? Bytes(shape_, tokens % kSegmentTokens) : 0;
-}
-
-uint64_t HeadCache::Bytes(const index::KvShape& shape, int64_t tokens) {
-  return static_cast<uint64_t>(tokens / kSegmentTokens) * index::Segment::Bytes(shape) +
-         static_cast<uint64_t>(ChunksFor(tokens % kSegmentTokens)) * TailChunk::Bytes(shape);
-}
-
-absl::StatusOr<std::shared_ptr<const index::Segment>> HeadCache::Seal(
-    absl::Span<const index::TailChunkView> tail, const StridedRows& rows, MemoryGrant& memory,
-    index::Scratch& scratch) const {
-  absl::StatusOr<Reservation> taken = memory.Take(index::Segment::Bytes(shape_));
-  if (!taken.ok()) return taken.status();
-  auto accounted = std::make_shared<AccountedSegment>();
-  accounted->memory = *std::move(taken);
+std::shared_ptr<const index::Segment> HeadCache::Growth::Build(const StridedRows& rows,
+                                                               index::Scratch& scratch) const {
   index::Segment::Draft draft(shape_);
   const auto key_dim = static_cast<size_t>(shape_.key_dim);
   const auto value_dim = static_cast<size_t>(shape_.value_dim);
@@ -175,49 +180,42 @@ absl::StatusOr<std::shared_ptr<const index::Segment>> HeadCache::Seal(
     keys += static_cast<size_t>(some.tokens) * key_dim;
     values += static_cast<size_t>(some.tokens) * value_dim;
   };
-  for (const index::TailChunkView& chunk : tail) {
-    add({chunk.tokens, chunk.keys, chunk.values, key_dim, value_dim});
+  int64_t left = tail_tokens_;
+  for (const index::TailChunkView& chunk : parts_.tail) {
+    add({std::min<int64_t>(left, kTailChunkTokens), chunk.keys, chunk.values, key_dim, value_dim});
+    left -= kTailChunkTokens;
   }
   add(rows);
-  accounted->segment = draft.Encode(scratch);
-  const index::Segment* segment = accounted->segment.get();
-  return std::shared_ptr<const index::Segment>(std::move(accounted), segment);
+  scratch.Reset();
+  return draft.Encode(scratch);
 }
 
-absl::Status HeadCache::AppendToTail(StridedRows rows, MemoryGrant& memory) {
-  std::shared_ptr<ChunkList> longer;  // made when there is a chunk to be added
+absl::Status HeadCache::Growth::AddToChunks(StridedRows rows) {
   while (rows.tokens > 0) {
-    const int filled = tail_tokens_ % kTailChunkTokens;
+    const auto filled = static_cast<int>(tail_tokens_ % kTailChunkTokens);
     const auto count = static_cast<int>(std::min<int64_t>(rows.tokens, kTailChunkTokens - filled));
-    TailChunk* chunk = nullptr;
-    if (filled != 0) chunk = (longer != nullptr ? *longer : *chunks_).back().get();
+    TailChunk* chunk = filled != 0 ? parts_.chunks.back().get() : nullptr;
     if (chunk == nullptr || !chunk->Claim(filled, count)) {
-      absl::StatusOr<std::shared_ptr<TailChunk>> own = MakeChunk(filled + count, memory);
+      absl::StatusOr<std::shared_ptr<TailChunk>> own = MakeChunk(filled + count);
       if (!own.ok()) return own.status();
-      if (longer == nullptr) longer = std::make_shared<ChunkList>(*chunks_);
       if (chunk != nullptr) {
         const auto rows_before = static_cast<size_t>(filled);
         std::memcpy((*own)->keys(), chunk->keys(), rows_before * shape_.KeyRowBytes());
         std::memcpy((*own)->values(), chunk->values(), rows_before * shape_.ValueRowBytes());
-        longer->pop_back();
+        parts_.chunks.pop_back();
+        parts_.tail.pop_back();
       }
       chunk = own->get();
-      longer->push_back(*std::move(own));
+      parts_.AddChunk(*std::move(own));
     }
-    const StridedRows part = TakeRows(rows, count);
-    Gather(part.keys, part.key_stride, count, shape_.key_dim,
-           chunk->keys() + static_cast<size_t>(filled) * static_cast<size_t>(shape_.key_dim));
-    Gather(part.values, part.value_stride, count, shape_.value_dim,
-           chunk->values() + static_cast<size_t>(filled) * static_cast<size_t>(shape_.value_dim));
+    CopyRows(shape_, TakeRows(rows, count), *chunk, filled);
     tail_tokens_ += count;
   }
-  if (longer != nullptr) chunks_ = std::move(longer);
   return absl::OkStatus();
 }
 
-absl::StatusOr<std::shared_ptr<TailChunk>> HeadCache::MakeChunk(int claimed,
-                                                                MemoryGrant& memory) const {
-  absl::StatusOr<Reservation> taken = memory.Take(TailChunk::Bytes(shape_));
+absl::StatusOr<std::shared_ptr<TailChunk>> HeadCache::Growth::MakeChunk(int claimed) {
+  absl::StatusOr<Reservation> taken = memory_.Take(TailChunk::Bytes(shape_));
   if (!taken.ok()) return taken.status();
   auto chunk = std::make_shared<TailChunk>(shape_, *std::move(taken));
   const bool first = chunk->Claim(0, claimed);
@@ -226,13 +224,144 @@ absl::StatusOr<std::shared_ptr<TailChunk>> HeadCache::MakeChunk(int claimed,
   return chunk;
 }
 
-void HeadCache::RefreshTail() {
-  assert(chunks_->size() <= kChunksMax);
-  int left = tail_tokens_;
-  for (size_t i = 0; i < chunks_->size(); ++i, left -= kTailChunkTokens) {
-    TailChunk& chunk = *(*chunks_)[i];
-    tail_[i] = {chunk.keys(), chunk.values(), std::min(left, kTailChunkTokens)};
+// ---- the cache
+
+HeadCache::HeadCache(const index::KvShape& shape)
+    : HeadCache(shape, {std::make_shared<const SegmentList>(), nullptr, nullptr, {}, {}}) {}
+
+HeadCache::HeadCache(const index::KvShape& shape, Parts parts)
+    : shape_(shape),
+      parts_(std::make_shared<const Parts>(std::move(parts))),
+      last_(parts_->chunks.empty() ? nullptr : parts_->chunks.back().get()) {}
+
+index::KvView HeadCache::View(int64_t held) const {
+  return {shape_, *parts_->segments, parts_->tail, held - parts_->SealedTokens()};
+}
+
+StridedRows HeadCache::RowsFrom(int64_t position, int64_t end) const {
+  const int64_t sealed = parts_->SealedTokens();
+  const auto key_dim = static_cast<size_t>(shape_.key_dim);
+  const auto value_dim = static_cast<size_t>(shape_.value_dim);
+  const int64_t unit = position < sealed ? kSegmentTokens : kTailChunkTokens;
+  const auto row = static_cast<size_t>(position % unit);
+  StridedRows rows{std::min(end, position - position % unit + unit) - position, nullptr, nullptr,
+                   key_dim, value_dim};
+  if (position < sealed) {
+    const index::Segment& segment = *(*parts_->segments)[static_cast<size_t>(position / unit)];
+    rows.keys = segment.keys();
+    rows.values = segment.values();
+  } else {
+    const index::TailChunkView& chunk =
+        parts_->tail[static_cast<size_t>((position - sealed) / unit)];
+    rows.keys = chunk.keys;
+    rows.values = chunk.values;
   }
+  rows.keys += row * key_dim;
+  rows.values += row * value_dim;
+  return rows;
+}
+
+const uint16_t* HeadCache::KeyRow(int64_t position) const {
+  return RowsFrom(position, position + 1).keys;
+}
+
+const uint16_t* HeadCache::ValueRow(int64_t position) const {
+  return RowsFrom(position, position + 1).values;
+}
+
+bool HeadCache::AppendInPlace(int64_t held, const StridedRows& rows) const {
+  const auto filled = static_cast<int>(held % kTailChunkTokens);
+  const int64_t end = held + rows.tokens;
+  if (filled == 0 || filled + rows.tokens > kTailChunkTokens) return false;
+  if (end % kSegmentTokens == 0) return false;
+  if (end % kSegmentTokens == index::kSealDelay && parts_->pending != nullptr) return false;
+  if (!last_->Claim(filled, static_cast<int>(rows.tokens))) return false;
+  CopyRows(shape_, rows, *last_, filled);
+  return true;
+}
+
+absl::StatusOr<HeadCache> HeadCache::Append(int64_t held, StridedRows rows, MemoryGrant& memory,
+                                            index::Scratch& scratch) const {
+  Growth growth(shape_, *parts_, held, memory);
+  if (absl::Status status = growth.Add(rows, scratch); !status.ok()) return status;
+  return HeadCache(shape_, growth.Finish());
+}
+
+absl::StatusOr<HeadCache> HeadCache::Truncate(int64_t tokens, MemoryGrant& memory) const {
+  const int64_t sealed = index::SealedTokens(tokens);
+  const int64_t left = tokens - sealed;
+  Parts parts;
+  int64_t at = sealed;  // up to where `parts` has them
+  if (sealed == parts_->SealedTokens()) {
+    if (parts_->front == nullptr || left >= kSegmentTokens) {
+      parts = *parts_;
+      const auto kept = static_cast<size_t>(ChunksFor(left));
+      parts.tail.resize(kept);
+      parts.chunks.resize(kept - (parts.front == nullptr ? 0 : kChunksOfSegment));
+      if (left < kSegmentTokens) parts.pending = nullptr;
+      return HeadCache(shape_, std::move(parts));
+    }
+    parts.segments = parts_->segments;
+  } else {
+    const auto kept = static_cast<std::ptrdiff_t>(sealed / kSegmentTokens);
+    const auto begin = parts_->segments->begin();
+    parts.segments = std::make_shared<const SegmentList>(begin, begin + kept);
+    if (left >= kSegmentTokens) {
+      parts.pending = std::make_shared<PendingSegment>(*(begin + kept));
+      parts.ShowFront(shape_, *(begin + kept));
+      at += kSegmentTokens;
+    }
+  }
+  Growth growth(shape_, std::move(parts), at, memory);
+  while (at < tokens) {
+    const StridedRows rows = RowsFrom(at, tokens);
+    if (absl::Status status = growth.AddToChunks(rows); !status.ok()) return status;
+    at += rows.tokens;
+  }
+  return HeadCache(shape_, growth.Finish());
+}
+
+uint64_t HeadCache::AppendBytes(int64_t held, int64_t tokens) const {
+  if (tokens == 0) return 0;
+  const int64_t end = held + tokens;
+  const int64_t first = held / kSegmentTokens;  // segment that may be completed
+  const int64_t completed = end / kSegmentTokens - first;
+  const uint64_t segments = static_cast<uint64_t>(completed) * index::Segment::Bytes(shape_);
+  const bool built = completed > 0 && (first + 1) * kSegmentTokens - held > kRowsAfterwards;
+  int64_t chunks = ChunksFor(end % kSegmentTokens);
+  if (!built) {
+    const int64_t until = completed == 0 ? end : (first + 1) * kSegmentTokens;
+    chunks = ChunksFor(until) - ChunksFor(held) + (completed == 0 ? 0 : chunks);
+    const auto filled = static_cast<int>(held % kTailChunkTokens);
+    if (filled != 0 && parts_->chunks.back()->claimed() != filled) ++chunks;
+  }
+  return segments + static_cast<uint64_t>(chunks) * TailChunk::Bytes(shape_);
+}
+
+bool HeadCache::AppendMakesSegment(int64_t held, int64_t tokens) const {
+  const int64_t end = held - parts_->SealedTokens() + tokens;
+  if (parts_->pending != nullptr) return end >= kSealAt && !parts_->pending->made();
+  return end >= kSealAt ||
+         (end >= kSegmentTokens && kSegmentTokens - held % kSegmentTokens > kRowsAfterwards);
+}
+
+uint64_t HeadCache::TruncateBytes(int64_t tokens) const {
+  const int64_t sealed = index::SealedTokens(tokens);
+  const int64_t left = tokens - sealed;
+  const bool shortens = sealed < parts_->SealedTokens();
+  if (!shortens && (parts_->front == nullptr || left >= kSegmentTokens)) return 0;
+  return static_cast<uint64_t>(ChunksFor(left % kSegmentTokens)) * TailChunk::Bytes(shape_);
+}
+
+uint64_t HeadCache::Bytes(const index::KvShape& shape, int64_t tokens) {
+  return static_cast<uint64_t>(tokens / kSegmentTokens) * index::Segment::Bytes(shape) +
+         static_cast<uint64_t>(ChunksFor(tokens % kSegmentTokens)) * TailChunk::Bytes(shape);
+}
+
+uint64_t HeadCache::BookkeepingBytes() {
+  constexpr uint64_t kChunks = kSealAt / kTailChunkTokens;
+  return sizeof(HeadCache) + sizeof(Parts) + sizeof(PendingSegment) +
+         kChunks * (sizeof(index::TailChunkView) + 2 * sizeof(std::shared_ptr<TailChunk>));
 }
 
 }  // namespace kvseek::service

@@ -71,12 +71,13 @@ bool IndexBuilder::IsDue(const SessionSettings& settings, const LayerState& stat
       (!CanLearn(state) || Queries(state) < index::kProductQueriesMin)) {
     return false;
   }
-  const int64_t sealed = state.heads[head].View().SealedTokens();
+  const int64_t sealed = state.View(head).SealedTokens();
   const BuiltIndex* const built = state.Built(head, kind);
   const int64_t covered = built == nullptr ? 0 : built->covered();
   if (covered == 0) return sealed >= from_tokens_ && sealed > 0;
   if (settings.Learns(kind) && !state.Learned(head, kind) && CanLearn(state)) return true;
-  if (kind == BuiltKind::kLandmark && state.Landmarks(covered) != state.landmarks_built[head]) {
+  if (kind == BuiltKind::kLandmark &&
+      state.Landmarks(covered) != state.indexes->landmarks_built[head]) {
     return true;  // some came late
   }
   if (kind == BuiltKind::kProduct) return sealed > covered;  // it encodes what is new, no more
@@ -84,7 +85,7 @@ bool IndexBuilder::IsDue(const SessionSettings& settings, const LayerState& stat
 }
 
 bool IndexBuilder::IsDue(const SessionSettings& settings, const LayerState& state) const {
-  for (size_t head = 0; head < state.heads.size(); ++head) {
+  for (size_t head = 0; head < state.kv_heads(); ++head) {
     for (int kind = 0; kind < index::kBuiltKinds; ++kind) {
       if (IsDue(settings, state, head, static_cast<BuiltKind>(kind))) return true;
     }
@@ -172,7 +173,7 @@ bool IndexBuilder::BuildHead(const Job& job, const SessionSettings& settings, si
   const auto group = static_cast<size_t>(settings.Group());
   std::vector<float> queries;
   index::BuildInput input;
-  input.view = state->heads[head].View();
+  input.view = state->View(head);
   input.group = settings.Group();
   if (state->queries != nullptr) {
     queries = state->queries->OfHead(head, group, static_cast<size_t>(settings.kv.key_dim),
@@ -191,7 +192,7 @@ bool IndexBuilder::BuildHead(const Job& job, const SessionSettings& settings, si
   input.landmarks = landmarks;
   // Parts of one that has learned nothing would not learn now.
   if (!settings.Learns(kind) || queries.empty() || state->Learned(head, kind)) {
-    input.previous = state->built[head][static_cast<size_t>(kind)];
+    input.previous = state->indexes->built[head][static_cast<size_t>(kind)];
   }
   input.give_up = [this, &job] {
     return stopping_.load(std::memory_order_relaxed) || job.session.expired();

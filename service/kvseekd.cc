@@ -74,6 +74,11 @@ void Declare(CLI::App& app, Arguments& arguments) {
       ->check(CLI::Range(0, 4096))
       ->capture_default_str();
   app.add_flag("--pin", options.pin_workers, "Pin the compute threads to cores 0, 1, ...");
+  app.add_option("--io-threads", options.io_threads,
+                 "Threads that read requests and write what workers could not; one moves several "
+                 "GB/s of many connections")
+      ->check(CLI::Range(1, 64))
+      ->capture_default_str();
   constexpr uint32_t kSpinMaxUs = 1'000'000;
   app.add_option("--io-spin-us", arguments.io_spin_us,
                  "Microseconds that the socket thread looks for work before it sleeps")

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <mutex>
+#include <new>
 #include <optional>
 #include <utility>
 
@@ -35,7 +36,7 @@ absl::Status CheckElements(const char* name, const uint16_t* tensor, int64_t row
   };
   if (parts == 1) {
     check(0, worker.scratch);
-  } else {
+  } else if (parts > 1) {
     worker.pool.ForEach(parts, check, worker.scratch);
   }
   const int64_t bad = first_bad.load();
@@ -51,10 +52,12 @@ absl::Status CheckElements(const char* name, const uint16_t* tensor, int64_t row
 std::shared_ptr<const LayerState> LayerState::Empty(const index::KvShape& shape,
                                                     uint32_t kv_heads) {
   auto state = std::make_shared<LayerState>();
-  state->heads.assign(kv_heads, HeadCache(shape));
-  state->built.resize(kv_heads);
-  state->learned.resize(kv_heads);
-  state->landmarks_built.resize(kv_heads);
+  state->heads = std::make_shared<const std::vector<HeadCache>>(kv_heads, HeadCache(shape));
+  auto indexes = std::make_shared<Indexes>();
+  indexes->built.resize(kv_heads);
+  indexes->learned.resize(kv_heads);
+  indexes->landmarks_built.resize(kv_heads);
+  state->indexes = std::move(indexes);
   return state;
 }
 
@@ -77,8 +80,8 @@ absl::StatusOr<int64_t> LayerCache::Append(const LayerRows& rows, MemoryBudget& 
         absl::StatusCode::kFailedPrecondition, "start",
         absl::StrCat("a gap: ", state->tokens, " tokens are held, not ", rows.start));
   }
-  const auto heads = static_cast<int>(state->heads.size());
-  const index::KvShape& shape = state->heads.front().shape();
+  const auto heads = static_cast<int>(state->kv_heads());
+  const index::KvShape& shape = state->Head(0).shape();
   for (const auto& [name, tensor, dim] :
        {std::tuple("key of token", rows.keys, shape.key_dim),
         std::tuple("value of token", rows.values, shape.value_dim)}) {
@@ -111,56 +114,100 @@ absl::StatusOr<int64_t> LayerCache::Append(const LayerRows& rows, MemoryBudget& 
     return state->tokens;
   }
 
-  std::vector<uint64_t> bytes(state->heads.size());
+  auto next = Grow(*state, rows, added, budget, worker);
+  if (!next.ok()) return next.status();
+  (*next)->queries = std::move(queries);
+  (*next)->queries_sent = state->queries_sent || !rows.queries.positions.empty();
+  (*next)->landmarks = *std::move(landmarks);
+  const std::shared_ptr<const LayerState> published = *std::move(next);
+  Replace(published);
+  if (published->heads != state->heads) MakeLater(*state, *published, worker.pool);
+  return published->tokens;
+}
+
+absl::StatusOr<std::shared_ptr<LayerState>> LayerCache::Grow(const LayerState& state,
+                                                             const LayerRows& rows, int64_t added,
+                                                             MemoryBudget& budget,
+                                                             Worker worker) const {
+  const std::vector<HeadCache>& heads = *state.heads;
+  const index::KvShape& shape = heads.front().shape();
+  const auto key_dim = static_cast<size_t>(shape.key_dim);
+  const auto value_dim = static_cast<size_t>(shape.value_dim);
+  const auto first = static_cast<size_t>(rows.tokens - added);
+  const auto rows_of = [&](size_t h) {
+    return StridedRows{added, rows.keys + (first * heads.size() + h) * key_dim,
+                       rows.values + (first * heads.size() + h) * value_dim, heads.size() * key_dim,
+                       heads.size() * value_dim};
+  };
+  auto next = std::make_shared<LayerState>(state);
+  next->tokens += added;
+  size_t done = 0;  // heads that have their rows
+  for (const HeadCache& head : heads) head.PrefetchPlace();
+  while (done < heads.size() && heads[done].AppendInPlace(state.tokens, rows_of(done))) ++done;
+  if (done == heads.size() || added == 0) return next;
+
+  std::vector<MemoryGrant> shares;
+  shares.reserve(heads.size() - done);
   uint64_t total = 0;
-  for (size_t h = 0; h < bytes.size(); ++h) total += bytes[h] = state->heads[h].AppendBytes(added);
+  for (size_t h = done; h < heads.size(); ++h) total += heads[h].AppendBytes(state.tokens, added);
   absl::StatusOr<MemoryGrant> memory = MemoryGrant::Make(budget, total, "payload");
   if (!memory.ok()) return memory.status();
-  std::vector<MemoryGrant> shares;
-  shares.reserve(bytes.size());
-  for (const uint64_t share : bytes) shares.push_back(memory->Split(share));
-
-  auto next = std::make_shared<LayerState>(*state);
-  next->tokens = state->tokens + added;
-  next->queries = std::move(queries);
-  next->queries_sent = state->queries_sent || !rows.queries.positions.empty();
-  next->landmarks = *std::move(landmarks);
-  std::vector<absl::Status> failures(bytes.size());
-  const auto grow = [&](int head, index::Scratch& scratch) {
-    const auto h = static_cast<size_t>(head);
-    const auto key_stride = bytes.size() * static_cast<size_t>(shape.key_dim);
-    const auto value_stride = bytes.size() * static_cast<size_t>(shape.value_dim);
-    const auto first = static_cast<size_t>(skipped);
-    const StridedRows own{
-        added, rows.keys + first * key_stride + h * static_cast<size_t>(shape.key_dim),
-        rows.values + first * value_stride + h * static_cast<size_t>(shape.value_dim), key_stride,
-        value_stride};
-    absl::StatusOr<HeadCache> longer = state->heads[h].Append(own, shares[h], scratch);
+  bool long_work = added * static_cast<int64_t>(heads.size()) > kRowsInline;
+  for (size_t h = done; h < heads.size(); ++h) {
+    shares.push_back(memory->Split(heads[h].AppendBytes(state.tokens, added)));
+    long_work = long_work || heads[h].AppendMakesSegment(state.tokens, added);
+  }
+  std::vector<HeadCache> grown = heads;
+  std::vector<absl::Status> failures(shares.size());
+  const auto grow = [&](int number, index::Scratch& scratch) {
+    const auto i = static_cast<size_t>(number);
+    const size_t h = done + i;
+    auto longer = heads[h].Append(state.tokens, rows_of(h), shares[i], scratch);
     if (longer.ok()) {
-      next->heads[h] = *std::move(longer);
+      grown[h] = *std::move(longer);
     } else {
-      failures[h] = longer.status();
+      failures[i] = longer.status();
     }
   };
-  const bool seals = state->tokens % index::kSegmentTokens + added >= index::kSegmentTokens;
-  if (seals || added * heads > kRowsInline) {
-    worker.pool.ForEach(heads, grow, worker.scratch);
+  const auto count = static_cast<int>(shares.size());
+  if (long_work) {
+    worker.pool.ForEach(count, grow, worker.scratch);
   } else {
-    for (int head = 0; head < heads; ++head) grow(head, worker.scratch);
+    for (int i = 0; i < count; ++i) grow(i, worker.scratch);
   }
   for (const absl::Status& failure : failures) {
     if (!failure.ok()) return failure;
   }
-  const int64_t held = next->tokens;
-  Replace(std::move(next));
-  return held;
+  next->heads = std::make_shared<const std::vector<HeadCache>>(std::move(grown));
+  return next;
+}
+
+void LayerCache::MakeLater(const LayerState& state, const LayerState& next,
+                           ComputePool& pool) noexcept {
+  const auto make = [](const std::weak_ptr<PendingSegment>& waiting, index::Scratch& scratch) {
+    try {
+      if (const auto segment = waiting.lock()) segment->Make(scratch);
+    } catch (const std::bad_alloc&) {  // whoever needs it tries again
+    }
+  };
+  const auto quarter = static_cast<size_t>(pool.workers() / 4);
+  const size_t strands = std::clamp<size_t>(quarter, 1, sealing_.size());
+  try {
+    for (size_t h = 0; h < next.kv_heads(); ++h) {
+      const std::shared_ptr<PendingSegment>& pending = next.Head(h).pending();
+      if (pending == nullptr || pending->made() || pending == state.Head(h).pending()) continue;
+      sealing_[h % strands].Submit(pool, [make, waiting = std::weak_ptr(pending)](
+                                             index::Scratch& scratch) { make(waiting, scratch); });
+    }
+  } catch (const std::bad_alloc&) {
+  }
 }
 
 absl::Status LayerCache::Learn(const SampledQueries& queries, size_t query_heads,
                                MemoryBudget& budget) {
   const std::lock_guard write_lock(write_mutex_);
   const std::shared_ptr<const LayerState> state = State();
-  const auto key_dim = static_cast<size_t>(state->heads.front().shape().key_dim);
+  const auto key_dim = static_cast<size_t>(state->Head(0).shape().key_dim);
   const QuerySample none(query_heads * key_dim);
   auto more = (state->queries == nullptr ? none : *state->queries).With(queries, budget);
   if (more.ok()) more = QuerySample::Below(*more, state->tokens, budget);
@@ -176,23 +223,25 @@ bool LayerCache::Publish(size_t head, index::BuiltKind kind,
   const std::lock_guard write_lock(write_mutex_);
   const std::shared_ptr<const LayerState> state = State();
   const auto covered = static_cast<size_t>(built->covered() / index::kSegmentTokens);
-  const auto segments = state->heads[head].View().segments;
-  const auto sources = source.heads[head].View().segments;
+  const auto segments = state->View(head).segments;
+  const auto sources = source.View(head).segments;
   if (segments.size() < covered ||
       !std::equal(sources.begin(), sources.begin() + static_cast<ptrdiff_t>(covered),
                   segments.begin())) {
     return false;
   }
-  auto next = std::make_shared<LayerState>(*state);
+  auto indexes = std::make_shared<LayerState::Indexes>(*state->indexes);
   if (kind == index::BuiltKind::kLandmark) {
-    next->landmarks_built[head] = source.Landmarks(built->covered());
+    indexes->landmarks_built[head] = source.Landmarks(built->covered());
   }
-  next->built[head][static_cast<size_t>(kind)] = std::move(built);
+  indexes->built[head][static_cast<size_t>(kind)] = std::move(built);
   const uint32_t bit = 1U << static_cast<uint32_t>(kind);
-  next->learned[head] &= ~bit;
+  indexes->learned[head] &= ~bit;
   if (source.queries != nullptr && !source.queries->positions().empty()) {
-    next->learned[head] |= bit;
+    indexes->learned[head] |= bit;
   }
+  auto next = std::make_shared<LayerState>(*state);
+  next->indexes = std::move(indexes);
   Replace(std::move(next));
   return true;
 }
@@ -203,12 +252,14 @@ absl::StatusOr<std::shared_ptr<const LayerState>> TruncateState(
   if (tokens >= state->tokens) return state;
   auto next = std::make_shared<LayerState>();
   next->tokens = tokens;
-  next->heads.reserve(state->heads.size());
-  for (const HeadCache& head : state->heads) {
+  std::vector<HeadCache> heads;
+  heads.reserve(state->kv_heads());
+  for (const HeadCache& head : *state->heads) {
     absl::StatusOr<HeadCache> shorter = head.Truncate(tokens, memory);
     if (!shorter.ok()) return shorter.status();
-    next->heads.push_back(*std::move(shorter));
+    heads.push_back(*std::move(shorter));
   }
+  next->heads = std::make_shared<const std::vector<HeadCache>>(std::move(heads));
   auto queries = QuerySample::Below(state->queries, tokens, budget);
   if (!queries.ok()) return queries.status();
   next->queries = *std::move(queries);
@@ -216,20 +267,19 @@ absl::StatusOr<std::shared_ptr<const LayerState>> TruncateState(
   auto landmarks = LandmarkKeys::Below(state->landmarks, tokens, budget);
   if (!landmarks.ok()) return landmarks.status();
   next->landmarks = *std::move(landmarks);
-  next->landmarks_built = state->landmarks_built;
-  next->learned = state->learned;
-  next->built = state->built;
-  for (LayerState::BuiltSet& set : next->built) {
+  auto indexes = std::make_shared<LayerState::Indexes>(*state->indexes);
+  for (LayerState::BuiltSet& set : indexes->built) {
     for (auto& built : set) {
-      if (built != nullptr && built->covered() > tokens) built = nullptr;
+      if (built != nullptr && built->covered() > index::SealedTokens(tokens)) built = nullptr;
     }
   }
+  next->indexes = std::move(indexes);
   return next;
 }
 
 uint64_t TruncateStateBytes(const LayerState& state, int64_t tokens) {
   uint64_t bytes = 0;
-  for (const HeadCache& head : state.heads) bytes += head.TruncateBytes(tokens);
+  for (const HeadCache& head : *state.heads) bytes += head.TruncateBytes(tokens);
   return bytes;
 }
 

@@ -17,6 +17,7 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 #include "index/built_index.h"
 #include "index/scratch.h"
 #include "service/compute_pool.h"
@@ -32,21 +33,31 @@ namespace kvseek::service {
 struct LayerState {
   using BuiltSet = std::array<std::shared_ptr<const index::BuiltIndex>, index::kBuiltKinds>;
 
-  int64_t tokens = 0;            ///< of every head
-  std::vector<HeadCache> heads;  ///< (kv_heads)
-  std::vector<BuiltSet> built;   ///< (kv_heads), by kind; null where there is none yet
+  /// What has been built in the background.
+  struct Indexes {
+    std::vector<BuiltSet> built;           ///< (kv_heads), by kind; null where there is none yet
+    std::vector<uint32_t> learned;         ///< (kv_heads), a bit for each kind: built with queries
+    std::vector<int64_t> landmarks_built;  ///< (kv_heads): landmarks that the landmark index has
+  };
+
+  // States share what they have the same of: the next one, a token longer, is a copy of pointers.
+  int64_t tokens = 0;                                   ///< of every head
+  std::shared_ptr<const std::vector<HeadCache>> heads;  ///< (kv_heads)
+  std::shared_ptr<const Indexes> indexes;
   std::shared_ptr<const QuerySample> queries;  ///< null: none came
   /// The client sends queries with its appends: none are taken from traffic.
   bool queries_sent = false;
-  std::vector<uint32_t> learned;  ///< (kv_heads), a bit for each kind: built with queries
   std::shared_ptr<const LandmarkKeys> landmarks;  ///< that the client supplied; null: none came
-  std::vector<int64_t> landmarks_built;  ///< (kv_heads): how many of them its landmark index has
 
+  const HeadCache& Head(size_t head) const { return (*heads)[head]; }
+  size_t kv_heads() const { return heads->size(); }
+  /// Valid while the state lives.
+  index::KvView View(size_t head) const { return Head(head).View(tokens); }
   const index::BuiltIndex* Built(size_t head, index::BuiltKind kind) const {
-    return built[head][static_cast<size_t>(kind)].get();
+    return indexes->built[head][static_cast<size_t>(kind)].get();
   }
   bool Learned(size_t head, index::BuiltKind kind) const {
-    return (learned[head] >> static_cast<uint32_t>(kind) & 1U) != 0;
+    return (indexes->learned[head] >> static_cast<uint32_t>(kind) & 1U) != 0;
   }
 
   /// How many blocks that end at `end` or before have a landmark of the client's.
@@ -76,8 +87,11 @@ struct Worker {
 /// What appends write; thread-safe.
 class LayerCache {
  public:
-  explicit LayerCache(const std::shared_ptr<const LayerState>& state)
-      : state_(state), selections_(state->heads.size()) {}
+  /// Once appends have brought all of their tokens, segments are made on `sealing`, as many at a
+  /// time as there are strands, but on a quarter of the workers at most. They must outlive the
+  /// cache.
+  LayerCache(const std::shared_ptr<const LayerState>& state, absl::Span<Strand> sealing)
+      : state_(state), selections_(state->kv_heads()), sealing_(sealing) {}
 
   std::shared_ptr<const LayerState> State() const ABSL_LOCKS_EXCLUDED(state_mutex_);
 
@@ -114,11 +128,19 @@ class LayerCache {
   std::atomic<bool>& build_queued() { return build_queued_; }
 
  private:
+  /// `state` with `added` tokens of `rows` behind those that it has, but for its other members.
+  absl::StatusOr<std::shared_ptr<LayerState>> Grow(const LayerState& state, const LayerRows& rows,
+                                                   int64_t added, MemoryBudget& budget,
+                                                   Worker worker) const;
+  /// Lets the pool make segments that `next` waits for and `state` did not.
+  void MakeLater(const LayerState& state, const LayerState& next, ComputePool& pool) noexcept;
+
   std::mutex write_mutex_;  ///< held by an append from its look at the state to its publication
   mutable std::mutex state_mutex_
       ABSL_ACQUIRED_AFTER(write_mutex_);  ///< held for the swap of a pointer only
   std::shared_ptr<const LayerState> state_ ABSL_GUARDED_BY(state_mutex_);
   SelectionMemory selections_;
+  const absl::Span<Strand> sealing_;
   TrafficQueries traffic_;
   std::atomic<bool> build_queued_{false};
   Strand strand_;

@@ -84,7 +84,7 @@ LivePlanner::Learned LivePlanner::Learn(const AuditedSearch& audited, MemoryBudg
   Head* const head = FindHead(*octave, number, Place(audited.layer, audited.kv_head), budget);
   if (head == nullptr) return learned;
   audits_.fetch_add(1, std::memory_order_relaxed);
-  const index::KvView view = audited.state->heads[audited.kv_head].View();
+  const index::KvView view = audited.state->View(audited.kv_head);
   std::vector<index::PlanTrial> trials;
   for (const index::PlanSetting& setting : head->planner.Wanted()) {
     const index::KeyIndex* const index =

@@ -161,7 +161,7 @@ void PlaceResult(const CheckedSearch& search, const AnswerLayout& layout, const 
                 result.positions.data(), result.positions.size() * sizeof(int64_t));
   }
   if (search.with_rows) {
-    CopyRows(item.layer->heads[item.kv_heads[place.head]], rows,
+    CopyRows(item.layer->Head(item.kv_heads[place.head]), rows,
              payload + parts.keys + place.rows_before * settings.kv.KeyRowBytes(),
              payload + parts.values + place.rows_before * settings.kv.ValueRowBytes());
   }
@@ -291,7 +291,7 @@ std::vector<SearchTask> MakeTasks(const CheckedSearch& search) {
         SearchTask& task = tasks.emplace_back(
             FindIndex(*item.layer, item.kv_heads[h],
                       ChooseIndex(item, h, item.ends[t] - item.begin)),
-            item.layer->heads[item.kv_heads[h]].View(),
+            item.layer->View(item.kv_heads[h]),
             index::SearchQuery{queries, group, item.begin, item.ends[t]}, search.options);
         task.options.candidates = static_cast<int>(item.settings_of_heads[h].candidates);
         task.options.threshold = item.settings_of_heads[h].threshold;
@@ -394,7 +394,7 @@ absl::StatusOr<Response> MakeAnswer(const CheckedSearch& search,
 
 absl::StatusOr<Response> FetchRows(const CheckedFetch& fetch, const DaemonOptions& options,
                                    Worker worker) {
-  const HeadCache& cache = fetch.layer->heads[fetch.kv_head];
+  const HeadCache& cache = fetch.layer->Head(fetch.kv_head);
   const size_t count = fetch.positions.size();
   PayloadBuilder payload;
   const size_t keys = payload.Add(count * cache.shape().KeyRowBytes());

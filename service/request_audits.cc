@@ -140,7 +140,7 @@ bool RequestAudits::Audit(const Taken& taken) {
   if (!memory.ok()) return false;
 
   index::Scratch scratch;
-  const index::KvView view = state->heads[taken.kv_head].View();
+  const index::KvView view = state->View(taken.kv_head);
   const index::SearchAudit audit(view, taken.query, scratch);
   if (taken.counts) Count(taken, *index, view, audit, scratch);
   if (planner == nullptr || range == 0) return true;

@@ -1,5 +1,6 @@
 #include "service/request_handler.h"
 
+#include <algorithm>
 #include <condition_variable>
 #include <limits>
 #include <mutex>
@@ -33,6 +34,10 @@ namespace {
 
 using index::Scratch;
 using Clock = std::chrono::steady_clock;
+
+/// Bytes of a payload whose layers one worker appends: copying them takes about as long as waking
+/// another worker does.
+constexpr size_t kAppendTogether = size_t{32} << 10;
 
 template <typename Message>
 Response MakeResponse(const Message& message) {
@@ -142,7 +147,7 @@ RequestHandler::Impl::Call::Call(Impl& impl, Request request, std::function<void
 }
 
 RequestHandler::Impl::Call::~Call() {
-  Finish(absl::InternalError("the request was lost"));
+  if (!finished_.load()) Finish(absl::InternalError("the request was lost"));
   done_ = nullptr;
   const std::lock_guard lock(impl_.mutex_);
   if (--impl_.calls_ == 0) impl_.all_left_.notify_all();
@@ -345,7 +350,8 @@ absl::StatusOr<Response> RequestHandler::Impl::Health(const proto::HealthRequest
   return MakeResponse(response);
 }
 
-/// An append under way. Each layer is a job of its own; the last one to be done answers.
+/// An append under way. Each layer is a job of its own, in its own order; the last one to be done
+/// answers.
 struct RequestHandler::Impl::LayersToAppend {
   proto::AppendRequest message;  ///< `checked` points into it
   CheckedAppend checked;
@@ -362,13 +368,17 @@ void RequestHandler::Impl::Append(const CallPtr& call) {
   auto checked = validator_.Check(append->message, call->payload(), Clock::now());
   if (!checked.ok()) return call->Finish(checked.status());
   append->checked = *std::move(checked);
-  append->left.store(append->checked.layers.size());
-  for (size_t i = 0; i < append->checked.layers.size(); ++i) {
+  const size_t layers = append->checked.layers.size();
+  append->left.store(layers);
+  const size_t together = kAppendTogether / std::max<size_t>(1, call->payload().size() / layers);
+  StrandJobs jobs;
+  for (size_t i = 0; i < layers; ++i) {
     const uint32_t layer = append->checked.layer + static_cast<uint32_t>(i);
-    Strand& strand = append->checked.session->AppendStrand(layer);
-    strand.Submit(pool_, MakeJob(call, [this, call, append, layer](Scratch& scratch) {
-                    AppendLayer(call, *append, layer, scratch);
-                  }));
+    jobs.Add(append->checked.session->AppendStrand(layer),
+             MakeJob(call, [this, call, append, layer](Scratch& scratch) {
+               AppendLayer(call, *append, layer, scratch);
+             }));
+    if (jobs.size() >= together || i + 1 == layers) jobs.RunOn(pool_);
   }
 }
 

@@ -19,14 +19,16 @@ Session::Session(uint64_t id, SessionSettings settings, MemoryBudget::Reservatio
       planner_(std::move(start.planner)),
       last_used_(now) {
   layers_.reserve(start.layers.size());
-  for (const auto& state : start.layers) layers_.push_back(std::make_unique<LayerCache>(state));
+  for (const auto& state : start.layers) {
+    layers_.push_back(std::make_unique<LayerCache>(state, absl::MakeSpan(sealing_)));
+  }
 }
 
 uint64_t Session::BookkeepingBytes(const SessionSettings& settings) {
   return sizeof(Session) + sizeof(LivePlanner) + settings.name.size() + settings.model.size() +
          SessionPlan::Bytes(settings.layers, settings.kv_heads, settings.plan.get()) +
          settings.layers * (sizeof(LayerCache) + sizeof(LayerState) +
-                            uint64_t{settings.kv_heads} * sizeof(HeadCache) +
+                            uint64_t{settings.kv_heads} * HeadCache::BookkeepingBytes() +
                             SelectionMemory::BookkeepingBytes(settings.kv_heads));
 }
 
@@ -62,9 +64,9 @@ absl::Status Session::Truncate(uint64_t tokens, MemoryBudget& budget) {
   auto states = States(&tokens, budget);
   if (!states.ok()) return states.status();
   for (size_t l = 0; l < layers_.size(); ++l) {
-    const std::vector<HeadCache>& heads = (*states)[l]->heads;
-    for (size_t h = 0; h < heads.size(); ++h) {
-      layers_[l]->selections().ForgetGone(h, heads[h].View());
+    const LayerState& state = *(*states)[l];
+    for (size_t h = 0; h < state.kv_heads(); ++h) {
+      layers_[l]->selections().ForgetGone(h, state.View(h));
     }
     layers_[l]->Replace(std::move((*states)[l]));
   }
@@ -106,7 +108,7 @@ uint64_t Session::Bytes() const {
     bytes += settings_.kv_heads * HeadCache::Bytes(settings_.kv, state->tokens);
     bytes += layer->selections().Bytes();
     if (state->landmarks != nullptr) bytes += state->landmarks->Bytes();
-    for (const LayerState::BuiltSet& set : state->built) {
+    for (const LayerState::BuiltSet& set : state->indexes->built) {
       for (const auto& built : set) bytes += built == nullptr ? 0 : built->Bytes();
     }
   }

@@ -2,6 +2,7 @@
 #ifndef KVSEEK_SERVICE_SESSION_H_
 #define KVSEEK_SERVICE_SESSION_H_
 
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -131,6 +132,9 @@ class Session {
   const std::shared_ptr<const SessionPlan> plan_;
   const std::shared_ptr<LivePlanner> planner_;
   std::shared_mutex shorten_mutex_;  ///< shared by appends, exclusive for Truncate
+  /// Segments are made on these, so many at a time, beside the decoder's steps: all of a step's in
+  /// less than kSealDelay steps, and a search finds most workers free.
+  std::array<Strand, 4> sealing_;
   std::vector<std::unique_ptr<LayerCache>> layers_;
   std::atomic<TimePoint> last_used_;
 };

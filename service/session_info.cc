@@ -19,7 +19,7 @@ proto::BuiltIndexInfo DescribeBuilt(const Session& session, proto::IndexKind kin
   uint64_t bytes = 0;
   for (uint32_t layer = 0; layer < session.settings().layers; ++layer) {
     const std::shared_ptr<const LayerState> state = session.State(layer);
-    for (size_t head = 0; head < state->heads.size(); ++head) {
+    for (size_t head = 0; head < state->kv_heads(); ++head) {
       const index::BuiltIndex* const found = state->Built(head, built);
       covered = std::min(covered, found == nullptr ? 0 : found->covered());
       bytes += found == nullptr ? 0 : found->Bytes();

@@ -16,8 +16,11 @@ namespace {
 
 namespace asio = boost::asio;
 
-constexpr size_t kPartsMax = 64;                 ///< of one WriteSome
-constexpr size_t kTurnsMax = 64;                 ///< pieces read before others have their turn
+constexpr size_t kPartsMax = 64;  ///< of one WriteSome
+constexpr size_t kTurnsMax = 64;  ///< pieces read before others have their turn
+/// The peer copies what has been written while more is: a frame's way through a ring takes little
+/// longer than one copy of it.
+constexpr size_t kPublishBytes = size_t{64} << 10;
 constexpr size_t kTurnBytes = size_t{64} << 10;  ///< a piece so large counts as one more
 
 }  // namespace
@@ -173,13 +176,21 @@ size_t Stream::WriteSome(absl::Span<const asio::const_buffer> parts, ErrorCode& 
       return 0;
     }
     RingWriter& ring = rings_->out();
-    for (const asio::const_buffer& part : parts) {
-      const size_t step = ring.Write(part.data(), part.size());
-      sent += step;
-      if (step < part.size()) break;
+    size_t published = 0;
+    for (asio::const_buffer part : parts) {
+      while (part.size() != 0) {
+        const size_t step = ring.Write(part.data(), std::min(part.size(), kPublishBytes));
+        if (step == 0) break;
+        part += step;
+        sent += step;
+        if (sent - published < kPublishBytes) continue;
+        published = sent;
+        if (ring.Publish()) RingBell();
+      }
+      if (part.size() != 0) break;
     }
     if (ring.corrupt()) error = asio::error::invalid_argument;
-    if (sent != 0 && ring.Publish()) RingBell();
+    if (sent != published && ring.Publish()) RingBell();
     return sent;
   }
   std::array<iovec, kPartsMax> vectors{};

@@ -52,7 +52,8 @@ class Layer {
     return Rows(values_, kShape.value_dim, begin, end);
   }
   index::KvView View(uint32_t head) const {
-    return {kKvShape, heads_[head].segments, heads_[head].tail};
+    const Head& stored = heads_[head];
+    return {kKvShape, stored.segments, stored.tail, stored.tail_tokens};
   }
   absl::Span<const uint16_t> KeyRow(uint32_t head, int64_t position) const {
     const auto row = static_cast<size_t>(position) * kShape.key_dim;
@@ -80,20 +81,21 @@ class Layer {
       keys = gather(layer.keys_, kShape.key_dim);
       values = gather(layer.values_, kShape.value_dim);
       size_t done = 0;
-      for (; done + index::kSegmentTokens <= kTokens; done += index::kSegmentTokens) {
+      for (; done < index::SealedTokens(kTokens); done += index::kSegmentTokens) {
         segments.push_back(index::Segment::Build(kKvShape, keys.data() + done * kShape.key_dim,
                                                  values.data() + done * kShape.value_dim));
       }
+      tail_tokens = kTokens - done;
       for (; done < kTokens; done += index::kTailChunkTokens) {
         tail.push_back(
-            {keys.data() + done * kShape.key_dim, values.data() + done * kShape.value_dim,
-             static_cast<int>(std::min<size_t>(index::kTailChunkTokens, kTokens - done))});
+            {keys.data() + done * kShape.key_dim, values.data() + done * kShape.value_dim});
       }
     }
     std::vector<uint16_t> keys;
     std::vector<uint16_t> values;
     std::vector<std::shared_ptr<const index::Segment>> segments;
     std::vector<index::TailChunkView> tail;
+    int64_t tail_tokens = 0;
   };
 
   static absl::Span<const uint16_t> Rows(const std::vector<uint16_t>& all, uint32_t dim,

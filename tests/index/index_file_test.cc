@@ -196,6 +196,7 @@ TEST_P(IndexFileTest, TheNextBuildTakesALoadedIndexOver) {
   KvView earlier = head.view();
   earlier.segments = earlier.segments.subspan(0, 6);
   earlier.tail = {};
+  earlier.tail_tokens = 0;
   const auto built = GetParam().build(InputOf(trace, earlier));
   const auto loaded = SaveAndLoad(*built, earlier.shape);
   ASSERT_NE(loaded, nullptr);

@@ -48,6 +48,7 @@ KvView Part(const cli::StoredHead& head, size_t segments) {
   KvView view = head.view();
   view.segments = view.segments.subspan(0, segments);
   view.tail = {};
+  view.tail_tokens = 0;
   return view;
 }
 

@@ -213,8 +213,8 @@ class Program {
 
 TEST_F(DaemonTest, ProgramSaysWhenItIsReadyAndStopsOnASignal) {
   for (const int signal : {SIGTERM, SIGINT}) {
-    Program program({"--listen", address(), "--listen", "tcp://127.0.0.1:0", "--workers", "1",
-                     "--memory", "64MiB", "--print-ready"});
+    Program program({"--listen", address(), "--listen", "tcp://127.0.0.1:0", "--io-threads", "2",
+                     "--workers", "1", "--memory", "64MiB", "--print-ready"});
     const std::vector<std::string> words = absl::StrSplit(program.ReadLine(), ' ');
     ASSERT_EQ(words.size(), 3U);
     EXPECT_EQ(words[0], "ready");

@@ -303,17 +303,18 @@ TEST(IndexBuilderTest, FollowsASequenceThatGrowsForksAndIsCut) {
 
   proto::ForkRequest fork;
   *fork.mutable_session() = session;
-  fork.set_tokens(kCovered);
+  constexpr uint32_t kLeast = kCovered + index::kSealDelay;  // that has these keys sealed
+  fork.set_tokens(kLeast);
   const auto child = service.Call(fork).message.session();
   EXPECT_EQ(Answered(Attend(service, child, proto::INDEX_LANDMARK)), proto::INDEX_LANDMARK);
 
   proto::TruncateRequest cut;
   *cut.mutable_session() = child;
-  cut.set_tokens(kCovered - 1);
+  cut.set_tokens(kLeast - 1);
   ASSERT_TRUE(service.Call(cut).ok());
   EXPECT_EQ(Answered(Attend(service, child, proto::INDEX_LANDMARK)), proto::INDEX_EXACT);
   // The cut sequence goes on with other tokens, and gets an index of its own.
-  Append(service, child, kCovered - 1, 1500);
+  Append(service, child, kLeast - 1, 1500);
   WaitUntilBuilt(service, 8);
   EXPECT_EQ(Answered(Attend(service, child, proto::INDEX_LANDMARK)), proto::INDEX_LANDMARK);
   EXPECT_LT(Difference(Attend(service, child, proto::INDEX_EXACT),

@@ -54,14 +54,15 @@ class ModelHead {
       : keys_(HeadRows(model.rows.keys, kKvHeads, kKeyDim, head)),
         values_(HeadRows(model.rows.values, kKvHeads, kValueDim, head)) {
     size_t at = 0;
-    for (; at + index::kSegmentTokens <= model.tokens(); at += index::kSegmentTokens) {
+    const auto sealed =
+        static_cast<size_t>(index::SealedTokens(static_cast<int64_t>(model.tokens())));
+    for (; at < sealed; at += index::kSegmentTokens) {
       segments_.push_back(
           index::Segment::Build(kShape, &keys_[at * kKeyDim], &values_[at * kValueDim]));
     }
+    tail_tokens_ = static_cast<int64_t>(model.tokens() - at);
     for (; at < model.tokens(); at += index::kTailChunkTokens) {
-      const auto left = static_cast<int>(model.tokens() - at);
-      tail_.push_back({&keys_[at * kKeyDim], &values_[at * kValueDim],
-                       std::min(left, index::kTailChunkTokens)});
+      tail_.push_back({&keys_[at * kKeyDim], &values_[at * kValueDim]});
     }
     std::vector<int64_t> positions;
     std::vector<float> landmarks;
@@ -84,7 +85,7 @@ class ModelHead {
 
   index::SearchResult Search(const float* queries, const index::SearchOptions& options,
                              index::Scratch& scratch) const {
-    const index::KvView view{kShape, segments_, tail_};
+    const index::KvView view{kShape, segments_, tail_, tail_tokens_};
     return built_->Search(view, {queries, kGroup, 0, view.Tokens()}, options, scratch);
   }
 
@@ -93,6 +94,7 @@ class ModelHead {
   std::vector<uint16_t> values_;
   std::vector<std::shared_ptr<const index::Segment>> segments_;
   std::vector<index::TailChunkView> tail_;
+  int64_t tail_tokens_ = 0;
   std::shared_ptr<const index::BuiltIndex> built_;
 };
 
@@ -192,8 +194,7 @@ class LandmarkSessionTest : public testing::TestWithParam<uint32_t> {
   /// Waits until no build of the session is due, and returns what each head's index covers.
   std::vector<int64_t> Settle(const Model& model) {
     const auto late = std::chrono::steady_clock::now() + std::chrono::seconds(60);
-    const auto sealed =
-        static_cast<int64_t>(model.tokens()) / index::kSegmentTokens * index::kSegmentTokens;
+    const int64_t sealed = index::SealedTokens(static_cast<int64_t>(model.tokens()));
     std::vector<int64_t> covered;
     while (std::chrono::steady_clock::now() < late) {
       const std::shared_ptr<const LayerState> state = State(model);
@@ -203,7 +204,8 @@ class LandmarkSessionTest : public testing::TestWithParam<uint32_t> {
         const int64_t held = built == nullptr ? 0 : built->covered();
         const bool grown =
             built == nullptr ? sealed >= 1024 : sealed - held >= std::max<int64_t>(4096, held / 8);
-        if (grown || (held > 0 && state->Landmarks(held) != state->landmarks_built[head])) break;
+        if (grown || (held > 0 && state->Landmarks(held) != state->indexes->landmarks_built[head]))
+          break;
         covered.push_back(held);
       }
       if (covered.size() == kKvHeads) return covered;
@@ -329,10 +331,10 @@ TEST_P(LandmarkBuildTest, ALandmarkThatComesLateIsBuiltIn) {
   Append(model, 0, 5000, 0.0);
   EXPECT_TRUE(Search(model));  // all by means
   const uint64_t built = service_.builder().built();
-  EXPECT_EQ(State(model)->landmarks_built[0], 0);
+  EXPECT_EQ(State(model)->indexes->landmarks_built[0], 0);
   Append(model, 4990, 0, 1.0);
   EXPECT_TRUE(Search(model));
-  EXPECT_EQ(State(model)->landmarks_built[0], 4096 / 64);
+  EXPECT_EQ(State(model)->indexes->landmarks_built[0], 4096 / 64);
   EXPECT_GE(service_.builder().built(), built + kKvHeads);
   const uint64_t now = service_.builder().built();
   Append(model, 4990, 0, 1.0);  // a repeat changes nothing

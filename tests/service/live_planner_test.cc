@@ -203,7 +203,7 @@ class LearnTest : public SmallLivePlannerTest {
   LivePlanner::Learned Learn(LivePlanner& planner, int64_t end, uint32_t seed) {
     const std::vector<float> queries = reference::RandomFloats(seed, 3 * 16, 1.5F);
     const index::SearchQuery query{queries.data(), 3, 0, end};
-    const index::SearchAudit audit(state_->heads[1].View(), query, scratch_);
+    const index::SearchAudit audit(state_->View(1), query, scratch_);
     return planner.Learn({0, 1, state_.get(), query, {}, &audit}, budget_, scratch_);
   }
   /// Until the setting changes; how many audits that took.

@@ -132,13 +132,13 @@ TEST_F(RequestHandlerTest, AppendOfSeveralLayersIsThatOfEach) {
     const auto b = sessions[1]->State(layer);
     ASSERT_EQ(a->tokens, static_cast<int64_t>(start));
     ASSERT_EQ(b->tokens, static_cast<int64_t>(start));
-    for (size_t head = 0; head < a->heads.size(); ++head) {
+    for (size_t head = 0; head < a->kv_heads(); ++head) {
       for (int64_t p = 0; p < a->tokens; ++p) {
-        ASSERT_EQ(std::memcmp(a->heads[head].KeyRow(p), b->heads[head].KeyRow(p),
-                              a->heads[head].shape().KeyRowBytes()),
+        ASSERT_EQ(std::memcmp(a->Head(head).KeyRow(p), b->Head(head).KeyRow(p),
+                              a->Head(head).shape().KeyRowBytes()),
                   0);
-        ASSERT_EQ(std::memcmp(a->heads[head].ValueRow(p), b->heads[head].ValueRow(p),
-                              a->heads[head].shape().ValueRowBytes()),
+        ASSERT_EQ(std::memcmp(a->Head(head).ValueRow(p), b->Head(head).ValueRow(p),
+                              a->Head(head).shape().ValueRowBytes()),
                   0);
       }
     }

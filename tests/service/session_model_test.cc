@@ -51,17 +51,18 @@ class ModelView {
       : keys_(HeadRows(layer.rows.keys, kKvHeads, kKeyDim, head)),
         values_(HeadRows(layer.rows.values, kKvHeads, kValueDim, head)) {
     size_t at = 0;
-    for (; at + index::kSegmentTokens <= layer.tokens(); at += index::kSegmentTokens) {
+    const auto sealed =
+        static_cast<size_t>(index::SealedTokens(static_cast<int64_t>(layer.tokens())));
+    for (; at < sealed; at += index::kSegmentTokens) {
       segments_.push_back(
           index::Segment::Build(kShape, &keys_[at * kKeyDim], &values_[at * kValueDim]));
     }
+    tail_tokens_ = static_cast<int64_t>(layer.tokens() - at);
     for (; at < layer.tokens(); at += index::kTailChunkTokens) {
-      const auto left = static_cast<int>(layer.tokens() - at);
-      tail_.push_back({&keys_[at * kKeyDim], &values_[at * kValueDim],
-                       std::min(left, index::kTailChunkTokens)});
+      tail_.push_back({&keys_[at * kKeyDim], &values_[at * kValueDim]});
     }
   }
-  index::KvView view() const { return {kShape, segments_, tail_}; }
+  index::KvView view() const { return {kShape, segments_, tail_, tail_tokens_}; }
   reference::Attention Reference(const float* queries, size_t begin, size_t end) const {
     const auto count = static_cast<int>(end - begin);
     std::vector<double> scores = reference::Scores(queries, kGroup, keys_.data() + begin * kKeyDim,
@@ -76,6 +77,7 @@ class ModelView {
   std::vector<uint16_t> values_;
   std::vector<std::shared_ptr<const index::Segment>> segments_;
   std::vector<index::TailChunkView> tail_;
+  int64_t tail_tokens_ = 0;
 };
 
 class SessionModelTest : public testing::TestWithParam<uint32_t> {
