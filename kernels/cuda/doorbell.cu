@@ -4,16 +4,18 @@
 
 #include "kernels/cuda/doorbell.h"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/merge_states.cuh"
 #include "kernels/cuda/publish.h"
 
 namespace kvseek::kernels::cuda {
 namespace {
 
 constexpr int kRingThreads = 512;
-constexpr int kAwaitThreads = 256;
-constexpr int kPiecesAtOnce = 4;      // 16 bytes each, that a thread has in flight
-constexpr int kPiecesOfBlock = 4096;  // 64 KiB; more take more blocks
+constexpr int kAwaitThreads = 512;
+constexpr int kPiecesAtOnce = 2;  // of eight elements, that a thread has in flight
+constexpr int kPiecesOfBlock = kAwaitThreads * kPiecesAtOnce;  // more take more blocks
 constexpr int kAwaitBlocksMax = 16;
+constexpr int64_t kPiecesMax = int64_t{1} << 30;
 constexpr unsigned kRestNs = 64;
 
 enum Outcome : uint64_t { kAnswered = 1, kMissed = 2 };
@@ -115,63 +117,102 @@ __device__ Outcome Agree(Outcome outcome, uint64_t number, uint64_t mode, Doorbe
   return outcome;
 }
 
-__device__ void StorePiece(const uint4& piece, float* to) {
-  const auto* const pairs = reinterpret_cast<const __half2*>(&piece);
+__device__ void Widen(const uint4& halves, float4 (&quads)[2]) {
+  const auto* const pairs = reinterpret_cast<const __half2*>(&halves);
   const float2 a = __half22float2(pairs[0]);
   const float2 b = __half22float2(pairs[1]);
   const float2 c = __half22float2(pairs[2]);
   const float2 d = __half22float2(pairs[3]);
-  reinterpret_cast<float4*>(to)[0] = make_float4(a.x, a.y, b.x, b.y);
-  reinterpret_cast<float4*>(to)[1] = make_float4(c.x, c.y, d.x, d.y);
+  quads[0] = make_float4(a.x, a.y, b.x, b.y);
+  quads[1] = make_float4(c.x, c.y, d.x, d.y);
 }
 
-// Each block waits for itself and then brings a share of the heads.
+struct AwaitArguments {
+  DoorbellSlot slot;
+  DoorbellStep* step;
+  int heads;
+  int value_dim;
+  const float* local_outs;
+  const float* local_lses;
+  void* out;
+  DoorbellFaults* faults;
+};
+
+// What a thread has of eight elements of a head.
+struct Piece {
+  uint4 far;
+  float far_lse;
+  float local_lse;
+  float4 local[2];
+};
+
+// As MergeStatesKernel merges two states.
+template <typename Out>
+__device__ void MergePiece(const Piece& piece, bool is_far, Out* out) {
+  float4 far[2];
+  Widen(piece.far, far);
+  const float lses[2] = {piece.local_lse, is_far ? piece.far_lse : -INFINITY};
+#pragma unroll
+  for (int q = 0; q < 2; ++q) {
+    const float4 quads[2] = {piece.local[q], far[q]};
+    MergedHead head;
+    head.Add(lses, quads);
+    const float factor = head.sum > 0.0F ? 1.0F / head.sum : 0.0F;
+    StoreQuad(out + 4 * q, make_float4(head.acc.x * factor, head.acc.y * factor,
+                                       head.acc.z * factor, head.acc.w * factor));
+  }
+}
+
+// Each block waits for itself and then merges a share of the pieces.
+template <typename Out>
 __global__ void __launch_bounds__(kAwaitThreads)
-    AwaitKernel(DoorbellSlot slot, DoorbellStep* step, int heads, int value_dim, float* out,
-                float* lse, DoorbellFaults* faults) {
+    AwaitKernel(const __grid_constant__ AwaitArguments arguments) {
   WaitForEarlierWork();
   __shared__ bool there;
+  const DoorbellSlot& slot = arguments.slot;
   const auto* const answer = static_cast<const AnswerWords*>(slot.answer);
   if (threadIdx.x == 0) {
+    DoorbellStep& step = *arguments.step;
     const uint64_t number = slot.state->number;
-    const uint64_t mode = *static_cast<volatile uint64_t*>(&step->mode);
-    const uint64_t patience = mode == DoorbellStep::kAsk ? step->deadline_ns : 0;
+    const uint64_t mode = *static_cast<volatile uint64_t*>(&step.mode);
+    const uint64_t patience = mode == DoorbellStep::kAsk ? step.deadline_ns : 0;
     const Outcome mine = Wait(&answer->number, number, patience);
-    there = Agree(mine, number, mode, *slot.state, *step, *faults) == kAnswered;
+    there = Agree(mine, number, mode, *slot.state, step, *arguments.faults) == kAnswered;
   }
   __syncthreads();
-  const int share = (heads + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
-  const int first = min(heads, static_cast<int>(blockIdx.x) * share);
-  const int end = min(heads, first + share);
-  const int thread = static_cast<int>(threadIdx.x);
-  if (!there) {
-    for (int head = first + thread; head < end; head += kAwaitThreads) lse[head] = -INFINITY;
-    return;
-  }
-  // Status, lse and the first pieces are on their way together: one round trip.
-  const uint32_t status = Shared(&answer->status);
-  const int last_piece = end * (value_dim / 8);
-  const auto* const pieces = static_cast<const uint4*>(slot.outs);
-  for (int head = first + thread; head < end; head += kAwaitThreads) {
-    const float from = Shared(slot.lses + head);
-    lse[head] = status == 0 ? from : -INFINITY;
-  }
-  for (int i = first * (value_dim / 8) + thread; i < last_piece;
-       i += kAwaitThreads * kPiecesAtOnce) {
-    uint4 some[kPiecesAtOnce];
+  const int of_head = arguments.value_dim / 8;
+  const int pieces = arguments.heads * of_head;
+  const auto* const far = static_cast<const uint4*>(slot.outs);
+  const int stride = static_cast<int>(gridDim.x) * kAwaitThreads;
+  const int first = static_cast<int>(blockIdx.x) * kAwaitThreads + static_cast<int>(threadIdx.x);
+  // Status, lse and the first pieces are on their way together: one trip.
+  const uint32_t status = there ? Shared(&answer->status) : 1;
+  for (int i = first; i < pieces; i += stride * kPiecesAtOnce) {
+    Piece some[kPiecesAtOnce];
 #pragma unroll
     for (int p = 0; p < kPiecesAtOnce; ++p) {
-      const int at = i + p * kAwaitThreads;
-      if (at < last_piece) some[p] = Shared(pieces + at);
+      const int at = i + p * stride;
+      if (at >= pieces) break;
+      if (there) {
+        some[p].far = Shared(far + at);
+        some[p].far_lse = Shared(slot.lses + at / of_head);
+      }
+      some[p].local_lse = arguments.local_lses[at / of_head];
+      const auto* const local =
+          reinterpret_cast<const float4*>(arguments.local_outs) + static_cast<size_t>(at) * 2;
+      some[p].local[0] = local[0];
+      some[p].local[1] = local[1];
     }
 #pragma unroll
     for (int p = 0; p < kPiecesAtOnce; ++p) {
-      const int at = i + p * kAwaitThreads;
-      if (at < last_piece) StorePiece(some[p], out + static_cast<size_t>(at) * 8);
+      const int at = i + p * stride;
+      if (at >= pieces) break;
+      MergePiece(some[p], status == 0,
+                 static_cast<Out*>(arguments.out) + static_cast<size_t>(at) * 8);
     }
   }
-  if (status != 0 && blockIdx.x == 0 && thread == 0) {
-    auto& counted = static_cast<volatile DoorbellFaults&>(*faults);
+  if (there && status != 0 && first == 0) {
+    auto& counted = static_cast<volatile DoorbellFaults&>(*arguments.faults);
     counted.refusals = counted.refusals + 1;
     counted.status = status;
   }
@@ -197,19 +238,27 @@ cudaError_t RingDoorbell(const DoorbellSlot& slot, const void* queries, size_t b
                                  static_cast<int>(question_bytes / 16));
 }
 
-cudaError_t AwaitAnswer(const DoorbellSlot& slot, DoorbellStep* step, int heads, int value_dim,
-                        float* out, float* lse, DoorbellFaults* faults,
-                        cudaStream_t stream) noexcept {
-  if (!IsValid(slot) || !IsAligned(step) || !IsAligned(out) || lse == nullptr ||
-      faults == nullptr || heads < 1 || value_dim < 8 || value_dim % 8 != 0) {
+cudaError_t AwaitAndMerge(const DoorbellSlot& slot, DoorbellStep* step, int heads, int value_dim,
+                          const float* local_outs, const float* local_lses, void* out,
+                          DType out_dtype, DoorbellFaults* faults, cudaStream_t stream) noexcept {
+  if (!IsValid(slot) || !IsAligned(step) || !IsAligned(local_outs) || local_lses == nullptr ||
+      !IsAligned(out) || faults == nullptr || heads < 1 || value_dim < 8 || value_dim % 8 != 0) {
     return cudaErrorInvalidValue;
   }
   const int64_t pieces = int64_t{heads} * (value_dim / 8);
-  if (pieces > (int64_t{1} << 30)) return cudaErrorInvalidValue;
-  const auto blocks = std::min<int64_t>((pieces + kPiecesOfBlock - 1) / kPiecesOfBlock,
-                                        std::min(heads, kAwaitBlocksMax));
-  return LaunchEarly<AwaitKernel>(dim3(static_cast<unsigned>(blocks)), kAwaitThreads, 0, stream,
-                                  slot, step, heads, value_dim, out, lse, faults);
+  if (pieces > kPiecesMax) return cudaErrorInvalidValue;
+  const auto blocks = dim3(static_cast<unsigned>(
+      std::min<int64_t>((pieces + kPiecesOfBlock - 1) / kPiecesOfBlock, kAwaitBlocksMax)));
+  const AwaitArguments arguments{slot, step, heads, value_dim, local_outs, local_lses, out, faults};
+  switch (out_dtype) {
+    case DType::kBf16:
+      return LaunchEarly<AwaitKernel<__nv_bfloat16>>(blocks, kAwaitThreads, 0, stream, arguments);
+    case DType::kFp16:
+      return LaunchEarly<AwaitKernel<__half>>(blocks, kAwaitThreads, 0, stream, arguments);
+    case DType::kFp32:
+      return LaunchEarly<AwaitKernel<float>>(blocks, kAwaitThreads, 0, stream, arguments);
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace kvseek::kernels::cuda

@@ -2,12 +2,12 @@
 // at numbers in memory that they share (docs/protocol.md, section 9).
 //
 // RingDoorbell writes a layer's queries there and then the question's number; the daemon answers
-// under that number; AwaitAnswer, later in the stream, waits until it is there or a deadline has
-// passed, and brings the states to device memory, where MergeStates finds them. All that changes
+// under that number; AwaitAndMerge, later in the stream, waits until it is there or a deadline has
+// passed, and merges it with what the device has computed meanwhile. All that changes
 // from one step to the next stands in device memory, and numbers are counted there: a CUDA graph
 // that holds a whole step can be launched again and again.
 //
-// A layer that misses its deadline gets empty states, and no later layer of its step asks or waits:
+// A layer that misses its deadline goes without, and no later layer of its step asks or waits:
 // a step waits once. An answer that comes after all has a number that nobody waits for.
 #ifndef KVSEEK_KERNELS_CUDA_DOORBELL_H_
 #define KVSEEK_KERNELS_CUDA_DOORBELL_H_
@@ -17,13 +17,15 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/dtype.h"
+
 namespace kvseek::kernels::cuda {
 
 /// What the kernels of a step know of it. Device memory, which the host writes anew before each
 /// step (by a copy in the stream, in the graph or before it), with the question, 16-byte pieces as
 /// the protocol has them, right behind.
 struct alignas(16) DoorbellStep {
-  uint64_t deadline_ns = 0;  ///< how long a layer waits, from AwaitAnswer's start
+  uint64_t deadline_ns = 0;  ///< how long a layer waits, from AwaitAndMerge's start
   uint64_t mode = kAsk;
 
   static constexpr uint64_t kAsk = 0;
@@ -34,7 +36,7 @@ struct alignas(16) DoorbellStep {
 /// Of one slot. Device memory, zero at first, and never again written by the host.
 struct DoorbellState {
   uint64_t number = 0;   ///< of the last question
-  uint64_t verdict = 0;  ///< what AwaitAnswer's blocks agreed on
+  uint64_t verdict = 0;  ///< what AwaitAndMerge's blocks agreed on
   uint32_t arrived = 0;  ///< blocks of RingDoorbell
   uint32_t unused = 0;
 };
@@ -67,17 +69,17 @@ cudaError_t RingDoorbell(const DoorbellSlot& slot, const void* queries, size_t b
                          const DoorbellStep* step, size_t question_bytes,
                          cudaStream_t stream) noexcept;
 
-/// Waits for the answer to the slot's last question: out (heads, value_dim) fp32, 16-byte aligned,
-/// and lse (heads), both device memory; without an answer all lse are -infinity, and `out` is left
-/// as it is. heads >= 1, value_dim a multiple of 8. Holds one block of the device, or a few if
-/// there are many heads, while it waits. Only enqueues. Errors as above.
+/// Waits for the answer to the slot's last question, and merges it with one state of the device's:
+/// outs (heads, value_dim), 16-byte aligned, lses (heads); the same bits as MergeStates of both.
+/// Out (heads, value_dim) in out_dtype, 16-byte aligned. Without an answer that state alone comes
+/// out. heads >= 1, value_dim a multiple of 8. Holds one block of the device while it waits, or a
+/// few if there are many heads. Only enqueues. Errors as above.
 ///
-/// States travel as fp16, half of the bytes, and are read from the shared memory once, by the
-/// blocks that waited: one round trip over the bus, and MergeStates, which reads fp32, is as it
-/// was.
-cudaError_t AwaitAnswer(const DoorbellSlot& slot, DoorbellStep* step, int heads, int value_dim,
-                        float* out, float* lse, DoorbellFaults* faults,
-                        cudaStream_t stream) noexcept;
+/// States travel as fp16, half of the bytes, and are read from the shared memory by the threads
+/// that merge them: one trip over the bus from the number to the output, and one kernel.
+cudaError_t AwaitAndMerge(const DoorbellSlot& slot, DoorbellStep* step, int heads, int value_dim,
+                          const float* local_outs, const float* local_lses, void* out,
+                          DType out_dtype, DoorbellFaults* faults, cudaStream_t stream) noexcept;
 
 }  // namespace kvseek::kernels::cuda
 

@@ -4,9 +4,11 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <memory>
 #include <thread>
 #include <vector>
 
+#include "kernels/cuda/attention.h"
 #include "tests/kernels/cuda/cuda_fixture.h"
 
 namespace kvseek::kernels::cuda {
@@ -55,7 +57,9 @@ struct Slot {
 float OutOf(uint64_t number, size_t element) {
   return static_cast<float>((element * 7 + number * 13) % 2000) - 1000.0F;
 }
-float LseOf(uint64_t number, size_t head) { return static_cast<float>(number * 1000 + head); }
+float LseOf(uint64_t number, size_t head) {
+  return 0.5F * static_cast<float>((number * 7 + head) % 9);
+}
 
 class DoorbellKernelTest : public CudaTest {
  protected:
@@ -72,6 +76,9 @@ class DoorbellKernelTest : public CudaTest {
       slots_.push_back(std::make_unique<Slot>(heads, value_dim, query_words));
     }
     taken_.resize(slots);
+    MakeLocal();
+    faults_ = std::make_unique<DeviceArray<DoorbellFaults>>(std::vector<DoorbellFaults>(1),
+                                                            Place::kPinnedHost);
     daemon_ = std::thread([this] { Serve(); });
   }
   void Serve() {
@@ -102,8 +109,39 @@ class DoorbellKernelTest : public CudaTest {
     return words;
   }
 
+  /// The local state, and how many elements the output has.
+  void MakeLocal() {
+    std::vector<float> outs(Elements()), lses(static_cast<size_t>(heads_));
+    for (float& one : outs) one = Normal();
+    for (float& one : lses) one = 2.0F * Normal();
+    local_outs_ = std::make_unique<DeviceArray<float>>(outs);
+    local_lses_ = std::make_unique<DeviceArray<float>>(lses);
+  }
+  size_t Elements() const { return static_cast<size_t>(heads_) * static_cast<size_t>(value_dim_); }
+  cudaError_t Await(const DoorbellSlot& slot, DoorbellStep* step, float* out) {
+    return AwaitAndMerge(slot, step, heads_, value_dim_, local_outs_->get(), local_lses_->get(),
+                         out, DType::kFp32, faults_->get(), stream_);
+  }
+  /// The bits that MergeStates makes of the local state and the answer to `number`; 0: of the local
+  /// state alone.
+  void ExpectMerged(const std::vector<float>& out, uint64_t number) {
+    std::vector<float> outs(Elements()), lses(static_cast<size_t>(heads_));
+    for (size_t i = 0; i < outs.size(); ++i) outs[i] = OutOf(number, i);
+    for (size_t h = 0; h < lses.size(); ++h) lses[h] = LseOf(number, h);
+    const DeviceArray<float> far_outs(outs), far_lses(lses), merged(Elements());
+    const StateList lists[] = {{local_outs_->get(), local_lses_->get(), 1},
+                               {far_outs.get(), far_lses.get(), 1}};
+    ASSERT_CUDA(MergeStates(lists, number == 0 ? 1 : 2, heads_, value_dim_, merged.get(),
+                            DType::kFp32, nullptr, stream_));
+    ASSERT_CUDA(cudaStreamSynchronize(stream_));
+    const std::vector<float> expected = merged.Download();
+    for (size_t i = 0; i < out.size(); ++i) ASSERT_EQ(out[i], expected[i]) << number << " " << i;
+  }
+
   int heads_ = 0;
   int value_dim_ = 0;
+  std::unique_ptr<DeviceArray<float>> local_outs_, local_lses_;
+  std::unique_ptr<DeviceArray<DoorbellFaults>> faults_;
   size_t words_ = 0;
   std::vector<std::unique_ptr<Slot>> slots_;
   std::vector<std::vector<uint32_t>> taken_;  ///< queries of the last questions
@@ -121,21 +159,14 @@ struct Step {
 };
 static_assert(sizeof(Step) == 48);
 
-void ExpectAnswer(const std::vector<float>& out, const std::vector<float>& lse, uint64_t number) {
-  for (size_t h = 0; h < lse.size(); ++h) ASSERT_EQ(lse[h], LseOf(number, h)) << h;
-  for (size_t i = 0; i < out.size(); ++i) ASSERT_EQ(out[i], OutOf(number, i)) << i;
-}
-
 TEST_F(DoorbellKernelTest, AsksAndIsAnswered) {
   const int heads = std::vector<int>{1, 6, 32, 700}[static_cast<size_t>(Below(4))];
   const int value_dim = std::vector<int>{8, 72, 128}[static_cast<size_t>(Below(3))];
   const size_t words = 4 * static_cast<size_t>(1 + Below(30000));
   Make(1, heads, value_dim, words);
-  const DeviceArray<DoorbellFaults> faults(std::vector<DoorbellFaults>(1), Place::kPinnedHost);
   const DeviceArray<float> out(static_cast<size_t>(heads) * static_cast<size_t>(value_dim));
-  const DeviceArray<float> lse(static_cast<size_t>(heads));
   const DoorbellSlot slot = slots_[0]->Pointers();
-  for (uint64_t number = 1; number <= 200; ++number) {
+  for (uint64_t number = 1; number <= 60; ++number) {
     const std::vector<uint32_t> data = RandomWords(words);
     const DeviceArray<uint32_t> queries(data);
     Step host;
@@ -144,15 +175,14 @@ TEST_F(DoorbellKernelTest, AsksAndIsAnswered) {
     const DeviceArray<Step> step(std::vector<Step>{host});
     auto* const device_step = reinterpret_cast<DoorbellStep*>(step.get());
     ASSERT_CUDA(RingDoorbell(slot, queries.get(), words * 4, device_step, 32, stream_));
-    ASSERT_CUDA(AwaitAnswer(slot, device_step, heads, value_dim, out.get(), lse.get(), faults.get(),
-                            stream_));
+    ASSERT_CUDA(Await(slot, device_step, out.get()));
     ASSERT_CUDA(cudaStreamSynchronize(stream_));
-    ExpectAnswer(out.Download(), lse.Download(), number);
+    ExpectMerged(out.Download(), number);
     ASSERT_EQ(taken_[0], data);
     ASSERT_TRUE(std::equal(question_, question_ + 4, host.question));
   }
-  EXPECT_EQ(faults.get()->misses, 0U);
-  EXPECT_EQ(faults.get()->refusals, 0U);
+  EXPECT_EQ(faults_->get()->misses, 0U);
+  EXPECT_EQ(faults_->get()->refusals, 0U);
 }
 
 TEST_F(DoorbellKernelTest, AStepWaitsOnceAndTheNextIsAnswered) {
@@ -162,9 +192,7 @@ TEST_F(DoorbellKernelTest, AStepWaitsOnceAndTheNextIsAnswered) {
     stop_.store(false);
     paused_.store(false);
     Make(3, heads, kValueDim, 4096);
-    const DeviceArray<DoorbellFaults> faults(std::vector<DoorbellFaults>(1), Place::kPinnedHost);
     const DeviceArray<float> out(static_cast<size_t>(heads) * kValueDim);
-    const DeviceArray<float> lse(static_cast<size_t>(heads));
     const DeviceArray<uint32_t> queries(RandomWords(4096));
     uint64_t misses = 0;
     for (int round = 1; round <= 20; ++round) {
@@ -179,23 +207,22 @@ TEST_F(DoorbellKernelTest, AStepWaitsOnceAndTheNextIsAnswered) {
       for (const auto& slot : slots_) {
         ASSERT_CUDA(
             RingDoorbell(slot->Pointers(), queries.get(), 4096 * 4, device_step, 32, stream_));
-        ASSERT_CUDA(AwaitAnswer(slot->Pointers(), device_step, heads, kValueDim, out.get(),
-                                lse.get(), faults.get(), stream_));
+        ASSERT_CUDA(Await(slot->Pointers(), device_step, out.get()));
       }
       ASSERT_CUDA(cudaStreamSynchronize(stream_));
       if (paused) {
         misses += 3;
         EXPECT_GE(Clock::now() - before, std::chrono::milliseconds(5));
         EXPECT_LT(Clock::now() - before, std::chrono::milliseconds(500));
-        for (const float one : lse.Download()) ASSERT_EQ(one, -kInfinity);
+        ExpectMerged(out.Download(), 0);
         // The layers after the first did not even ask.
         EXPECT_EQ(*slots_[0]->asked.get(), static_cast<uint64_t>(round));
         EXPECT_EQ(*slots_[1]->asked.get(), static_cast<uint64_t>(round) - 1);
       } else {
-        ExpectAnswer(out.Download(), lse.Download(), static_cast<uint64_t>(round));
+        ExpectMerged(out.Download(), static_cast<uint64_t>(round));
       }
-      ASSERT_EQ(faults.get()->misses, misses);
-      ASSERT_EQ(faults.get()->waits, misses / 3);
+      ASSERT_EQ(faults_->get()->misses, misses);
+      ASSERT_EQ(faults_->get()->waits, misses / 3);
     }
     stop_.store(true);
     daemon_.join();
@@ -204,8 +231,7 @@ TEST_F(DoorbellKernelTest, AStepWaitsOnceAndTheNextIsAnswered) {
 
 TEST_F(DoorbellKernelTest, AStepOfNobodyIsEmptyAndNoMiss) {
   Make(1, 12, 64, 64);
-  const DeviceArray<DoorbellFaults> faults(std::vector<DoorbellFaults>(1), Place::kPinnedHost);
-  const DeviceArray<float> out(size_t{12} * 64), lse(12);
+  const DeviceArray<float> out(size_t{12} * 64);
   const DeviceArray<uint32_t> queries(RandomWords(64));
   for (uint64_t number = 1; number <= 10; ++number) {
     Step host;
@@ -214,23 +240,21 @@ TEST_F(DoorbellKernelTest, AStepOfNobodyIsEmptyAndNoMiss) {
     const DeviceArray<Step> step(std::vector<Step>{host});
     auto* const device_step = reinterpret_cast<DoorbellStep*>(step.get());
     ASSERT_CUDA(RingDoorbell(slots_[0]->Pointers(), queries.get(), 256, device_step, 32, stream_));
-    ASSERT_CUDA(AwaitAnswer(slots_[0]->Pointers(), device_step, 12, 64, out.get(), lse.get(),
-                            faults.get(), stream_));
+    ASSERT_CUDA(Await(slots_[0]->Pointers(), device_step, out.get()));
     ASSERT_CUDA(cudaStreamSynchronize(stream_));
     if (number % 2 != 0) {
-      ExpectAnswer(out.Download(), lse.Download(), number);
+      ExpectMerged(out.Download(), number);
     } else {
-      for (const float one : lse.Download()) ASSERT_EQ(one, -kInfinity);
+      ExpectMerged(out.Download(), 0);
       EXPECT_EQ(*slots_[0]->asked.get(), number - 1);
     }
   }
-  EXPECT_EQ(faults.get()->misses, 0U);
+  EXPECT_EQ(faults_->get()->misses, 0U);
 }
 
 TEST_F(DoorbellKernelTest, AnErrorIsAnEmptyStateAndCounted) {
   Make(1, 12, 64, 64);
-  const DeviceArray<DoorbellFaults> faults(std::vector<DoorbellFaults>(1), Place::kPinnedHost);
-  const DeviceArray<float> out(size_t{12} * 64), lse(12);
+  const DeviceArray<float> out(size_t{12} * 64);
   const DeviceArray<uint32_t> queries(RandomWords(64));
   for (uint64_t number = 1; number <= 10; ++number) {
     status_.store(number % 2 == 0 ? 5 : 0);
@@ -239,26 +263,24 @@ TEST_F(DoorbellKernelTest, AnErrorIsAnEmptyStateAndCounted) {
     const DeviceArray<Step> step(std::vector<Step>{host});
     auto* const device_step = reinterpret_cast<DoorbellStep*>(step.get());
     ASSERT_CUDA(RingDoorbell(slots_[0]->Pointers(), queries.get(), 256, device_step, 32, stream_));
-    ASSERT_CUDA(AwaitAnswer(slots_[0]->Pointers(), device_step, 12, 64, out.get(), lse.get(),
-                            faults.get(), stream_));
+    ASSERT_CUDA(Await(slots_[0]->Pointers(), device_step, out.get()));
     ASSERT_CUDA(cudaStreamSynchronize(stream_));
-    EXPECT_EQ(faults.get()->refusals, number / 2);
+    EXPECT_EQ(faults_->get()->refusals, number / 2);
     if (number % 2 != 0) {
-      ExpectAnswer(out.Download(), lse.Download(), number);
+      ExpectMerged(out.Download(), number);
     } else {
-      for (const float one : lse.Download()) ASSERT_EQ(one, -kInfinity);
+      ExpectMerged(out.Download(), 0);
     }
   }
-  EXPECT_EQ(faults.get()->status, 5U);
-  EXPECT_EQ(faults.get()->misses, 0U);
+  EXPECT_EQ(faults_->get()->status, 5U);
+  EXPECT_EQ(faults_->get()->misses, 0U);
 }
 
 TEST_F(DoorbellKernelTest, AGraphIsLaunchedAgainAndAgain) {
   constexpr int kHeads = 32;
   constexpr int kValueDim = 128;
   Make(4, kHeads, kValueDim, 2048);
-  const DeviceArray<DoorbellFaults> faults(std::vector<DoorbellFaults>(1), Place::kPinnedHost);
-  const DeviceArray<float> out(size_t{4} * kHeads * kValueDim), lse(size_t{4} * kHeads);
+  const DeviceArray<float> out(size_t{4} * kHeads * kValueDim);
   const DeviceArray<uint32_t> queries(RandomWords(2048));
   const DeviceArray<Step> next(std::vector<Step>(1), Place::kPinnedHost);
   const DeviceArray<Step> step(std::vector<Step>(1));
@@ -271,27 +293,23 @@ TEST_F(DoorbellKernelTest, AGraphIsLaunchedAgainAndAgain) {
   for (size_t s = 0; s < slots_.size(); ++s) {
     const DoorbellSlot slot = slots_[s]->Pointers();
     EXPECT_CUDA(RingDoorbell(slot, queries.get(), 8192, device_step, 32, stream_));
-    EXPECT_CUDA(AwaitAnswer(slot, device_step, kHeads, kValueDim,
-                            out.get() + s * kHeads * kValueDim, lse.get() + s * kHeads,
-                            faults.get(), stream_));
+    EXPECT_CUDA(Await(slot, device_step, out.get() + s * kHeads * kValueDim));
   }
   ASSERT_CUDA(cudaStreamEndCapture(stream_, &graph));
   cudaGraphExec_t replay = nullptr;
   ASSERT_CUDA(cudaGraphInstantiate(&replay, graph, 0));
-  for (uint64_t number = 1; number <= 300; ++number) {
+  for (uint64_t number = 1; number <= 100; ++number) {
     for (uint64_t& word : next.get()->question) word = random_();
     ASSERT_CUDA(cudaGraphLaunch(replay, stream_));
     ASSERT_CUDA(cudaStreamSynchronize(stream_));
     const std::vector<float> outs = out.Download();
-    const std::vector<float> lses = lse.Download();
     for (size_t s = 0; s < slots_.size(); ++s) {
       const auto o = outs.begin() + static_cast<ptrdiff_t>(s * kHeads * kValueDim);
-      const auto l = lses.begin() + static_cast<ptrdiff_t>(s * kHeads);
-      ExpectAnswer({o, o + kHeads * kValueDim}, {l, l + kHeads}, number);
+      ExpectMerged({o, o + kHeads * kValueDim}, number);
     }
     ASSERT_TRUE(std::equal(question_, question_ + 4, next.get()->question));
   }
-  EXPECT_EQ(faults.get()->misses, 0U);
+  EXPECT_EQ(faults_->get()->misses, 0U);
   EXPECT_CUDA(cudaGraphExecDestroy(replay));
   EXPECT_CUDA(cudaGraphDestroy(graph));
 }
@@ -314,14 +332,20 @@ TEST(DoorbellArgumentsTest, Refuses) {
   EXPECT_EQ(RingDoorbell(slot, memory, 8, step, 16, nullptr), refused);
   EXPECT_EQ(RingDoorbell(slot, memory, 16, nullptr, 16, nullptr), refused);
   EXPECT_EQ(RingDoorbell(slot, memory, 16, step, 0, nullptr), refused);
-  EXPECT_EQ(AwaitAnswer(slot, nullptr, 1, 8, floats, floats, faults, nullptr), refused);
-  EXPECT_EQ(AwaitAnswer(slot, step, 0, 8, floats, floats, faults, nullptr), refused);
-  EXPECT_EQ(AwaitAnswer(slot, step, 1, 12, floats, floats, faults, nullptr), refused);
-  EXPECT_EQ(AwaitAnswer(slot, step, 1, 8, nullptr, floats, faults, nullptr), refused);
-  EXPECT_EQ(AwaitAnswer(slot, step, 1, 8, floats, floats, nullptr, nullptr), refused);
+  const auto await = [&](DoorbellStep* of, int heads, int value_dim, const float* local, float* out,
+                         DoorbellFaults* count, DType dtype = DType::kFp32) {
+    return AwaitAndMerge(slot, of, heads, value_dim, local, floats, out, dtype, count, nullptr);
+  };
+  EXPECT_EQ(await(nullptr, 1, 8, floats, floats, faults), refused);
+  EXPECT_EQ(await(step, 0, 8, floats, floats, faults), refused);
+  EXPECT_EQ(await(step, 1, 12, floats, floats, faults), refused);
+  EXPECT_EQ(await(step, 1, 8, nullptr, floats, faults), refused);
+  EXPECT_EQ(await(step, 1, 8, floats, nullptr, faults), refused);
+  EXPECT_EQ(await(step, 1, 8, floats, floats, nullptr), refused);
+  EXPECT_EQ(await(step, 1, 8, floats, floats, faults, DType{}), refused);
   slot.state = nullptr;
   EXPECT_EQ(RingDoorbell(slot, memory, 16, step, 16, nullptr), refused);
-  EXPECT_EQ(AwaitAnswer(slot, step, 1, 8, floats, floats, faults, nullptr), refused);
+  EXPECT_EQ(await(step, 1, 8, floats, floats, faults), refused);
 }
 
 }  // namespace
