@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 
 targets=("$@")
 ((${#targets[@]})) || targets=(kvseekd cuda_test
-  cuda_ladder_encode_test cuda_query_statistics_test sparse_decoder_test decoder_faults_test doorbell_decoder_test sparse_decode gpu_bench decode_bench)
+  cuda_ladder_encode_test cuda_query_statistics_test sparse_decoder_test decoder_faults_test sparse_decode gpu_bench decode_bench)
 bin=build/device/bin
 bytes_max=$((48 << 20))
 system='^(libcublas(Lt)?|linux-vdso|ld-linux[^.]*|libc|libm|libdl|librt|libpthread|libresolv)\.so'

@@ -64,7 +64,6 @@ else
 fi
 check sparse_decoder 90 "$bin/sparse_decoder_test" --gtest_brief=1
 check decoder_faults 60 "$bin/decoder_faults_test" --gtest_brief=1
-check doorbell_decoder 60 "$bin/doorbell_decoder_test" --gtest_brief=1
 
 "$bin/kvseekd" --listen "unix:$work/kvseek.sock" >"$work/kvseekd" 2>&1 &
 daemon=$!

@@ -11,8 +11,6 @@ namespace kvseek::client {
 namespace {
 
 using kernels::cuda::DoorbellFaults;
-using kernels::cuda::DoorbellSlot;
-using kernels::cuda::DoorbellState;
 using kernels::cuda::DoorbellStep;
 using transport::DoorbellAnswer;
 using transport::DoorbellItem;

@@ -284,7 +284,8 @@ TEST_F(DoorbellTest, BadQuestionsGetAStatus) {
   const auto doorbell = OpenDoorbell(Options(2, 2));
   ASSERT_NE(doorbell, nullptr);
   const DoorbellItem good{.session_id = session.session_id, .begin = 0, .end = 300};
-  const auto code = [&](std::vector<DoorbellItem> items, std::vector<uint16_t> queries) {
+  const auto code = [&](const std::vector<DoorbellItem>& items,
+                        const std::vector<uint16_t>& queries) {
     return Ask(*doorbell, 0, 1, items, queries).status().code();
   };
   EXPECT_EQ(code({good}, Queries()), Code::kOk);
@@ -456,7 +457,7 @@ TEST_F(DoorbellTest, AreBounded) {
 }
 
 TEST_F(DoorbellTest, RefusalsNameTheField) {
-  const auto refused = [&](DoorbellOptions options) {
+  const auto refused = [&](const DoorbellOptions& options) {
     const absl::Status status = Doorbell::Open(address(), options).status();
     return absl::StatusCodeToString(status.code()) + " " + proto::ErrorField(status);
   };
