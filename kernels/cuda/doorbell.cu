@@ -53,7 +53,6 @@ __device__ T Shared(const T* from) {
 __global__ void __launch_bounds__(kRingThreads)
     RingKernel(DoorbellSlot slot, const uint4* queries, size_t pieces, const DoorbellStep* step,
                int question_pieces) {
-  WaitForEarlierWork();
   DoorbellState& state = *slot.state;
   if (step->mode != DoorbellStep::kAsk) {  // the number is used up, and nobody is asked
     if (blockIdx.x == 0 && threadIdx.x == 0) ++state.number;
@@ -233,9 +232,9 @@ cudaError_t RingDoorbell(const DoorbellSlot& slot, const void* queries, size_t b
   if (bytes == 0 || bytes % 16 != 0 || question_bytes == 0 || question_bytes % 16 != 0) {
     return cudaErrorInvalidValue;
   }
-  return LaunchEarly<RingKernel>(dim3(static_cast<unsigned>(PublishBlocks(bytes))), kRingThreads, 0,
-                                 stream, slot, static_cast<const uint4*>(queries), bytes / 16, step,
-                                 static_cast<int>(question_bytes / 16));
+  return Launch(RingKernel, dim3(static_cast<unsigned>(PublishBlocks(bytes))), kRingThreads, 0,
+                stream, slot, static_cast<const uint4*>(queries), bytes / 16, step,
+                static_cast<int>(question_bytes / 16));
 }
 
 cudaError_t AwaitAndMerge(const DoorbellSlot& slot, DoorbellStep* step, int heads, int value_dim,
