@@ -91,9 +91,7 @@ Json Quantiles(std::vector<double> times) {
 /// How long the stream is at each layer's attention: from its queries' being there to its output's.
 class StreamTimes {
  public:
-  /// `captured`: the events are to be in a graph.
-  StreamTimes(uint32_t layers, bool captured, cudaStream_t stream)
-      : events_(2 * size_t{layers}), captured_(captured), stream_(stream) {
+  StreamTimes(uint32_t layers, cudaStream_t stream) : events_(2 * size_t{layers}), stream_(stream) {
     for (GpuEvent& event : events_) Must("event", event.Create(0));
   }
   void Begin(uint32_t layer) { Record(events_[size_t{2} * layer]); }
@@ -107,19 +105,21 @@ class StreamTimes {
   }
 
  private:
+  /// In a graph that is being captured an event has to be said to be the host's.
   void Record(const GpuEvent& event) {
-    Must("event",
-         cudaEventRecordWithFlags(event.get(), stream_,
-                                  captured_ ? cudaEventRecordExternal : cudaEventRecordDefault));
+    cudaStreamCaptureStatus captured = cudaStreamCaptureStatusNone;
+    Must("event", cudaStreamIsCapturing(stream_, &captured));
+    const unsigned flags = captured == cudaStreamCaptureStatusActive ? cudaEventRecordExternal
+                                                                     : cudaEventRecordDefault;
+    Must("event", cudaEventRecordWithFlags(event.get(), stream_, flags));
   }
 
   std::vector<GpuEvent> events_;
-  bool captured_;
   cudaStream_t stream_;
 };
 
-/// Work that is captured once and launched from then on; or, if `captured` is not set, done anew
-/// each time.
+/// Work that is done once, so that all of its code is loaded, then captured and launched from then
+/// on; or, if `captured` is not set, done anew each time.
 class Replay {
  public:
   Replay(bool captured, cudaStream_t stream) : captured_(captured), stream_(stream) {}
@@ -131,7 +131,7 @@ class Replay {
 
   template <typename Work>
   void Run(const Work& work) {
-    if (!captured_) return work();
+    if (!captured_ || !std::exchange(warm_, true)) return work();
     if (graph_ == nullptr) {
       cudaGraph_t graph = nullptr;
       Must("capture", cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
@@ -145,6 +145,7 @@ class Replay {
 
  private:
   bool captured_;
+  bool warm_ = false;
   cudaStream_t stream_;
   cudaGraphExec_t graph_ = nullptr;
 };
@@ -156,7 +157,7 @@ Json TimeSteps(const Options& options, DenseLayers& dense, uint32_t layers, cons
                const Attend& attend, const DaemonTime& daemon_us, cudaStream_t stream) {
   std::vector<double> steps, heads, attention_us, beyond_us;
   const bool captured = options.graph && options.far_path == "doorbell";
-  StreamTimes times(layers, captured, stream);
+  StreamTimes times(layers, stream);
   Replay replay(captured, stream);
   for (int step = 0; step < options.warm_up + options.steps; ++step) {
     const auto begun = Clock::now();

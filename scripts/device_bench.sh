@@ -50,9 +50,9 @@ for part in "${parts[@]}"; do
     doorbell)  # the same, asked by kernels: as calls, then as one graph a step
       DAEMON_FLAGS=${DAEMON_FLAGS:---workers 12 --io-spin-us 2000 --worker-spin-us 2000 --doorbell-spin-us 5000}
       decode doorbell --far-path doorbell --tokens 32768 --attention state --steps 200 --warm-up 20
-      decode doorbell_graph --far-path doorbell --graph --tokens 32768 --attention state --steps 200 --warm-up 20
       decode doorbell_alone --far-path doorbell --graph --attention-only --tokens 32768 --attention state \
         --steps 200 --warm-up 20
+      decode doorbell_graph --far-path doorbell --graph --tokens 32768 --attention state --steps 200 --warm-up 20
       ;;
     steps)
       decode 8b.128k --tokens 131072 --batch 1,4,7,8,16 --attention full,state --steps 8
