@@ -160,92 +160,118 @@ class Bench {
   void Send() {
     progress_.Begin("sending requests",
                     static_cast<int64_t>(options_.warmup_s + options_.duration_s));
+    const Clock::time_point begin = Clock::now();
+    counted_from_ = begin + Seconds(options_.warmup_s);
+    {
+      const std::lock_guard lock(mutex_);
+      last_ = counted_from_;
+    }
     if (options_.rate > 0.0) {
-      SendAtRate();
+      SendAtRate(begin);
     } else {
-      SendOneByOne();
+      std::vector<std::thread> others;
+      for (size_t c = 1; c < clients_.size(); ++c) {
+        others.emplace_back([this, c] { SendOneByOne(c); });
+      }
+      SendOneByOne(0);
+      for (std::thread& other : others) other.join();
     }
     progress_.End("");
   }
 
-  /// As a decoder with one sequence does: layer after layer, each when the last one is answered.
-  void SendOneByOne() {
-    std::mt19937_64 random(options_.seed);
+  /// As a decoder does: layer after layer, each when the last one is answered.
+  void SendOneByOne(size_t client) {
+    std::mt19937_64 random(options_.seed + client);
     std::uniform_int_distribution<size_t> pick_step(0, kDistinctSteps - 1);
-    const Clock::time_point begin = Clock::now();
-    counted_from_ = begin + Seconds(options_.warmup_s);
-    last_ = counted_from_;
     const Clock::time_point end = counted_from_ + Seconds(options_.duration_s);
-    Clock::time_point next_tick = begin + std::chrono::seconds(1);
-    const size_t layers = options_.shape.layers;
+    Clock::time_point next_tick = Clock::now() + std::chrono::seconds(1);
+    const uint32_t layers = options_.shape.layers;
+    const size_t own = (sessions_.size() - client + clients_.size() - 1) / clients_.size();
+    std::atomic<bool> answered{false};
     for (size_t i = 0; Clock::now() < end; ++i) {
-      const size_t session = i / layers % sessions_.size();
-      SendOne(session, i % layers * kDistinctSteps + pick_step(random), Clock::now());
-      while (under_way_.load(std::memory_order_acquire) > 0) Client(session).Poll();
+      answered.store(false, std::memory_order_relaxed);
+      SendOne(client + i / layers % own * clients_.size(), static_cast<uint32_t>(i % layers),
+              pick_step(random), Clock::now(), &answered);
+      while (options_.poll && !answered.load(std::memory_order_acquire)) clients_[client]->Poll();
+      {
+        std::unique_lock lock(mutex_);
+        one_answered_.wait(lock, [&answered] { return answered.load(); });
+      }
+      if (client != 0) continue;
       for (; next_tick < Clock::now(); next_tick += std::chrono::seconds(1)) progress_.Step();
     }
   }
 
   /// At exponentially distributed distances, whatever comes back.
-  void SendAtRate() {
+  void SendAtRate(Clock::time_point begin) {
     std::mt19937_64 random(options_.seed);
     std::exponential_distribution<double> distance(options_.rate);
     std::uniform_int_distribution<size_t> pick_session(0, sessions_.size() - 1);
     std::uniform_int_distribution<size_t> pick_query(0, queries_.size() - 1);
-    const Clock::time_point begin = Clock::now();
-    counted_from_ = begin + Seconds(options_.warmup_s);
-    last_ = counted_from_;
     const Clock::time_point end = counted_from_ + Seconds(options_.duration_s);
     Clock::time_point next_tick = begin + std::chrono::seconds(1);
     Clock::time_point intended = begin + Seconds(distance(random));
     while (intended < end) {
       std::this_thread::sleep_until(intended);
-      SendOne(pick_session(random), pick_query(random), intended);
+      const size_t session = pick_session(random);
+      const size_t query = pick_query(random);
+      SendOne(session, static_cast<uint32_t>(query / kDistinctSteps), query % kDistinctSteps,
+              intended, /*answered=*/nullptr);
       intended += Seconds(distance(random));
       for (; next_tick < intended; next_tick += std::chrono::seconds(1)) progress_.Step();
     }
   }
 
-  void SendOne(size_t session, size_t query, Clock::time_point intended) {
+  /// A layer of the session, or of all sessions of its connection, each with a step of its own.
+  std::vector<QueryItem> Items(size_t session, uint32_t layer, size_t step) const {
+    std::vector<QueryItem> items;
+    const size_t first = options_.batch ? session % clients_.size() : session;
+    const size_t last = options_.batch ? sessions_.size() : session + 1;
+    for (size_t s = first; s < last; s += clients_.size()) {
+      QueryItem& item = items.emplace_back();
+      item.session = sessions_[s];
+      item.layer = layer;
+      const size_t query = layer * kDistinctSteps + (step + items.size() - 1) % kDistinctSteps;
+      item.queries = AsBytes(absl::MakeConstSpan(queries_[query]));
+    }
+    return items;
+  }
+
+  /// Sets `answered`, if not null, when all is counted.
+  void SendOne(size_t session, uint32_t layer, size_t step, Clock::time_point intended,
+               std::atomic<bool>* answered) {
     const bool counted = intended >= counted_from_;
-    under_way_.fetch_add(1, std::memory_order_relaxed);
     {
       const std::lock_guard lock(mutex_);
       ++waiting_;
       if (counted) ++result_.offered;
     }
-    QueryItem item;
-    item.session = sessions_[session];
-    item.layer = static_cast<uint32_t>(query / kDistinctSteps);
-    item.queries = AsBytes(absl::MakeConstSpan(queries_[query]));
     const CallOptions call{.deadline = std::chrono::milliseconds(options_.deadline_ms)};
-    const auto done = [this, intended, counted](const absl::StatusOr<SearchResponse>& response) {
-      Done(intended, counted, response);
+    const auto done = [this, intended, counted,
+                       answered](const absl::StatusOr<SearchResponse>& response) {
+      const Clock::time_point now = Clock::now();
+      const std::lock_guard lock(mutex_);
+      Count(intended, counted, now, response);
+      if (answered == nullptr) return;
+      answered->store(true, std::memory_order_release);
+      one_answered_.notify_all();
     };
     if (options_.topk) {
       TopKRequest request;
-      request.items.push_back(std::move(item));
+      request.items = Items(session, layer, step);
       request.options = options_.search;
       request.k = options_.k;
       Client(session).TopKAsync(request, call, done);
     } else {
       AttendRequest request;
-      request.items.push_back(std::move(item));
+      request.items = Items(session, layer, step);
       request.options = options_.search;
       Client(session).AttendAsync(request, call, done);
     }
   }
 
-  void Done(Clock::time_point intended, bool counted,
-            const absl::StatusOr<SearchResponse>& response) {
-    const Clock::time_point now = Clock::now();
-    Count(intended, counted, now, response);
-    under_way_.fetch_sub(1, std::memory_order_release);
-  }
-
   void Count(Clock::time_point intended, bool counted, Clock::time_point now,
-             const absl::StatusOr<SearchResponse>& response) {
-    const std::lock_guard lock(mutex_);
+             const absl::StatusOr<SearchResponse>& response) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     if (--waiting_ == 0) all_answered_.notify_all();
     if (!counted) return;
     last_ = std::max(last_, now);
@@ -254,6 +280,7 @@ class Bench {
       return;
     }
     ++result_.answered;
+    result_.sessions_answered += response->items.size();
     result_.micros.push_back(std::chrono::duration<double, std::micro>(now - intended).count());
     result_.daemon_micros.push_back(response->daemon_us);
     result_.bytes_sent += response->bytes_sent;
@@ -275,10 +302,10 @@ class Bench {
   std::vector<uint64_t> sample_positions_;
   std::vector<uint16_t> sample_rows_;
   Clock::time_point counted_from_;
-  std::atomic<int> under_way_{0};
 
   std::mutex mutex_;
   std::condition_variable all_answered_;
+  std::condition_variable one_answered_;
   uint64_t waiting_ ABSL_GUARDED_BY(mutex_) = 0;
   Clock::time_point last_ ABSL_GUARDED_BY(mutex_);
   BenchResult result_;  // while requests are under way, guarded by mutex_

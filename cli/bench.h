@@ -1,6 +1,7 @@
 // What `kvseek bench` does: fills a daemon's sessions with synthetic keys, then sends searches at
 // random times of a given rate and counts each latency from when its request should have left (open
-// loop: a slow daemon is not asked less); or one after the other, as a decoder with one sequence.
+// loop: a slow daemon is not asked less); or one after the other over each connection, as decoders
+// do. A request is one layer of one session, or of all sessions of its connection (a batch).
 #ifndef KVSEEK_CLI_BENCH_H_
 #define KVSEEK_CLI_BENCH_H_
 
@@ -28,9 +29,13 @@ struct BenchOptions {
   /// Indexes that the sessions are opened with, from queries sampled with the tokens. Requests are
   /// then sent twice: while the daemon builds, and when it has built all.
   std::vector<IndexKind> build;
-  /// Requests a second; one is a layer of one session, one query token, all heads. 0: one after
-  /// the other, layer by layer.
+  /// A request carries all sessions of its connection; otherwise one.
+  bool batch = false;
+  /// Requests a second; one is a layer, one query token of each of its sessions, all heads. 0: over
+  /// each connection one after the other, layer by layer.
   double rate = 100.0;
+  /// Without a rate: who waits for an answer looks for it (KvClient::Poll) instead of sleeping.
+  bool poll = false;
   double duration_s = 5.0;
   double warmup_s = 0.5;  ///< requests of that time are sent and not counted
   int deadline_ms = 1000;
@@ -41,6 +46,7 @@ struct BenchOptions {
 struct BenchResult {
   uint64_t offered = 0;
   uint64_t answered = 0;
+  uint64_t sessions_answered = 0;          ///< in them
   std::map<std::string, uint64_t> errors;  ///< by code
   double seconds = 0.0;                    ///< until the last answer, at least the duration
   double fill_seconds = 0.0;
@@ -58,8 +64,9 @@ struct BenchResult {
 /// Bytes that the daemon needs for the sessions.
 uint64_t BenchMemoryBytes(const BenchOptions& options);
 
-/// Spreads sessions over `clients`, each a connection. Closes the sessions afterwards. Fails if
-/// filling fails; failed searches are counted.
+/// Spreads sessions over `clients`, each a connection; no more clients than sessions where all of
+/// them ask (a batch, or no rate). Closes the sessions afterwards. Fails if filling fails; failed
+/// searches are counted.
 absl::StatusOr<BenchResult> RunBench(const std::vector<std::unique_ptr<KvClient>>& clients,
                                      const BenchOptions& options, Progress& progress);
 

@@ -1,4 +1,4 @@
-// kvseek bench: measures a daemon under an open-loop load.
+// kvseek bench: measures a daemon under an open-loop load, or asked by clients that wait.
 #include <spdlog/sinks/stdout_sinks.h>
 #include <spdlog/spdlog.h>
 
@@ -33,6 +33,7 @@ using Json = nlohmann::ordered_json;
 
 constexpr double kMemoryShare = 0.8;  // of what is available; the rest is for everything else
 constexpr uint64_t kMemoryExtra = uint64_t{256} << 20;
+constexpr int kConnections = 4;  // of requests at a rate
 
 const std::map<std::string, ModelShape>& Presets() {
   static const std::map<std::string, ModelShape> presets = {
@@ -63,7 +64,7 @@ struct BenchFlags {
   std::vector<std::string> build;
   uint32_t candidates = 4096;
   uint32_t exact_rows = 64;
-  int connections = 4;
+  std::optional<int> connections;
   int workers = 0;
   std::string format = "text";
 };
@@ -78,13 +79,13 @@ constexpr char kHelp[] =
     "sends\n"
     "one for each layer. The loop is open: a slow daemon is not asked less, and a latency counts "
     "from\n"
-    "the time at which its request was to leave. With --rate 0 requests are sent one after the "
-    "other,\n"
-    "layer by layer, as a decoder with one sequence does. Without --via a daemon is started in "
-    "this "
-    "process "
-    "on\n"
-    "a unix socket.\n"
+    "the time at which its request was to leave. With --rate 0 each connection's requests are sent "
+    "one\n"
+    "after the other, layer by layer, as a decoder does: --connections 1 is one decoder, 4 are "
+    "four at\n"
+    "the same time. With --batch a request is one layer of all sessions of its connection. Without "
+    "--via\n"
+    "a daemon is started in this process on a unix socket.\n"
     "\n"
     "What the numbers mean:\n"
     "  offered, achieved  requests a second sent and answered; where achieved stays behind, the "
@@ -95,16 +96,20 @@ constexpr char kHelp[] =
     "  in the daemon      of a latency, from the request read to the answer in place; beside it: "
     "the\n"
     "                     difference of the medians, the way there and back\n"
-    "  touched            bytes of codes and rows that searches read, beside what this machine's "
-    "memory\n"
-    "                     can deliver to as many threads (the roof; only without --via)\n"
+    "  a session          a request's latency over the sessions in it\n"
+    "  touched            bytes of codes and rows that searches read: by the clock, and in the "
+    "daemon's own\n"
+    "                     time (of requests that overlap each counts its time whole), beside what "
+    "this\n"
+    "                     machine's memory can deliver to as many threads (the roof)\n"
     "\n"
     "Examples:\n"
     "  kvseek bench\n"
     "  kvseek bench --shape llama3-8b --layers 2 --sessions 8 --tokens 32768 --rate 300\n"
     "  kvseek bench --via unix:/run/kvseek.sock --op topk --k 256 --format json\n"
     "  kvseek bench --via unix:/run/kvseek.sock --shape llama3-8b --layers 8 --tokens 131072 "
-    "--rate 0";
+    "--rate 0\n"
+    "  kvseek bench --shape llama3-8b --layers 2 --sessions 16 --tokens 32768 --rate 0 --batch";
 
 void ResolveFlags(BenchFlags& flags) {
   BenchOptions& bench = flags.bench;
@@ -123,6 +128,13 @@ void ResolveFlags(BenchFlags& flags) {
   if (!flags.connect.via.empty() && flags.workers != 0) {
     FailUsage("--workers: is for the daemon started here; leave it out with --via");
   }
+  flags.connections =
+      flags.connections.value_or(bench.rate > 0.0 && !bench.batch ? kConnections : 1);
+  if ((bench.rate <= 0.0 || bench.batch) &&
+      static_cast<uint32_t>(*flags.connections) > bench.sessions) {
+    FailUsage("--connections: with --rate 0 or --batch no more than --sessions");
+  }
+  bench.poll = flags.connect.spin_us > 0;
   bench.topk = flags.op == "topk";
   bench.search.index = Indexes().at(flags.index);
   for (const std::string& name : flags.build) bench.build.push_back(Indexes().at(name));
@@ -172,7 +184,7 @@ absl::Status StartHere(BenchFlags& flags, Subject& subject) {
 }
 
 absl::Status ConnectAll(const BenchFlags& flags, Subject& subject) {
-  for (int i = 0; i < flags.connections; ++i) {
+  for (int i = 0; i < *flags.connections; ++i) {
     absl::StatusOr<std::unique_ptr<KvClient>> client = Connect(flags.connect);
     if (!client.ok()) return client.status();
     subject.clients.push_back(*std::move(client));
@@ -198,46 +210,76 @@ double BesideDaemon(const BenchResult& result) {
   return Percentile(result.micros, 0.5) - Percentile(result.daemon_micros, 0.5);
 }
 
+/// What a request brought on average, and how fast the daemon read it in its own time.
+struct PerRequest {
+  double sessions = 0.0;
+  double bytes_touched = 0.0;
+  double bytes_per_second = 0.0;
+};
+
+PerRequest MeanRequest(const BenchResult& result) {
+  const auto answered = static_cast<double>(std::max<uint64_t>(1, result.answered));
+  const auto touched = static_cast<double>(result.bytes_touched);
+  const double daemon_seconds = 1e-6 * answered * Mean(result.daemon_micros);
+  return {.sessions = static_cast<double>(result.sessions_answered) / answered,
+          .bytes_touched = touched / answered,
+          .bytes_per_second = daemon_seconds > 0.0 ? touched / daemon_seconds : 0.0};
+}
+
+/// A request's median latency over the sessions in it.
+double MicrosPerSession(const BenchResult& result) {
+  return Percentile(result.micros, 0.5) / std::max(1.0, MeanRequest(result).sessions);
+}
+
 void PrintJson(const BenchFlags& flags, const BenchResult& result, std::optional<double> roof) {
   const BenchOptions& bench = flags.bench;
   const double seconds = result.seconds;
   const auto per_second = [&](uint64_t count) { return static_cast<double>(count) / seconds; };
-  std::cout << Json{{"settings",
-                     {{"shape", ShapeJson(bench.shape)},
-                      {"sessions", bench.sessions},
-                      {"tokens", bench.tokens},
-                      {"op", flags.op},
-                      {"index", flags.index},
-                      {"scan_bits", bench.scan_bits},
-                      {"candidates", flags.candidates},
-                      {"exact", flags.exact_rows},
-                      {"rate", bench.rate},
-                      {"duration_s", bench.duration_s},
-                      {"seed", bench.seed}}},
-                    {"fill_seconds", result.fill_seconds},
-                    {"offered_per_second", static_cast<double>(result.offered) / bench.duration_s},
-                    {"achieved_per_second", per_second(result.answered)},
-                    {"answered", result.answered},
-                    {"errors", result.errors},
-                    {"micros",
-                     {{"p50", Percentile(result.micros, 0.5)},
-                      {"p99", Percentile(result.micros, 0.99)},
-                      {"p999", Percentile(result.micros, 0.999)}}},
-                    {"building",
-                     {{"indexes", flags.build},
-                      {"p50", Percentile(result.micros_building, 0.5)},
-                      {"p99", Percentile(result.micros_building, 0.99)},
-                      {"published", result.built_meanwhile},
-                      {"seconds", result.build_seconds}}},
-                    {"daemon_micros_p50", Percentile(result.daemon_micros, 0.5)},
-                    {"beside_daemon_micros_p50", BesideDaemon(result)},
-                    {"wire_bytes",
-                     {{"sent", result.bytes_sent}, {"received", result.bytes_received}}},
-                    {"keys_scanned_per_second", per_second(result.keys_scanned)},
-                    {"bytes_touched_per_second", per_second(result.bytes_touched)},
-                    {"memory_roof_bytes_per_second", roof.has_value() ? Json(*roof) : Json()}}
-                   .dump(2)
-            << '\n';
+  const PerRequest request = MeanRequest(result);
+  std::cout
+      << Json{{"settings",
+               {{"shape", ShapeJson(bench.shape)},
+                {"sessions", bench.sessions},
+                {"tokens", bench.tokens},
+                {"op", flags.op},
+                {"index", flags.index},
+                {"scan_bits", bench.scan_bits},
+                {"candidates", flags.candidates},
+                {"exact", flags.exact_rows},
+                {"rate", bench.rate},
+                {"batch", bench.batch},
+                {"connections", *flags.connections},
+                {"duration_s", bench.duration_s},
+                {"seed", bench.seed}}},
+              {"fill_seconds", result.fill_seconds},
+              {"offered_per_second", static_cast<double>(result.offered) / bench.duration_s},
+              {"achieved_per_second", per_second(result.answered)},
+              {"answered", result.answered},
+              {"errors", result.errors},
+              {"micros",
+               {{"p50", Percentile(result.micros, 0.5)},
+                {"p99", Percentile(result.micros, 0.99)},
+                {"p999", Percentile(result.micros, 0.999)}}},
+              {"request",
+               {{"sessions", request.sessions},
+                {"micros_per_session_p50", MicrosPerSession(result)},
+                {"bytes_touched", request.bytes_touched},
+                {"daemon_bytes_per_second", request.bytes_per_second},
+                {"of_roof", roof.has_value() ? Json(request.bytes_per_second / *roof) : Json()}}},
+              {"building",
+               {{"indexes", flags.build},
+                {"p50", Percentile(result.micros_building, 0.5)},
+                {"p99", Percentile(result.micros_building, 0.99)},
+                {"published", result.built_meanwhile},
+                {"seconds", result.build_seconds}}},
+              {"daemon_micros_p50", Percentile(result.daemon_micros, 0.5)},
+              {"beside_daemon_micros_p50", BesideDaemon(result)},
+              {"wire_bytes", {{"sent", result.bytes_sent}, {"received", result.bytes_received}}},
+              {"keys_scanned_per_second", per_second(result.keys_scanned)},
+              {"bytes_touched_per_second", per_second(result.bytes_touched)},
+              {"memory_roof_bytes_per_second", roof.has_value() ? Json(*roof) : Json()}}
+             .dump(2)
+      << '\n';
 }
 
 void PrintText(const BenchFlags& flags, const BenchResult& result, std::optional<double> roof) {
@@ -245,6 +287,7 @@ void PrintText(const BenchFlags& flags, const BenchResult& result, std::optional
   const double seconds = result.seconds;
   const auto answered = static_cast<double>(std::max<uint64_t>(1, result.answered));
   const double touched = static_cast<double>(result.bytes_touched) / seconds;
+  const PerRequest request = MeanRequest(result);
   Table table({flags.op + ", " + flags.index, ""});
   table.Add({"sessions x tokens", absl::StrCat(bench.sessions, " x ", bench.tokens)});
   table.Add({"layers, KV heads, query heads, dim",
@@ -258,6 +301,8 @@ void PrintText(const BenchFlags& flags, const BenchResult& result, std::optional
   table.Add({"latency p50", Digits(Percentile(result.micros, 0.5)) + " us"});
   table.Add({"latency p99", Digits(Percentile(result.micros, 0.99)) + " us"});
   table.Add({"latency p99.9", Digits(Percentile(result.micros, 0.999)) + " us"});
+  table.Add({"sessions a request", Digits(request.sessions)});
+  table.Add({"a session p50", Digits(MicrosPerSession(result)) + " us"});
   if (!flags.build.empty()) {
     table.Add(
         {"p50 while indexes were built", Digits(Percentile(result.micros_building, 0.5)) + " us"});
@@ -271,10 +316,14 @@ void PrintText(const BenchFlags& flags, const BenchResult& result, std::optional
   table.Add({"sent a request", ShortBytes(static_cast<double>(result.bytes_sent) / answered)});
   table.Add({"received", ShortBytes(static_cast<double>(result.bytes_received) / answered)});
   table.Add({"keys scanned", Short(static_cast<double>(result.keys_scanned) / seconds) + " /s"});
+  table.Add({"touched a request", ShortBytes(request.bytes_touched)});
   table.Add({"touched", Digits(touched / 1e9) + " GB/s"});
+  table.Add({"touched in the daemon's own time", Digits(request.bytes_per_second / 1e9) + " GB/s"});
   if (roof.has_value()) {
     table.Add({"memory-read roof", Digits(*roof / 1e9) + " GB/s"});
     table.Add({"touched of the roof", Digits(100.0 * touched / *roof) + " %"});
+    table.Add({"of it in the daemon's own time",
+               Digits(100.0 * request.bytes_per_second / *roof) + " %"});
   }
   std::cout << table.Text();
 }
@@ -326,9 +375,12 @@ void AddLoadFlags(CLI::App& command, BenchFlags& flags) {
       ->check(CLI::Range(1U, 65536U));
   command.add_option("--head-dim", flags.head_dim, "Elements of a row, instead of the shape's")
       ->check(CLI::Range(8U, 512U));
-  command.add_option("--rate", bench.rate, "Requests a second; 0: one after the other")
+  command
+      .add_option("--rate", bench.rate,
+                  "Requests a second; 0: over each connection one after the other")
       ->check(CLI::Range(0.0, 1e6))
       ->capture_default_str();
+  command.add_flag("--batch", bench.batch, "A request carries all sessions of its connection");
   command.add_option("--duration", bench.duration_s, "Seconds that are counted")
       ->check(CLI::Range(0.1, 86400.0))
       ->capture_default_str();
@@ -379,9 +431,10 @@ void AddBenchCommand(CLI::App& program, Action& action) {
   command->footer(kHelp);
   AddLoadFlags(*command, *flags);
   AddSearchFlags(*command, *flags);
-  command->add_option("--connections", flags->connections, "Connections that share the sessions")
-      ->check(CLI::Range(1, 256))
-      ->capture_default_str();
+  command
+      ->add_option("--connections", flags->connections,
+                   "Connections that share the sessions (4; with --rate 0 or --batch 1)")
+      ->check(CLI::Range(1, 256));
   command
       ->add_option("--workers", flags->workers,
                    "Compute threads of the daemon started here; 0: one a core")

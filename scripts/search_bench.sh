@@ -2,8 +2,9 @@
 # Measures searches through shared memory, one layer's request after the other, on a machine with many cores: run in the
 # repository's root. Daemon and client are separate processes; layers are cycled, so that what a request touches is cold. PyTorch's
 # full attention of the same shape is timed first where there is a GPU, and the memory's bandwidth in each run.
-#   scripts/search_bench.sh OUT [INDEX:TOKENS:LAYERS[:CANDIDATES]...]
-# INDEX: exact, sign1, sign2 (the ladder's scan codes) or product. Results go to OUT/search_latency.json, a line a run to the terminal.
+#   scripts/search_bench.sh OUT [INDEX:TOKENS:LAYERS[:CANDIDATES[:SESSIONS[:CLIENTS]]]...]
+# INDEX: exact, sign1, sign2 (the ladder's scan codes) or product. CANDIDATES: 4096. SESSIONS: 1; several are asked for in one request,
+# or by so many CLIENTS at the same time, each for its share of them. Results go to OUT/search_latency.json, a line a run to the terminal.
 # Environment: BIN, the programs' folder (default build/release/bin); WORKERS (default: all cores but two); SECONDS_EACH (default 3).
 set -euo pipefail
 out=$(realpath -m "${1:?folder for the results}")
@@ -11,7 +12,9 @@ shift
 cd "$(dirname "$0")/.."
 cases=("$@")
 ((${#cases[@]})) || cases=(sign1:32768:8 product:32768:8 exact:131072:8 sign1:131072:8 sign2:131072:8 product:131072:8
-  sign1:524288:3 product:524288:3 product:524288:3:15729)
+  sign1:524288:3 product:524288:3 product:524288:3:15729
+  sign1:32768:2:4096:16 product:32768:2:4096:16 exact:131072:2:4096:4 sign1:131072:2:4096:8 product:131072:2:4096:2
+  product:131072:2:4096:4 product:131072:2:4096:8 product:131072:2:4096:2:2 product:131072:2:4096:4:4)
 bin=${BIN:-build/release/bin}
 workers=${WORKERS:-$(($(nproc) > 3 ? $(nproc) - 2 : $(nproc)))}
 mkdir -p "$out"
@@ -35,8 +38,11 @@ if command -v nvidia-smi >/dev/null; then
 fi
 number=0
 for case in "${cases[@]}"; do
-  IFS=: read -r name tokens layers candidates <<<"$case"
-  index=ladder bits=1 build=()
+  IFS=: read -r name tokens layers candidates sessions clients <<<"$case"
+  index=ladder bits=1 build=() batch=()
+  # Several clients sleep until their answers come: looking, they would take the workers' cores.
+  spin=$((${clients:-1} > 1 ? 0 : 2000))
+  ((${sessions:-1} == 1)) || batch=(--batch)
   case $name in
     sign1) ;;
     sign2) bits=2 ;;
@@ -45,9 +51,10 @@ for case in "${cases[@]}"; do
     *) echo "no index $name" >&2; exit 2 ;;
   esac
   start
-  "$bin/kvseek" bench --via "shm:$socket" --connections 1 --spin-us 2000 --shape llama3-8b --layers "$layers" --tokens "$tokens" \
-    --sessions 1 --rate 0 --duration "${SECONDS_EACH:-3}" --scan-bits "$bits" --index "$index" --candidates "${candidates:-4096}" \
-    "${build[@]}" --format json >"$out/run.$((number++)).json"
+  "$bin/kvseek" bench --via "shm:$socket" --connections "${clients:-1}" --spin-us "$spin" --shape llama3-8b --layers "$layers" \
+    --tokens "$tokens" --sessions "${sessions:-1}" "${batch[@]}" --rate 0 --duration "${SECONDS_EACH:-3}" --scan-bits "$bits" \
+    --index "$index" --candidates "${candidates:-4096}" "${build[@]}" --format json >"$out/run.$number.json"
+  number=$((number + 1))  # not in the line above, whose words a child process expands
 done
 stop
 python3 - "$out" "$workers" "${cases[@]}" <<'PYTHON'
@@ -60,19 +67,28 @@ for number, case in enumerate(cases):
     path = out / f"run.{number}.json"
     run = json.loads(path.read_text())
     path.unlink()
-    touched = run["bytes_touched_per_second"] / run["achieved_per_second"]
-    roof = run["memory_roof_bytes_per_second"]
+    request, roof = run["request"], run["memory_roof_bytes_per_second"]
+    touched = request["bytes_touched"]
+    sessions = request["sessions"]
     runs.append({
         "case": case,
         "daemon_micros_p50": run["daemon_micros_p50"],
         "micros": run["micros"],
         "bytes_touched": round(touched),
         "floor_micros": round(touched / roof * 1e6, 1),
+        "sessions_a_request": sessions,
+        "sessions_per_second": round(run["achieved_per_second"] * sessions, 1),
+        "micros_per_session_p50": round(request["micros_per_session_p50"], 1),
+        "daemon_bytes_per_second": round(request["daemon_bytes_per_second"]),
+        "daemon_of_roof": round(request["of_roof"], 3),
+        "of_roof": round(run["bytes_touched_per_second"] / roof, 3),
         "memory_read_roof_bytes_per_second": round(roof),
         "answered": run["answered"],
     })
     print(f"{case:28} daemon p50 {run['daemon_micros_p50']:6.0f} us, with the way p50 {run['micros']['p50']:6.0f} p99 "
-          f"{run['micros']['p99']:6.0f}, {touched / 1e6:6.1f} MB, floor {touched / roof * 1e6:5.0f} us")
+          f"{run['micros']['p99']:6.0f}, {touched / 1e6:6.1f} MB, floor {touched / roof * 1e6:5.0f} us; {sessions:.0f} sessions a request, "
+          f"{request['micros_per_session_p50']:6.0f} us and {1e6 / (run['achieved_per_second'] * sessions):6.0f} us of the clock each, "
+          f"{request['of_roof']:.2f} of the roof in its time, {run['bytes_touched_per_second'] / roof:.2f} by the clock")
 (out / "sdpa.jsonl").unlink()
 result = {"workers": workers, "sdpa": sdpa, "runs": runs}
 (out / "search_latency.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -47,6 +47,8 @@ class SearchRun {
     int piece = -1;  ///< -1: plan
   };
 
+  /// So many searches are planned before any piece is run.
+  int plans_wanted() const { return 2 * pool_.workers(); }
   /// Works as a runner.
   static void Work(const std::shared_ptr<SearchRun>& run, Scratch& scratch);
   /// Takes the next unit for a runner; without one, the runner is gone.
@@ -54,7 +56,8 @@ class SearchRun {
   /// What came of a unit.
   struct Outcome {
     absl::Status status;
-    int opened = 0;  ///< pieces of its search that can be run now
+    int opened = 0;         ///< pieces of its search that can be run now
+    bool finished = false;  ///< its search is
   };
   Outcome Run(const Unit& unit, Scratch& scratch);
   std::unique_ptr<index::SearchPlan> Plan(const SearchTask& task, bool distrusted,
@@ -83,6 +86,7 @@ class SearchRun {
 
   std::mutex mutex_;
   size_t next_task_ ABSL_GUARDED_BY(mutex_) = 0;
+  int plans_ ABSL_GUARDED_BY(mutex_) = 0;  ///< searches begun and not finished
   std::deque<size_t> open_
       ABSL_GUARDED_BY(mutex_);  ///< planned searches with pieces left to give out
   int64_t open_pieces_ ABSL_GUARDED_BY(mutex_) = 0;
@@ -96,6 +100,11 @@ SearchRun::Unit SearchRun::Next() {
   absl::Status give_up = give_up_.Check();
   const std::lock_guard lock(mutex_);
   if (failure_.ok()) failure_ = std::move(give_up);
+  if (failure_.ok() && next_task_ < tasks_.size() && (open_.empty() || plans_ < plans_wanted())) {
+    ++under_way_;
+    ++plans_;
+    return {false, next_task_++, -1};
+  }
   if (failure_.ok() && !open_.empty()) {
     const size_t task = open_.front();
     Search& search = searches_[task];
@@ -104,10 +113,6 @@ SearchRun::Unit SearchRun::Next() {
     if (search.next_piece == search.pieces) open_.pop_front();
     ++under_way_;
     return {false, task, piece};
-  }
-  if (failure_.ok() && next_task_ < tasks_.size()) {
-    ++under_way_;
-    return {false, next_task_++, -1};
   }
   --runners_;
   return {};
@@ -129,13 +134,18 @@ SearchRun::Outcome SearchRun::Run(const Unit& unit, Scratch& scratch) {
   Search& search = searches_[unit.task];
   scratch.Reset();
   try {
-    if (unit.piece < 0) return {absl::OkStatus(), Begin(unit.task, scratch)};
-    search.plan->Run(unit.piece, scratch);
-    if (search.pieces_left.fetch_sub(1) == 1) return {absl::OkStatus(), GoOn(unit.task, scratch)};
+    int opened = 0;
+    if (unit.piece < 0) {
+      opened = Begin(unit.task, scratch);
+    } else {
+      search.plan->Run(unit.piece, scratch);
+      if (search.pieces_left.fetch_sub(1) > 1) return {};
+      opened = GoOn(unit.task, scratch);
+    }
+    return {absl::OkStatus(), opened, opened == 0};
   } catch (...) {
-    return {StatusOfException(), 0};
+    return {StatusOfException()};
   }
-  return {};
 }
 
 int SearchRun::Begin(size_t task, Scratch& scratch) {
@@ -189,6 +199,7 @@ int SearchRun::Book(const Unit& unit, Outcome outcome) {
   --under_way_;
   if (failure_.ok()) failure_ = std::move(outcome.status);
   if (!failure_.ok()) return 0;
+  if (outcome.finished) --plans_;
   if (outcome.opened > 0) {
     open_.push_back(unit.task);
     open_pieces_ += outcome.opened;

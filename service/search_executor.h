@@ -2,10 +2,11 @@
 //
 // Each search is planned, run step by step and piece by piece, and finished (index/key_index.h). A
 // plan and each piece is one unit of work for any worker; whoever runs a step's last piece goes on
-// to the next step. Pieces go before new plans, so only about as many plans exist at a time as
-// there are workers, however large the batch. After each unit a worker makes room for other
-// requests that wait. No unit waits for another. Every result has its own slot: the same searches
-// give the same bits, whatever the number of workers.
+// to the next step. Plans go before pieces until there are two for each worker, so that what one
+// search leaves idle in its short steps another fills, up to a batch's end; more exist at no time,
+// however large the batch. Pieces go in the order in which their steps were opened. After each unit
+// a worker makes room for other requests that wait. No unit waits for another. Every result has its
+// own slot: the same searches give the same bits, whatever the number of workers.
 //
 // A search that may be answered from an earlier one (index/reuse.h) is run like any other; if its
 // answer is not trusted, it is planned once more, as a search.

@@ -85,6 +85,8 @@ TEST(ProgramTest, WrongFlagsAreUsageErrors) {
   ExpectUsageError("ping", "--via");
   ExpectUsageError("bench --kv-heads 3 --query-heads 8", "--query-heads");
   ExpectUsageError("bench --rate -1", "--rate");
+  ExpectUsageError("bench --rate 0 --sessions 2 --connections 3", "--connections");
+  ExpectUsageError("bench --batch --sessions 2 --connections 3", "--connections");
 }
 
 TEST(ProgramTest, BadInputIsAFailureThatNamesIt) {

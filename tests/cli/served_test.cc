@@ -193,6 +193,34 @@ TEST_F(ServedTest, BenchMeasuresADaemonElsewhere) {
   EXPECT_THAT(too_large.err, HasSubstr("the daemon has"));
 }
 
+TEST_F(ServedTest, BenchAsksForManySessionsInOneRequest) {
+  const std::string common =
+      "bench --layers 1 --sessions 3 --tokens 2048 --rate 0 --duration 0.3 --warmup 0.1"
+      " --candidates 256 --deadline-ms 10000";
+  const json alone = Ask(common);
+  EXPECT_EQ(alone.at("settings").at("connections"), 1);
+  EXPECT_EQ(alone.at("request").at("sessions"), 1.0);
+  const json together = Ask(common + " --batch");
+  EXPECT_TRUE(together.at("errors").empty());
+  const json& request = together.at("request");
+  EXPECT_EQ(request.at("sessions"), 3.0);
+  EXPECT_NEAR(request.at("micros_per_session_p50").get<double>(),
+              together.at("micros").at("p50").get<double>() / 3.0, 1e-6);
+  const double bytes = request.at("bytes_touched").get<double>();
+  EXPECT_NEAR(bytes / alone.at("request").at("bytes_touched").get<double>(), 3.0, 0.1);
+  EXPECT_GT(request.at("daemon_bytes_per_second").get<double>(),
+            bytes / 1e-6 / together.at("micros").at("p999").get<double>());
+  EXPECT_NEAR(request.at("of_roof").get<double>(),
+              request.at("daemon_bytes_per_second").get<double>() /
+                  together.at("memory_roof_bytes_per_second").get<double>(),
+              1e-9);
+  // Connections ask at the same time, each for its own sessions: two of them, and the third.
+  const json apart = Ask(common + " --batch --connections 2 --spin-us 50");
+  EXPECT_TRUE(apart.at("errors").empty());
+  EXPECT_GT(apart.at("request").at("sessions").get<double>(), 1.0);
+  EXPECT_LT(apart.at("request").at("sessions").get<double>(), 2.0);
+}
+
 TEST(BenchTest, MeasuresADaemonOfItsOwn) {
   const Ran ran = RunKvseek(
       "bench --layers 2 --sessions 1 --tokens 2048 --rate 60 --duration 0.5 --warmup 0.1"

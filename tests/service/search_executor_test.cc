@@ -130,8 +130,23 @@ TEST_P(SearchExecutorTest, EveryResultHasItsSlot) {
     }
     EXPECT_EQ((*results)[i].positions, expected);
   }
-  EXPECT_LE(index_.plans_alive_max(), GetParam() + 1) << "a batch must not hold all its plans";
+  EXPECT_LE(index_.plans_alive_max(), 2 * GetParam()) << "a batch must not hold all its plans";
   EXPECT_TRUE(Run({}, In(std::chrono::minutes(1)))->empty());
+}
+
+TEST_P(SearchExecutorTest, PlansOfTwoWavesComeFirst) {
+  std::atomic<int> plans_min{1000};
+  index_.on_run = [&] {
+    int known = plans_min.load();
+    const int plans = index_.plans();
+    while (plans < known && !plans_min.compare_exchange_weak(known, plans)) {
+    }
+  };
+  const int two_waves = 2 * GetParam();
+  const std::vector<int64_t> pieces(static_cast<size_t>(two_waves), 3);
+  ASSERT_TRUE(Run(Tasks(pieces), In(std::chrono::minutes(1))).ok());
+  // All have been given out before a piece is; the other workers' may just not have begun.
+  EXPECT_GE(plans_min.load(), two_waves - (GetParam() - 1));
 }
 
 TEST_P(SearchExecutorTest, DeadlineDropsWhatHasNotBegun) {
