@@ -3,7 +3,8 @@
 //
 //   decode_bench --daemon unix:/tmp/kvseek.sock [--model llama3-8b] [--tokens 131072] [--batch 1]
 //                [--attention state|rows|auto|full] [--layers 4] [--steps 12] [--scan-bits 2]
-//                [--host-bytes-max N] [--attention-only] [--json FILE]
+//                [--host-bytes-max N] [--attention-only] [--far-path requests|doorbell] [--graph]
+//                [--json FILE]
 //
 // --tokens, --batch and --attention take lists; every combination is run. A step has the matrix
 // products of a layer (cuBLAS, bf16; norms, rotary embedding and activations are left out) and its
@@ -14,7 +15,9 @@
 // nearly all of its rows in the cache). attention_us is the stream's time of a layer's attention,
 // from its queries' being there to its output's being there, the next number what of it is beyond
 // the daemon's own time. --attention-only leaves the matrix products out and waits for the GPU
-// after every layer, so that launching the first kernel is in those times too.
+// after every layer, so that launching the first kernel is in those times too. --far-path doorbell
+// asks by kernels (state mode); with --graph the layers of a step are one CUDA graph, which a step
+// launches.
 #include <cuda_runtime_api.h>
 
 #include <CLI/CLI.hpp>
@@ -59,6 +62,8 @@ struct Options {
   double host_bytes_max = 100e9;
   int spin_us = 2000;
   bool attention_only = false;
+  std::string far_path = "requests";
+  bool graph = false;
   std::string json;
 };
 
@@ -89,12 +94,8 @@ class StreamTimes {
   StreamTimes(uint32_t layers, cudaStream_t stream) : events_(2 * size_t{layers}), stream_(stream) {
     for (GpuEvent& event : events_) Must("event", event.Create(0));
   }
-  void Begin(uint32_t layer) {
-    Must("event", cudaEventRecord(events_[size_t{2} * layer].get(), stream_));
-  }
-  void End(uint32_t layer) {
-    Must("event", cudaEventRecord(events_[size_t{2} * layer + 1].get(), stream_));
-  }
+  void Begin(uint32_t layer) { Record(events_[size_t{2} * layer]); }
+  void End(uint32_t layer) { Record(events_[size_t{2} * layer + 1]); }
   /// Microseconds, once the stream is idle.
   double Of(uint32_t layer) const {
     float ms = 0.0F;
@@ -104,8 +105,49 @@ class StreamTimes {
   }
 
  private:
+  /// In a graph that is being captured an event has to be said to be the host's.
+  void Record(const GpuEvent& event) {
+    cudaStreamCaptureStatus captured = cudaStreamCaptureStatusNone;
+    Must("event", cudaStreamIsCapturing(stream_, &captured));
+    const unsigned flags = captured == cudaStreamCaptureStatusActive ? cudaEventRecordExternal
+                                                                     : cudaEventRecordDefault;
+    Must("event", cudaEventRecordWithFlags(event.get(), stream_, flags));
+  }
+
   std::vector<GpuEvent> events_;
   cudaStream_t stream_;
+};
+
+/// Work that is done once, so that all of its code is loaded, then captured and launched from then
+/// on; or, if `captured` is not set, done anew each time.
+class Replay {
+ public:
+  Replay(bool captured, cudaStream_t stream) : captured_(captured), stream_(stream) {}
+  ~Replay() {
+    if (graph_ != nullptr) cudaGraphExecDestroy(graph_);
+  }
+  Replay(const Replay&) = delete;
+  Replay& operator=(const Replay&) = delete;
+
+  template <typename Work>
+  void Run(const Work& work) {
+    if (!captured_ || !std::exchange(warm_, true)) return work();
+    if (graph_ == nullptr) {
+      cudaGraph_t graph = nullptr;
+      Must("capture", cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
+      work();
+      Must("capture", cudaStreamEndCapture(stream_, &graph));
+      Must("graph", cudaGraphInstantiate(&graph_, graph, 0));
+      Must("graph", cudaGraphDestroy(graph));
+    }
+    Must("graph", cudaGraphLaunch(graph_, stream_));
+  }
+
+ private:
+  bool captured_;
+  bool warm_ = false;
+  cudaStream_t stream_;
+  cudaGraphExec_t graph_ = nullptr;
 };
 
 /// Times `steps` steps of `layers` layers and one output head, and the head alone: milliseconds.
@@ -114,17 +156,21 @@ template <typename Begin, typename Attend, typename DaemonTime>
 Json TimeSteps(const Options& options, DenseLayers& dense, uint32_t layers, const Begin& begin,
                const Attend& attend, const DaemonTime& daemon_us, cudaStream_t stream) {
   std::vector<double> steps, heads, attention_us, beyond_us;
+  const bool captured = options.graph && options.far_path == "doorbell";
   StreamTimes times(layers, stream);
+  Replay replay(captured, stream);
   for (int step = 0; step < options.warm_up + options.steps; ++step) {
     const auto begun = Clock::now();
     begin();
-    for (uint32_t layer = 0; layer < layers; ++layer) {
-      dense.BeforeAttention(layer);
-      times.Begin(layer);
-      attend(layer);
-      times.End(layer);
-      dense.AfterAttention(layer);
-    }
+    replay.Run([&] {
+      for (uint32_t layer = 0; layer < layers; ++layer) {
+        dense.BeforeAttention(layer);
+        times.Begin(layer);
+        attend(layer);
+        times.End(layer);
+        dense.AfterAttention(layer);
+      }
+    });
     Must("step", cudaStreamSynchronize(stream));
     const auto layers_done = Clock::now();
     dense.Head();
@@ -253,7 +299,12 @@ Json RunSparse(const Options& options, const Case& run, uint32_t layers, cudaStr
   decoding.cache_rows = 2 * options.rows;
   decoding.layer_deadline = std::chrono::seconds(30);
   decoding.append_deadline = std::chrono::seconds(60);
-  decoding.fallback = Fallback::kError;  // a step that misses is no step to time
+  const bool doorbell = options.far_path == "doorbell";
+  if (doorbell) {
+    decoding.far_path = FarPath::kDoorbell;
+  } else {
+    decoding.fallback = Fallback::kError;  // a step that misses is no step to time
+  }
   decoding.open.scan_bits = options.scan_bits;
   ClientOptions connection;
   connection.address = options.daemon;
@@ -272,13 +323,17 @@ Json RunSparse(const Options& options, const Case& run, uint32_t layers, cudaStr
     Must("Attend", decoder->Attend(layer, rows.queries.get(), rows.keys.get(), rows.values.get(),
                                    dense.attended(), stream));
     daemon_us[layer] = static_cast<double>(decoder->stats().daemon_us - before);
-    if (options.attention_only) Must("Attend", cudaStreamSynchronize(stream));
+    if (options.attention_only && !doorbell) Must("Attend", cudaStreamSynchronize(stream));
   };
   const DecoderStats start = decoder->stats();
   Json result = TimeSteps(
-      options, dense, layers, begin, attend, [&](uint32_t layer) { return daemon_us[layer]; },
+      options, dense, layers, begin, attend,
+      [&](uint32_t layer) {
+        return doorbell ? 1e-3 * static_cast<double>(decoder->daemon_ns(layer)) : daemon_us[layer];
+      },
       stream);
   const DecoderStats end = decoder->stats();
+  if (end.misses != 0) Fail("a question through the doorbell was not answered");
   const auto per_layer = [&](uint64_t DecoderStats::*part) {
     return static_cast<double>(end.*part - start.*part) /
            static_cast<double>(end.layers - start.layers);
@@ -311,6 +366,8 @@ Json Run(const Options& options, const Case& run, cudaStream_t stream) {
               {"tokens", run.tokens},
               {"batch", run.batch},
               {"attention", run.attention},
+              {"far_path", options.far_path},
+              {"graph", options.graph},
               {"scan_bits", options.scan_bits},
               {"full_kv_bytes", kv * run.batch},
               {"full_batch_max", std::max(0.0, room / kv)}};
@@ -385,6 +442,9 @@ int Main(int argc, char** argv) {
   app.add_option("--host-bytes-max", options.host_bytes_max, "that the daemon may take");
   app.add_flag("--attention-only", options.attention_only,
                "no matrix products; wait for each layer");
+  app.add_option("--far-path", options.far_path, "how daemons are asked: requests, doorbell")
+      ->check(CLI::IsMember({"requests", "doorbell"}));
+  app.add_flag("--graph", options.graph, "with a doorbell: a step's layers are one CUDA graph");
   app.add_option("--json", options.json, "file for the results");
   CLI11_PARSE(app, argc, argv);
   const auto model = std::find_if(Models().begin(), Models().end(),

@@ -148,6 +148,35 @@ absl::Status CheckItem(const QueryItem& item, DType query_dtype, absl::string_vi
   return status;
 }
 
+void FillShape(const ModelShape& shape, proto::ModelShape& to) {
+  to.set_layers(shape.layers);
+  to.set_kv_heads(shape.kv_heads);
+  to.set_query_heads(shape.query_heads);
+  to.set_key_dim(shape.key_dim);
+  to.set_value_dim(shape.value_dim);
+  to.set_dtype(static_cast<proto::DType>(shape.dtype));
+  to.set_softmax_scale(shape.softmax_scale);
+}
+
+void FillOptions(const SearchOptions& options, proto::SearchOptions& to) {
+  to.set_index(static_cast<proto::IndexKind>(options.index));
+  if (options.candidates.has_value()) to.set_candidates(*options.candidates);
+  if (options.exact_rows.has_value()) to.set_exact_rows(*options.exact_rows);
+  to.set_audit_samples(options.audit_samples);
+  to.set_seed(options.seed);
+  to.set_list_read(options.list_read);
+  to.set_leave_rest_out(options.leave_rest_out);
+  to.set_exact_top(options.exact_top);
+  to.set_mass(options.mass);
+  to.set_beta(options.beta);
+  if (options.threshold.has_value()) to.set_threshold(*options.threshold);
+  if (options.vote.has_value()) to.set_vote(static_cast<proto::Vote>(*options.vote));
+  to.set_reuse_steps(options.reuse_steps);
+  to.set_reuse_keep(options.reuse_keep);
+  to.set_search_time_us(static_cast<uint32_t>(
+      std::clamp<int64_t>(options.search_time.count(), 0, std::numeric_limits<uint32_t>::max())));
+}
+
 /// Fills what AttendRequest and TopKRequest have in common.
 template <typename Request, typename Proto>
 absl::Status FillSearch(const Request& request, Proto& message, Message& out) {
@@ -172,24 +201,7 @@ absl::Status FillSearch(const Request& request, Proto& message, Message& out) {
   if (request.state_dtype == DType::kBf16) return Invalid("state_dtype", "must be fp32 or fp16");
   message.set_query_dtype(static_cast<proto::DType>(request.query_dtype));
   if (request.state_dtype == DType::kFp16) message.set_state_dtype(proto::DTYPE_FP16);
-  const SearchOptions& options = request.options;
-  proto::SearchOptions& to = *message.mutable_options();
-  to.set_index(static_cast<proto::IndexKind>(options.index));
-  if (options.candidates.has_value()) to.set_candidates(*options.candidates);
-  if (options.exact_rows.has_value()) to.set_exact_rows(*options.exact_rows);
-  to.set_audit_samples(options.audit_samples);
-  to.set_seed(options.seed);
-  to.set_list_read(options.list_read);
-  to.set_leave_rest_out(options.leave_rest_out);
-  to.set_exact_top(options.exact_top);
-  to.set_mass(options.mass);
-  to.set_beta(options.beta);
-  if (options.threshold.has_value()) to.set_threshold(*options.threshold);
-  if (options.vote.has_value()) to.set_vote(static_cast<proto::Vote>(*options.vote));
-  to.set_reuse_steps(options.reuse_steps);
-  to.set_reuse_keep(options.reuse_keep);
-  to.set_search_time_us(static_cast<uint32_t>(
-      std::clamp<int64_t>(options.search_time.count(), 0, std::numeric_limits<uint32_t>::max())));
+  FillOptions(request.options, *message.mutable_options());
   return SetPayload(parts, Reading::kAtStart, out);
 }
 
@@ -199,14 +211,7 @@ absl::StatusOr<Message> EncodeOpen(const ModelShape& shape, const OpenOptions& o
   const absl::Status status = CheckShape(shape, "shape.");
   if (!status.ok()) return status;
   proto::OpenSessionRequest request;
-  proto::ModelShape& to = *request.mutable_shape();
-  to.set_layers(shape.layers);
-  to.set_kv_heads(shape.kv_heads);
-  to.set_query_heads(shape.query_heads);
-  to.set_key_dim(shape.key_dim);
-  to.set_value_dim(shape.value_dim);
-  to.set_dtype(static_cast<proto::DType>(shape.dtype));
-  to.set_softmax_scale(shape.softmax_scale);
+  FillShape(shape, *request.mutable_shape());
   request.set_lease_ms(Milliseconds(options.lease));
   request.set_scan_bits(options.scan_bits);
   request.set_tokens_expected(options.tokens_expected);
@@ -367,5 +372,21 @@ Message EncodePlanOf(const Session& session) {
 }
 
 Message EncodeHealth() { return Serialise(Op::kHealth, proto::HealthRequest()); }
+
+absl::StatusOr<Message> EncodeOpenDoorbell(const DoorbellOptions& options) {
+  absl::Status status = CheckShape(options.shape, "shape.");
+  if (!status.ok()) return status;
+  if (kernels::DTypeBytes(options.query_dtype) == 0) return Invalid("query_dtype", "not a dtype");
+  proto::OpenDoorbellRequest request;
+  FillShape(options.shape, *request.mutable_shape());
+  request.mutable_kv_heads()->Add(options.kv_heads.begin(), options.kv_heads.end());
+  request.set_items_max(options.items_max);
+  request.set_tokens_max(options.tokens_max);
+  request.set_query_dtype(static_cast<proto::DType>(options.query_dtype));
+  FillOptions(options.search, *request.mutable_options());
+  request.set_deadline_us(static_cast<uint32_t>(
+      std::clamp<int64_t>(options.deadline.count(), 0, std::numeric_limits<uint32_t>::max())));
+  return Serialise(Op::kOpenDoorbell, request);
+}
 
 }  // namespace kvseek::client

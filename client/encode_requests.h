@@ -10,6 +10,7 @@
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "client/channel.h"
+#include "client/doorbell.h"
 #include "client/kv_client.h"
 
 namespace kvseek::client {
@@ -30,6 +31,7 @@ Message EncodeClose(const Session& session);
 Message EncodeStats(bool with_sessions);
 Message EncodePlanOf(const Session& session);
 Message EncodeHealth();
+absl::StatusOr<Message> EncodeOpenDoorbell(const DoorbellOptions& options);
 
 }  // namespace kvseek::client
 

@@ -100,6 +100,8 @@ class SparseDecoder::Impl {
   absl::Status Truncate(SequenceId id, uint64_t tokens);
   absl::Status Flush(std::chrono::milliseconds timeout);
   DecoderStats stats() const;
+  const DecodeStep& step() const { return step_; }
+  const ModelShape& shape() const { return options_.shape; }
   uint64_t device_bytes() const { return device_bytes_; }
   uint64_t pinned_bytes() const { return pinned_bytes_; }
 
@@ -444,7 +446,7 @@ absl::StatusOr<std::unique_ptr<SparseDecoder>> SparseDecoder::Create(
     auto tokens = KvClient::Connect(patient);
     if (!tokens.ok()) return tokens.status();
     const auto first = static_cast<uint32_t>(shares.size()) * heads;
-    shares.push_back({questions->get(), tokens->get(), first, heads});
+    shares.push_back({questions->get(), tokens->get(), first, heads, daemon});
     clients.push_back(*std::move(questions));
     clients.push_back(*std::move(tokens));
   }
@@ -483,6 +485,9 @@ absl::Status SparseDecoder::Flush(std::chrono::milliseconds timeout) {
   return impl_->Flush(timeout);
 }
 DecoderStats SparseDecoder::stats() const { return impl_->stats(); }
+uint64_t SparseDecoder::daemon_ns(uint32_t layer) const {
+  return layer < impl_->shape().layers ? impl_->step().DaemonNanoseconds(layer) : 0;
+}
 uint64_t SparseDecoder::device_bytes() const { return impl_->device_bytes(); }
 uint64_t SparseDecoder::pinned_bytes() const { return impl_->pinned_bytes(); }
 

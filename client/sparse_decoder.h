@@ -83,7 +83,10 @@ class SparseDecoder {
   /// One layer of the step, in any order, each once. Shapes, in the batch's order: queries (batch,
   /// query_tokens, query_heads, key_dim) unscaled, keys (batch, query_tokens, kv_heads, key_dim),
   /// values likewise, out (batch, query_tokens, query_heads, value_dim). A query token sees all
-  /// tokens up to itself. `out` is ready when the stream is; the call itself waits for the answers.
+  /// tokens up to itself. `out` is ready when the stream is; the call itself waits for the answers,
+  /// but with FarPath::kDoorbell only enqueues. There a CUDA graph may hold the layers of a step:
+  /// it is captured after a BeginStep, and may be launched after any later one of as many sequences
+  /// and query tokens, in place of the calls of Attend, with the same tensors.
   absl::Status Attend(uint32_t layer, const void* queries, const void* keys, const void* values,
                       void* out, cudaStream_t stream);
 
@@ -93,7 +96,11 @@ class SparseDecoder {
   /// (deadline_exceeded).
   absl::Status Flush(std::chrono::milliseconds timeout);
 
+  /// Counts calls: of layers that a graph launches anew only misses and fallbacks are counted.
   DecoderStats stats() const;
+  /// FarPath::kDoorbell: the daemon's own time in its last answer about a layer, in nanoseconds.
+  /// For when the stream is idle.
+  uint64_t daemon_ns(uint32_t layer) const;
   /// Of all that Create allocated.
   uint64_t device_bytes() const;
   uint64_t pinned_bytes() const;

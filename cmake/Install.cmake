@@ -12,12 +12,15 @@ endif()
 install(TARGETS ${KVSEEK_PROGRAMS} RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
 install(TARGETS kvseek_client kvseek_transport kvseek_proto kvseek_kernels EXPORT kvseekTargets
   ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR})
-install(FILES ${CMAKE_SOURCE_DIR}/client/kv_client.h ${CMAKE_SOURCE_DIR}/client/head_plan.h
+install(FILES ${CMAKE_SOURCE_DIR}/client/doorbell.h ${CMAKE_SOURCE_DIR}/client/kv_client.h
+  ${CMAKE_SOURCE_DIR}/client/head_plan.h
   DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/kvseek/client)
 install(FILES ${CMAKE_SOURCE_DIR}/client/decoder/head_modes.h
   DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/kvseek/client/decoder)
 install(FILES ${CMAKE_SOURCE_DIR}/kernels/dtype.h ${CMAKE_SOURCE_DIR}/kernels/attention_state.h
   DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/kvseek/kernels)
+install(FILES ${CMAKE_SOURCE_DIR}/transport/doorbell_memory.h
+  DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/kvseek/transport)
 if(TARGET kvseek_decoder)
   install(TARGETS kvseek_decoder kvseek_kernels_cuda EXPORT kvseekDecoderTargets
     ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR})

@@ -49,7 +49,7 @@ absl::Status CheckLengths(const FrameHeader& header, const FrameLimits& limits) 
 }  // namespace
 
 bool IsKnownOp(uint8_t op) {
-  return op >= static_cast<uint8_t>(Op::kHello) && op <= static_cast<uint8_t>(Op::kCancel);
+  return op >= static_cast<uint8_t>(Op::kHello) && op <= static_cast<uint8_t>(Op::kOpenDoorbell);
 }
 
 const char* OpName(Op op) {
@@ -78,6 +78,8 @@ const char* OpName(Op op) {
       return "health";
     case Op::kCancel:
       return "cancel";
+    case Op::kOpenDoorbell:
+      return "open_doorbell";
   }
   return "unknown";
 }

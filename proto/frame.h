@@ -46,6 +46,7 @@ enum class Op : uint8_t {
   kStats = 10,
   kHealth = 11,
   kCancel = 12,
+  kOpenDoorbell = 13,
 };
 
 /// Whether the byte is a known operation.

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Measures the GPU side on a machine with a GPU: run in the repository's root, with build/device/bin of
 # scripts/device_build.sh (targets kvseekd gpu_bench decode_bench) in place.
-#   scripts/device_bench.sh OUT [kernels|latency|steps...]      default: all of them; results go to OUT/*.json
+#   scripts/device_bench.sh OUT [kernels|latency|doorbell|steps...]      default: all of them; results go to OUT/*.json
 # Environment: TRANSPORT, unix (default) or shm; DAEMON_FLAGS for kvseekd; HOST_BYTES_MAX, what it may take for one case (default 90e9).
 set -euo pipefail
 out=$(realpath -m "${1:?folder for the results}")
 shift
 cd "$(dirname "$0")/.."
 parts=("$@")
-((${#parts[@]})) || parts=(kernels latency steps)
+((${#parts[@]})) || parts=(kernels latency doorbell steps)
 bin=build/device/bin
 mkdir -p "$out"
 for folder in /usr/local/cuda/lib64 /usr/local/cuda/targets/x86_64-linux/lib; do
@@ -46,6 +46,13 @@ for part in "${parts[@]}"; do
       DAEMON_FLAGS=${DAEMON_FLAGS:---workers 12 --io-spin-us 2000 --worker-spin-us 2000}
       decode latency --tokens 32768 --attention state,rows --steps 200 --warm-up 20
       decode latency_alone --attention-only --tokens 32768 --attention state --steps 200 --warm-up 20
+      ;;
+    doorbell)  # the same, asked by kernels: as calls, then as one graph a step
+      DAEMON_FLAGS=${DAEMON_FLAGS:---workers 12 --io-spin-us 2000 --worker-spin-us 2000 --doorbell-spin-us 5000}
+      decode doorbell --far-path doorbell --tokens 32768 --attention state --steps 200 --warm-up 20
+      decode doorbell_alone --far-path doorbell --graph --attention-only --tokens 32768 --attention state \
+        --steps 200 --warm-up 20
+      decode doorbell_graph --far-path doorbell --graph --tokens 32768 --attention state --steps 200 --warm-up 20
       ;;
     steps)
       decode 8b.128k --tokens 131072 --batch 1,4,7,8,16 --attention full,state --steps 8

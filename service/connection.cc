@@ -16,6 +16,7 @@
 #include "absl/strings/str_cat.h"
 #include "proto/status_code.h"
 #include "service/listener.h"
+#include "service/request_validation.h"
 
 namespace kvseek::service {
 namespace {
@@ -79,6 +80,7 @@ void Connection::Close() {
   if (closed_) return;
   closed_ = true;
   under_way_.CancelAll();
+  if (doorbell_ != nullptr) doorbell_->Close();
   writer_.Close();
   wake_reader_.cancel();
   watchdog_.cancel();
@@ -229,8 +231,45 @@ Connection::Awaitable<bool> Connection::ReadRequest(FrameHeader header) {
     Cancel(header, request.metadata);
     co_return true;
   }
+  if (header.op == Op::kOpenDoorbell && context_.doorbells != nullptr) {
+    co_return co_await OpenDoorbell(header, std::move(request));
+  }
   std::move(release).Cancel();
   Accept(header, std::move(request), held);
+  co_return true;
+}
+
+absl::StatusOr<std::shared_ptr<Doorbell>> Connection::MakeDoorbell(const Request& request) {
+  const auto refuse = [](absl::string_view message) {
+    return FieldError(absl::StatusCode::kFailedPrecondition, "op", message);
+  };
+  if (!stream_.IsUnix() || stream_.shared()) return refuse("needs frames on a unix socket");
+  if (doorbell_ != nullptr) return refuse("the connection has a doorbell already");
+  if (outstanding_ != 0) return refuse("other requests are under way on the connection");
+  if (request.payload.bytes != 0) {
+    return FieldError(absl::StatusCode::kInvalidArgument, "payload", "there must be none");
+  }
+  const auto message = ParseMetadata<proto::OpenDoorbellRequest>(request.metadata);
+  if (!message.ok()) return message.status();
+  return context_.doorbells->Open(*message, *context_.shared_memory);
+}
+
+Connection::Awaitable<bool> Connection::OpenDoorbell(FrameHeader header, Request request) {
+  auto doorbell = MakeDoorbell(request);
+  if (!doorbell.ok()) {
+    Answer(AnswerFrame::MakeError(header.op, header.request_id, doorbell.status()));
+    co_return true;
+  }
+  doorbell_ = *std::move(doorbell);
+  proto::OpenDoorbellResponse message;
+  message.set_version(transport::kDoorbellVersion);
+  message.set_memory_bytes(doorbell_->memory_bytes());
+  Response response;
+  response.metadata = message.SerializeAsString();
+  Answer(AnswerFrame::Make(header.op, header.request_id, std::move(response), checked_));
+  while (!closed_ && !writer_.Idle()) co_await wake_reader_.async_wait(kAsTuple);
+  if (closed_ || !doorbell_->SendTo(stream_.socket().native_handle()).ok()) co_return false;
+  context_.doorbells->Serve(doorbell_);
   co_return true;
 }
 

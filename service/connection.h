@@ -24,10 +24,12 @@
 #include <string>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "proto/frame.h"
 #include "proto/kvseek.pb.h"
 #include "service/answer_writer.h"
 #include "service/byte_gate.h"
+#include "service/doorbells.h"
 #include "service/options.h"
 #include "service/requests_under_way.h"
 #include "service/server.h"
@@ -45,8 +47,9 @@ struct ConnectionContext {
   ServerIdentity identity;
   Dispatch dispatch;
   ByteGate* gate = nullptr;
-  ByteGate* shared_memory = nullptr;  ///< bounds the rings of all connections
+  ByteGate* shared_memory = nullptr;  ///< bounds the rings and doorbells of all connections
   transport::Lookout* lookout = nullptr;
+  Doorbells* doorbells = nullptr;           ///< or null
   std::function<void(Connection*)> closed;  ///< called once, on the connection's strand
 };
 
@@ -89,6 +92,9 @@ class Connection : public std::enable_shared_from_this<Connection> {
   Awaitable<bool> ReadRequest(proto::FrameHeader header);
   Awaitable<bool> ReadBody(const proto::FrameHeader& header, Request& request,
                            std::array<uint8_t, proto::kTrailerBytes>& trailer);
+  /// Answers an open_doorbell, hands the memory over and has it served. False: the end.
+  Awaitable<bool> OpenDoorbell(proto::FrameHeader header, Request request);
+  absl::StatusOr<std::shared_ptr<Doorbell>> MakeDoorbell(const Request& request);
   Awaitable<bool> WaitForRoom(bool is_cancel);
   Awaitable<bool> WaitForBytes(uint64_t bytes);
   Awaitable<void> SayGoodbye(Ending ending);
@@ -112,11 +118,12 @@ class Connection : public std::enable_shared_from_this<Connection> {
   Clock::time_point read_deadline_ = Clock::time_point::max();
 
   RequestsUnderWay under_way_;
-  uint64_t shared_bytes_ = 0;  ///< of its rings
-  size_t outstanding_ = 0;     ///< requests read whose answers have not left yet
-  bool checked_ = true;        ///< payloads, by their trailers; what hello has agreed on
-  bool bytes_taken_ = false;   ///< the gate has let the waiting reader through
-  bool stopping_ = false;      ///< reads no more, but answers
+  std::shared_ptr<Doorbell> doorbell_;  ///< null: none was opened
+  uint64_t shared_bytes_ = 0;           ///< of its rings
+  size_t outstanding_ = 0;              ///< requests read whose answers have not left yet
+  bool checked_ = true;                 ///< payloads, by their trailers; what hello has agreed on
+  bool bytes_taken_ = false;            ///< the gate has let the waiting reader through
+  bool stopping_ = false;               ///< reads no more, but answers
   bool timed_out_ = false;
   bool closed_ = false;
 };

@@ -18,6 +18,7 @@
 #include "proto/head_plan_file.h"
 #include "proto/status_code.h"
 #include "service/compute_pool.h"
+#include "service/doorbells.h"
 #include "service/index_builder.h"
 #include "service/memory_budget.h"
 #include "service/request_handler.h"
@@ -41,6 +42,7 @@ absl::Status CheckOptions(const DaemonOptions& options) {
   status.Update(check(options.workers >= 0, "workers", "must not be negative"));
   status.Update(check(options.io_spin.count() >= 0, "io_spin", "must not be negative"));
   status.Update(check(options.worker_spin.count() >= 0, "worker_spin", "must not be negative"));
+  status.Update(check(options.doorbell_spin.count() >= 0, "doorbell_spin", "must not be negative"));
   status.Update(check(options.build_threads >= 0, "build_threads", "must not be negative"));
   status.Update(check(options.queue_limit > 0, "queue_limit", "must be at least 1"));
   status.Update(check(options.connections_max > 0, "connections_max", "must be at least 1"));
@@ -73,7 +75,11 @@ class Daemon::Impl {
         pool_(options),
         builder_(options, budget_),
         handler_(options, store_, pool_, builder_,
-                 {.connections_open = [this] { return Connections(); }}) {}
+                 {.connections_open = [this] { return Connections(); },
+                  .counters = [this] { return doorbells_.Counters(); }}),
+        doorbells_(options, store_, [this](Request request, std::function<void(Response)> done) {
+          handler_.Handle(std::move(request), std::move(done));
+        }) {}
   ~Impl() {
     Stop();
     index::KeepSlabs(0);
@@ -81,13 +87,15 @@ class Daemon::Impl {
 
   absl::Status Start() {
     TakeMemory();
-    auto server = Server::Start(options_,
-                                {.boot_id = store_.boot_id(),
-                                 .server = "kvseekd " KVSEEK_VERSION,
-                                 .simd_level = kernels::SimdLevel()},
-                                [this](Request request, std::function<void(Response)> done) {
-                                  handler_.Handle(std::move(request), std::move(done));
-                                });
+    auto server = Server::Start(
+        options_,
+        {.boot_id = store_.boot_id(),
+         .server = "kvseekd " KVSEEK_VERSION,
+         .simd_level = kernels::SimdLevel()},
+        [this](Request request, std::function<void(Response)> done) {
+          handler_.Handle(std::move(request), std::move(done));
+        },
+        &doorbells_);
     if (!server.ok()) return server.status();
     server_ = *std::move(server);
     server_view_.store(server_.get());
@@ -160,6 +168,7 @@ class Daemon::Impl {
   std::unique_ptr<Server> server_;
   std::atomic<const Server*> server_view_{nullptr};
   RequestHandler handler_;
+  Doorbells doorbells_;  ///< asks the handler, but for the server's connections
 
   std::mutex mutex_;
   std::condition_variable stop_reaping_;

@@ -29,6 +29,7 @@ struct Arguments {
   uint64_t lease_ms = 0;
   uint32_t io_spin_us = 0;
   uint32_t worker_spin_us = 0;
+  uint32_t doorbell_spin_us = 0;
   std::string token_file;
   std::string plan_file;
   std::string log_level = "info";
@@ -63,7 +64,7 @@ void Declare(CLI::App& app, Arguments& arguments) {
       ->capture_default_str();
   app.add_option("--shared-memory", options.shared_memory_bytes_max,
                  "Memory for the connections of clients on this host that ask for it (shm:), "
-                 "2 MiB each; 0: none is granted")
+                 "2 MiB each, and for doorbells; 0: none is granted")
       ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true))
       ->capture_default_str();
   app.add_option("--workers", options.workers, "Compute threads; 0: one a core")
@@ -86,6 +87,12 @@ void Declare(CLI::App& app, Arguments& arguments) {
       ->capture_default_str();
   app.add_option("--worker-spin-us", arguments.worker_spin_us,
                  "Microseconds that a compute thread looks for work before it sleeps")
+      ->check(CLI::Range(0U, kSpinMaxUs))
+      ->capture_default_str();
+  arguments.doorbell_spin_us = static_cast<uint32_t>(options.doorbell_spin.count());
+  app.add_option("--doorbell-spin-us", arguments.doorbell_spin_us,
+                 "Microseconds after a question through a doorbell that the thread which looks for "
+                 "them goes without sleep")
       ->check(CLI::Range(0U, kSpinMaxUs))
       ->capture_default_str();
   app.add_option("--audit-share", options.audit_share,
@@ -182,6 +189,7 @@ int main(int argc, char** argv) {
   }
   arguments.options.io_spin = std::chrono::microseconds(arguments.io_spin_us);
   arguments.options.worker_spin = std::chrono::microseconds(arguments.worker_spin_us);
+  arguments.options.doorbell_spin = std::chrono::microseconds(arguments.doorbell_spin_us);
   arguments.options.lease_default = std::chrono::milliseconds(arguments.lease_ms);
   if (arguments.options.lease_max < arguments.options.lease_default) {
     arguments.options.lease_max = arguments.options.lease_default;

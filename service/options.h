@@ -56,8 +56,13 @@ struct DaemonOptions {
   /// Of a shared-memory connection's rings, each way, a power of two. Larger frames go through in
   /// pieces; a small ring stays in the caches of both sides.
   uint64_t shared_ring_bytes = uint64_t{1} << 20;
-  /// Rings of all connections; past it clients that ask for one are not granted it. 0: none is.
+  /// Rings of all connections, and doorbells; past it clients that ask for one are not granted it.
+  /// 0: none is.
   uint64_t shared_memory_bytes_max = uint64_t{256} << 20;
+  uint32_t doorbells_max = 64;  ///< each is looked at all the time; one a GPU is plenty
+  /// The thread that looks at doorbells does so without a rest for so long after a question: the
+  /// layers of a decode step come every few hundred microseconds. It takes a core while it looks.
+  std::chrono::microseconds doorbell_spin{1000};
   uint32_t metadata_bytes_max = 1U << 20;
   uint32_t payload_bytes_max = 256U << 20;
   std::chrono::milliseconds hello_timeout{5000};  ///< a connection that says nothing is closed

@@ -362,8 +362,9 @@ absl::Status CheckAnswerFits(const CheckedSearch& search, const DaemonOptions& o
 }
 
 absl::StatusOr<Response> MakeAnswer(const CheckedSearch& search,
-                                    const std::vector<SearchResult>& results, TimePoint arrived,
-                                    const DaemonOptions& options, Worker worker) {
+                                    const std::vector<SearchResult>& results,
+                                    std::optional<TimePoint> arrived, const DaemonOptions& options,
+                                    Worker worker) {
   std::vector<Place> places = MakePlaces(search);
   const std::vector<std::vector<int64_t>> not_held = NotHeld(search, places, results, worker);
   const auto rows = [&](size_t r) -> absl::Span<const int64_t> {
@@ -385,7 +386,8 @@ absl::StatusOr<Response> MakeAnswer(const CheckedSearch& search,
       PlaceResult(search, layout, places[r], results[r], rows(r), response.payload.data.get());
     }
   });
-  const uint32_t micros = MicrosSince(arrived);
+  if (!arrived.has_value()) return response;
+  const uint32_t micros = MicrosSince(*arrived);
   response.metadata = search.topk()
                           ? MakeMetadata<proto::TopKResponse>(search, places, results, micros)
                           : MakeMetadata<proto::AttendResponse>(search, places, results, micros);

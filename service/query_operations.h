@@ -46,12 +46,13 @@ std::optional<TrafficQueries::Batch> CollectQueries(const CheckedItem& item, Mem
 /// keys would fit) or "items".
 absl::Status CheckAnswerFits(const CheckedSearch& search, const DaemonOptions& options);
 
-/// The answer to an Attend or a TopK that arrived at `arrived`. `results` are those of MakeTasks.
-/// resource_exhausted naming "options.list_read" when the positions read, which nobody knew before,
-/// are too many.
+/// The answer to an Attend or a TopK that arrived at `arrived`; without its message where there is
+/// no `arrived`, since nobody reads it. `results` are those of MakeTasks. resource_exhausted naming
+/// "options.list_read" when the positions read, which nobody knew before, are too many.
 absl::StatusOr<Response> MakeAnswer(const CheckedSearch& search,
                                     const std::vector<index::SearchResult>& results,
-                                    TimePoint arrived, const DaemonOptions& options, Worker worker);
+                                    std::optional<TimePoint> arrived, const DaemonOptions& options,
+                                    Worker worker);
 
 /// The answer to a FetchRows. resource_exhausted naming "count" when it does not fit the limits.
 absl::StatusOr<Response> FetchRows(const CheckedFetch& fetch, const DaemonOptions& options,

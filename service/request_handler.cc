@@ -5,6 +5,7 @@
 #include <limits>
 #include <mutex>
 #include <optional>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -119,6 +120,8 @@ class RequestHandler::Impl {
   void Close(const CallPtr& call);
   void Fetch(const CallPtr& call);
   template <typename Message>
+  absl::StatusOr<CheckedSearch> CheckSearch(const Call& call) const;
+  template <typename Message>
   void Search(const CallPtr& call);
   /// Takes queries of an answered search where indexes learn from them.
   void Learn(const CallPtr& call, const CheckedSearch& search);
@@ -209,6 +212,7 @@ void RequestHandler::Impl::Dispatch(const CallPtr& call) {
       return Answer<proto::HealthRequest>(call, [this](auto& m) { return Health(m); });
     case Op::kHello:
     case Op::kCancel:
+    case Op::kOpenDoorbell:
       break;
   }
   call->Finish(proto::FieldError(
@@ -329,6 +333,9 @@ absl::StatusOr<Response> RequestHandler::Impl::Stats(const proto::StatsRequest& 
   add_counter("indexes_refused", builder_.refused());
   add_counter("indexes_outdated", builder_.outdated());
   add_counter("index_build_core_ms", builder_.core_ms());
+  if (facts_.counters) {
+    for (const auto& [name, value] : facts_.counters()) add_counter(name, value);
+  }
   if (!message.with_sessions()) return MakeResponse(response);
 
   constexpr size_t kTagAndLength = 8;
@@ -422,12 +429,21 @@ void RequestHandler::Impl::Fetch(const CallPtr& call) {
 }
 
 template <typename Message>
+absl::StatusOr<CheckedSearch> RequestHandler::Impl::CheckSearch(const Call& call) const {
+  if constexpr (std::is_same_v<Message, proto::AttendRequest>) {
+    const proto::AttendRequest* const attend = call.request().attend.get();
+    if (attend != nullptr) return search_validator_.Check(*attend, call.payload(), Clock::now());
+  }
+  auto message = ParseMetadata<Message>(call.request().metadata);
+  if (!message.ok()) return message.status();
+  return search_validator_.Check(*message, call.payload(), Clock::now());
+}
+
+template <typename Message>
 void RequestHandler::Impl::Search(const CallPtr& call) {
   if (!Admit(call)) return;
   pool_.Submit(MakeJob(call, [this, call](Scratch& scratch) {
-    auto message = ParseMetadata<Message>(call->request().metadata);
-    if (!message.ok()) return call->Finish(message.status());
-    auto checked = search_validator_.Check(*message, call->payload(), Clock::now());
+    auto checked = CheckSearch<Message>(*call);
     if (!checked.ok()) return call->Finish(checked.status());
     if (absl::Status status = CheckAnswerFits(*checked, options_); !status.ok()) {
       return call->Finish(std::move(status));
@@ -441,7 +457,9 @@ void RequestHandler::Impl::Search(const CallPtr& call) {
           if (!results.ok()) return call->Finish(results.status());
           counters_.CountSearches(*results);
           try {
-            auto answer = MakeAnswer(*search, *results, call->arrived(), options_, {pool_, own});
+            std::optional<TimePoint> arrived;
+            if (call->request().attend == nullptr) arrived = call->arrived();
+            auto answer = MakeAnswer(*search, *results, arrived, options_, {pool_, own});
             Learn(call, *search);  // before the step after this one can
             call->Finish(std::move(answer));
             audits_.Offer(*search);

@@ -9,10 +9,16 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "proto/frame.h"
 #include "service/options.h"
 #include "service/payload.h"
+
+namespace kvseek::proto {
+class AttendRequest;
+}
 
 namespace kvseek::service {
 
@@ -24,6 +30,9 @@ class SessionStore;
 struct Request {
   proto::Op op = proto::Op::kHealth;
   std::string metadata;
+  /// An Attend that came without a frame (service/doorbell.h): in place of the metadata, and the
+  /// answer has none. Read until `done` is called.
+  std::shared_ptr<const proto::AttendRequest> attend{};
   Payload payload;
   std::chrono::steady_clock::time_point deadline;
   /// Set by the connection on Cancel and when the peer is gone; work not yet begun is then dropped.
@@ -39,6 +48,7 @@ struct Response {
 /// Facts that Stats reports and only the server knows.
 struct ServerFacts {
   std::function<uint64_t()> connections_open;
+  std::function<std::vector<std::pair<std::string, uint64_t>>()> counters{};  ///< or null
 };
 
 /// Thread-safe.
@@ -52,12 +62,12 @@ class RequestHandler {
   RequestHandler(const RequestHandler&) = delete;
   RequestHandler& operator=(const RequestHandler&) = delete;
 
-  /// Answers every op but hello and cancel, which belong to the connection. Calls `done` exactly
-  /// once, here or on a worker: past the request's deadline as soon as a worker gets to it. Long
-  /// work (search, append, fetch, cut, close) runs on the pool; when the queue is full it is
-  /// refused at once with resource_exhausted, apart from close, which only frees. Appends to one
-  /// layer run in the order of the calls; nothing else is ordered. No exception leaves here, `done`
-  /// must not throw.
+  /// Answers every op but hello, cancel and open_doorbell, which belong to the connection. Calls
+  /// `done` exactly once, here or on a worker: past the request's deadline as soon as a worker gets
+  /// to it. Long work (search, append, fetch, cut, close) runs on the pool; when the queue is full
+  /// it is refused at once with resource_exhausted, apart from close, which only frees. Appends to
+  /// one layer run in the order of the calls; nothing else is ordered. No exception leaves here,
+  /// `done` must not throw.
   void Handle(Request request, std::function<void(Response)> done);
 
  private:

@@ -175,10 +175,7 @@ absl::Status RequestValidator::CheckErrorTarget(float target) const {
   return absl::OkStatus();
 }
 
-absl::StatusOr<SessionSettings> RequestValidator::Check(
-    const proto::OpenSessionRequest& message) const {
-  if (!message.has_shape()) return Invalid("shape", "is missing");
-  const proto::ModelShape& shape = message.shape();
+absl::Status RequestValidator::CheckShape(const proto::ModelShape& shape) const {
   absl::Status status = CheckBetween("shape.layers", shape.layers(), 1, options_.layers_max);
   status.Update(CheckBetween("shape.kv_heads", shape.kv_heads(), 1, options_.kv_heads_max));
   if (!status.ok()) return status;
@@ -190,6 +187,14 @@ absl::StatusOr<SessionSettings> RequestValidator::Check(
   }
   status.Update(CheckDim("shape.key_dim", shape.key_dim()));
   status.Update(CheckDim("shape.value_dim", shape.value_dim()));
+  return status;
+}
+
+absl::StatusOr<SessionSettings> RequestValidator::Check(
+    const proto::OpenSessionRequest& message) const {
+  if (!message.has_shape()) return Invalid("shape", "is missing");
+  const proto::ModelShape& shape = message.shape();
+  absl::Status status = CheckShape(shape);
   if (!status.ok()) return status;
   if (shape.dtype() != proto::DTYPE_BF16 && shape.dtype() != proto::DTYPE_FP16) {
     return Invalid("shape.dtype", "must be bf16 or fp16");

@@ -55,6 +55,8 @@ class RequestValidator {
   absl::StatusOr<CheckedFetch> Check(const proto::FetchRowsRequest& message,
                                      absl::Span<const uint8_t> payload, TimePoint now) const;
 
+  /// Layers, heads and dimensions; element type and scale do not count.
+  absl::Status CheckShape(const proto::ModelShape& shape) const;
   /// The session that is to be closed, taken out of the store.
   absl::StatusOr<std::shared_ptr<Session>> TakeSession(const proto::CloseSessionRequest& message,
                                                        TimePoint now) const;

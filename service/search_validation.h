@@ -75,6 +75,11 @@ class SearchValidator {
                                       absl::Span<const uint8_t> payload, TimePoint now) const;
   absl::StatusOr<CheckedSearch> Check(const proto::TopKRequest& message,
                                       absl::Span<const uint8_t> payload, TimePoint now) const;
+  /// Options alone, of searches to come. Errors name "options.<field>".
+  absl::Status Check(const proto::SearchOptions& message) const {
+    CheckedSearch unused;
+    return CheckOptions(message, unused);
+  }
 
  private:
   absl::Status CheckOptions(const proto::SearchOptions& message, CheckedSearch& search) const;

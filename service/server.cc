@@ -38,7 +38,8 @@ constexpr int kRefusalsMax = 64;  ///< refused peers that are told why at once; 
 
 class Server::Impl {
  public:
-  Impl(const DaemonOptions& options, ServerIdentity identity, Dispatch dispatch)
+  Impl(const DaemonOptions& options, ServerIdentity identity, Dispatch dispatch,
+       Doorbells* doorbells)
       : gate_(options.inflight_bytes_max),
         shared_memory_(options.shared_memory_bytes_max),
         lookout_(/*resumes_here=*/options.io_threads <= 1),
@@ -49,6 +50,7 @@ class Server::Impl {
     context_.gate = &gate_;
     context_.shared_memory = &shared_memory_;
     context_.lookout = &lookout_;
+    context_.doorbells = doorbells;
     context_.closed = [this](Connection* connection) {
       const std::lock_guard lock(mutex_);
       connections_.erase(connection);
@@ -225,9 +227,11 @@ Server::Server(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Server::~Server() { impl_->Stop(); }
 
 absl::StatusOr<std::unique_ptr<Server>> Server::Start(const DaemonOptions& options,
-                                                      ServerIdentity identity, Dispatch dispatch) {
+                                                      ServerIdentity identity, Dispatch dispatch,
+                                                      Doorbells* doorbells) {
   try {
-    auto impl = std::make_unique<Impl>(options, std::move(identity), std::move(dispatch));
+    auto impl =
+        std::make_unique<Impl>(options, std::move(identity), std::move(dispatch), doorbells);
     const absl::Status started = impl->Start();
     if (!started.ok()) return started;
     return std::unique_ptr<Server>(new Server(std::move(impl)));

@@ -16,6 +16,8 @@
 
 namespace kvseek::service {
 
+class Doorbells;
+
 /// Answers one request: calls the second argument exactly once, at any time and on any thread.
 using Dispatch = std::function<void(Request, std::function<void(Response)>)>;
 
@@ -29,10 +31,12 @@ struct ServerIdentity {
 /// Thread-safe.
 class Server {
  public:
-  /// Listens on options.listen and serves from then on. Errors: invalid_argument (an address, or
+  /// Listens on options.listen and serves from then on. Without `doorbells`, which are to be there
+  /// until Stop has returned, open_doorbell is refused. Errors: invalid_argument (an address, or
   /// none), already_exists (in use), permission_denied, unavailable.
   static absl::StatusOr<std::unique_ptr<Server>> Start(const DaemonOptions& options,
-                                                       ServerIdentity identity, Dispatch dispatch);
+                                                       ServerIdentity identity, Dispatch dispatch,
+                                                       Doorbells* doorbells = nullptr);
   /// Stops.
   ~Server();
   Server(const Server&) = delete;

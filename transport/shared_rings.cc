@@ -1,21 +1,10 @@
 #include "transport/shared_rings.h"
 
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/socket.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <array>
 #include <bit>
 #include <cassert>
-#include <cerrno>
 #include <cstring>
 #include <utility>
-
-#include "absl/cleanup/cleanup.h"
-#include "absl/strings/str_cat.h"
 
 namespace kvseek::transport {
 namespace {
@@ -23,35 +12,6 @@ namespace {
 constexpr uint64_t kRingBytesMin = uint64_t{4} << 10;
 constexpr uint64_t kRingBytesMax = uint64_t{1} << 30;
 constexpr uint64_t kCountersBytes = 4096;  ///< a page: requests' at 0, answers' behind them
-constexpr int kSeals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
-
-absl::Status Failed(absl::string_view what) {
-  return absl::ResourceExhaustedError(
-      absl::StrCat("shared memory: ", what, ": ", std::strerror(errno)));
-}
-
-uint8_t* Map(int descriptor, uint64_t bytes) {
-  void* const memory =
-      mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, descriptor, 0);
-  return memory == MAP_FAILED ? nullptr : static_cast<uint8_t*>(memory);
-}
-
-/// A message of one byte with room for one descriptor beside it.
-struct DescriptorMessage {
-  DescriptorMessage() {
-    message.msg_iov = &part;
-    message.msg_iovlen = 1;
-    message.msg_control = control.data();
-    message.msg_controllen = control.size();
-  }
-  DescriptorMessage(const DescriptorMessage&) = delete;
-  DescriptorMessage& operator=(const DescriptorMessage&) = delete;
-
-  char byte = 0;
-  iovec part{.iov_base = &byte, .iov_len = 1};
-  alignas(cmsghdr) std::array<char, CMSG_SPACE(sizeof(int))> control{};
-  msghdr message{};
-};
 
 bool InRange(uint64_t bytes) {
   return std::has_single_bit(bytes) && bytes >= kRingBytesMin && bytes <= kRingBytesMax;
@@ -132,75 +92,27 @@ bool RingSizes::Sensible() const { return InRange(request_bytes) && InRange(answ
 
 uint64_t RingSizes::MemoryBytes() const { return kCountersBytes + request_bytes + answer_bytes; }
 
-SharedRings::SharedRings(uint8_t* memory, const RingSizes& sizes, int descriptor, bool is_daemon)
-    : memory_(memory),
-      bytes_(sizes.MemoryBytes()),
-      descriptor_(descriptor),
-      in_(reinterpret_cast<RingCounters*>(memory)[is_daemon ? 0 : 1],
-          memory + kCountersBytes + (is_daemon ? 0 : sizes.request_bytes),
+SharedRings::SharedRings(SealedMemory memory, const RingSizes& sizes, bool is_daemon)
+    : memory_(std::move(memory)),
+      in_(reinterpret_cast<RingCounters*>(memory_.data())[is_daemon ? 0 : 1],
+          memory_.data() + kCountersBytes + (is_daemon ? 0 : sizes.request_bytes),
           is_daemon ? sizes.request_bytes : sizes.answer_bytes),
-      out_(reinterpret_cast<RingCounters*>(memory)[is_daemon ? 1 : 0],
-           memory + kCountersBytes + (is_daemon ? sizes.request_bytes : 0),
+      out_(reinterpret_cast<RingCounters*>(memory_.data())[is_daemon ? 1 : 0],
+           memory_.data() + kCountersBytes + (is_daemon ? sizes.request_bytes : 0),
            is_daemon ? sizes.answer_bytes : sizes.request_bytes) {}
-
-SharedRings::~SharedRings() {
-  munmap(memory_, bytes_);
-  if (descriptor_ >= 0) close(descriptor_);
-}
 
 absl::StatusOr<std::unique_ptr<SharedRings>> SharedRings::Create(const RingSizes& sizes) {
   assert(sizes.Sensible());
-  const int descriptor = memfd_create("kvseek-rings", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-  if (descriptor < 0) return Failed("memfd_create");
-  absl::Cleanup closing = [descriptor] { close(descriptor); };
-  // All pages now: one that is missing later would be a SIGBUS in the middle of a copy.
-  if (fallocate(descriptor, 0, 0, static_cast<off_t>(sizes.MemoryBytes())) != 0) {
-    return Failed("fallocate");
-  }
-  if (fcntl(descriptor, F_ADD_SEALS, kSeals) != 0) return Failed("sealing");
-  uint8_t* const memory = Map(descriptor, sizes.MemoryBytes());
-  if (memory == nullptr) return Failed("mmap");
-  std::move(closing).Cancel();
-  return std::unique_ptr<SharedRings>(new SharedRings(memory, sizes, descriptor, true));
-}
-
-absl::Status SharedRings::SendTo(int socket) {
-  assert(descriptor_ >= 0);
-  DescriptorMessage carrier;
-  cmsghdr* const header = CMSG_FIRSTHDR(&carrier.message);
-  header->cmsg_level = SOL_SOCKET;
-  header->cmsg_type = SCM_RIGHTS;
-  header->cmsg_len = CMSG_LEN(sizeof(int));
-  std::memcpy(CMSG_DATA(header), &descriptor_, sizeof(int));
-  if (sendmsg(socket, &carrier.message, MSG_NOSIGNAL | MSG_DONTWAIT) != 1) {
-    return absl::UnavailableError(absl::StrCat("shared memory: ", std::strerror(errno)));
-  }
-  close(std::exchange(descriptor_, -1));
-  return absl::OkStatus();
+  auto memory = SealedMemory::Create("kvseek-rings", sizes.MemoryBytes());
+  if (!memory.ok()) return memory.status();
+  return std::unique_ptr<SharedRings>(new SharedRings(*std::move(memory), sizes, true));
 }
 
 absl::StatusOr<std::unique_ptr<SharedRings>> SharedRings::ReceiveFrom(int socket,
                                                                       const RingSizes& sizes) {
-  DescriptorMessage carrier;
-  const ssize_t got = recvmsg(socket, &carrier.message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
-  if (got <= 0) return absl::UnavailableError("the daemon closed the connection at hello");
-  const cmsghdr* const header = CMSG_FIRSTHDR(&carrier.message);
-  if (header == nullptr || header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS ||
-      header->cmsg_len != CMSG_LEN(sizeof(int))) {
-    return absl::DataLossError("shared memory: no descriptor came");
-  }
-  int descriptor = -1;
-  std::memcpy(&descriptor, CMSG_DATA(header), sizeof(int));
-  const absl::Cleanup closing = [descriptor] { close(descriptor); };
-  struct stat info {};
-  if (!sizes.Sensible() || fstat(descriptor, &info) != 0 ||
-      static_cast<uint64_t>(info.st_size) != sizes.MemoryBytes() ||
-      (fcntl(descriptor, F_GET_SEALS) & F_SEAL_SHRINK) == 0) {
-    return absl::DataLossError("shared memory: not of the size agreed on, or not sealed");
-  }
-  uint8_t* const memory = Map(descriptor, sizes.MemoryBytes());
-  if (memory == nullptr) return Failed("mmap");
-  return std::unique_ptr<SharedRings>(new SharedRings(memory, sizes, -1, false));
+  auto memory = SealedMemory::ReceiveFrom(socket, sizes.Sensible() ? sizes.MemoryBytes() : 0);
+  if (!memory.ok()) return memory.status();
+  return std::unique_ptr<SharedRings>(new SharedRings(*std::move(memory), sizes, false));
 }
 
 }  // namespace kvseek::transport

@@ -20,6 +20,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "transport/sealed_memory.h"
 
 namespace kvseek::transport {
 
@@ -108,11 +109,10 @@ class SharedRings {
   /// resource_exhausted: there is none.
   static absl::StatusOr<std::unique_ptr<SharedRings>> Create(const RingSizes& sizes);
   /// Hands the memory to the peer of a unix socket, with one byte. For the daemon's, once.
-  absl::Status SendTo(int socket);
+  absl::Status SendTo(int socket) { return memory_.SendTo(socket); }
   /// The client's: what SendTo has sent. Does not wait. unavailable, data_loss: not as agreed.
   static absl::StatusOr<std::unique_ptr<SharedRings>> ReceiveFrom(int socket,
                                                                   const RingSizes& sizes);
-  ~SharedRings();
   SharedRings(const SharedRings&) = delete;
   SharedRings& operator=(const SharedRings&) = delete;
 
@@ -120,11 +120,9 @@ class SharedRings {
   RingWriter& out() { return out_; }
 
  private:
-  SharedRings(uint8_t* memory, const RingSizes& sizes, int descriptor, bool is_daemon);
+  SharedRings(SealedMemory memory, const RingSizes& sizes, bool is_daemon);
 
-  uint8_t* const memory_;
-  const uint64_t bytes_;
-  int descriptor_;  ///< -1: given away, or the client's
+  SealedMemory memory_;
   RingReader in_;
   RingWriter out_;
 };

@@ -107,7 +107,9 @@ absl::Status DecodeStep::Allocate(size_t& device_bytes, size_t& pinned_bytes) {
   take(rest_permit_, 1, pinned_bytes);
   if (status.ok()) status = tables_copied_.Create(cudaEventDisableTiming);
   if (status.ok()) status = LoadKernels();
-  return status;
+  if (!status.ok() || options_.far_path != FarPath::kDoorbell) return status;
+  doorbell_ = std::make_unique<DoorbellPath>(options_);
+  return doorbell_->Open(far_.shares().front().options, device_bytes, pinned_bytes);
 }
 
 /// What MergeAhead launches: code that is loaded then may wait for the stream, which waits for the
@@ -167,6 +169,9 @@ absl::Status DecodeStep::WriteTables(cudaStream_t stream) {
   const cudaError_t error = cudaMemcpyAsync(device_tables_.get(), tables, tables_.bytes(),
                                             cudaMemcpyHostToDevice, stream);
   absl::Status copied = CudaStatus(error, "the step's tables");
+  if (copied.ok() && doorbell_ != nullptr) {
+    copied = doorbell_->BeginStep(far_sequences_, tokens_, stream);
+  }
   if (!copied.ok()) return copied;
   return CudaStatus(cudaEventRecord(tables_copied_.get(), stream), "event");
 }
@@ -174,6 +179,7 @@ absl::Status DecodeStep::WriteTables(cudaStream_t stream) {
 absl::Status DecodeStep::Attend(uint32_t layer, const void* queries, const void* keys,
                                 const void* values, void* out, cudaStream_t stream) {
   ++stats_.layers;
+  if (doorbell_ != nullptr) return AttendByDoorbell(layer, queries, keys, values, out, stream);
   Timing& timing = timings_[layer];
   if (std::exchange(timing.valid, false) && cudaEventQuery(timing.end.get()) == cudaSuccess) {
     float tail_ms = 0.0F;
@@ -209,6 +215,28 @@ absl::Status DecodeStep::Attend(uint32_t layer, const void* queries, const void*
   if (!ahead || parts.local) status = FinishLayer(layer, parts, queries, out, stream);
   stats_.placing_us += MicrosecondsSince(placing);
   return status;
+}
+
+absl::Status DecodeStep::AttendByDoorbell(uint32_t layer, const void* queries, const void* keys,
+                                          const void* values, void* out, cudaStream_t stream) {
+  ++stats_.layers_asked;
+  ++stats_.requests;
+  stats_.bytes_to_host += Heads() * options_.shape.key_dim * sizeof(uint16_t);
+  stats_.bytes_to_device += Heads() * (options_.shape.value_dim + 2) * sizeof(uint16_t);
+  absl::Status status = doorbell_->Ring(layer, queries, stream);
+  if (status.ok()) status = AttendSteadyZone(layer, queries, keys, values, stream);
+  if (!status.ok()) return status;
+  return doorbell_->Await(layer, {steady_out_.get(), steady_lse_.get(), 1}, out, stream);
+}
+
+DecoderStats DecodeStep::stats() const {
+  DecoderStats stats = stats_;
+  if (doorbell_ != nullptr) doorbell_->AddTo(stats);
+  return stats;
+}
+
+uint64_t DecodeStep::DaemonNanoseconds(uint32_t layer) const {
+  return doorbell_ == nullptr ? 0 : doorbell_->DaemonNanoseconds(layer);
 }
 
 /// Steady zone and rest, merged as soon as the rest is permitted.

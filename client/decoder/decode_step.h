@@ -5,17 +5,20 @@
 //   stream  queries to host |     | new rows into pages, steady zone | waits | rows, merge
 //   thread                  | ask | launch all that, wait for the daemons .. | permit
 //
-// With rows to come, what the stream does with them is launched when they are there.
-// Owns the pools of pages (steady zone and row cache) of all layers. Not thread-safe.
+// With a doorbell there is no thread: the stream rings, attends to the steady zone, waits and
+// merges. With rows to come, what the stream does with them is launched when they are there. Owns
+// the pools of pages (steady zone and row cache) of all layers. Not thread-safe.
 #ifndef KVSEEK_CLIENT_DECODER_DECODE_STEP_H_
 #define KVSEEK_CLIENT_DECODER_DECODE_STEP_H_
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/types/span.h"
 #include "client/decoder/decoder_options.h"
+#include "client/decoder/doorbell_path.h"
 #include "client/decoder/far_answers.h"
 #include "client/decoder/far_attention.h"
 #include "client/decoder/far_store.h"
@@ -44,10 +47,15 @@ class DecodeStep {
   absl::Status Attend(uint32_t layer, const void* queries, const void* keys, const void* values,
                       void* out, cudaStream_t stream);
 
-  /// Sums of what Attend counts; the other members are zero.
-  const DecoderStats& stats() const { return stats_; }
+  /// Sums of what Attend counts, and of what kernels do; the other members are zero.
+  DecoderStats stats() const;
+  /// See SparseDecoder.
+  uint64_t DaemonNanoseconds(uint32_t layer) const;
 
  private:
+  absl::Status AttendByDoorbell(uint32_t layer, const void* queries, const void* keys,
+                                const void* values, void* out, cudaStream_t stream);
+
   /// Parts of one layer's attention that are there to be merged.
   struct Parts {
     bool rest = false;   ///< states of daemons
@@ -79,6 +87,7 @@ class DecodeStep {
   const ZoneShape zone_;
   LocalCopy& local_;
   FarAttention far_;
+  std::unique_ptr<DoorbellPath> doorbell_;  ///< FarPath::kDoorbell only
   ModeChooser modes_;
   FarAnswers answers_;                     ///< of this layer
   const std::vector<uint32_t> head_rows_;  ///< (layers, kv_heads)

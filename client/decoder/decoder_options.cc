@@ -61,6 +61,19 @@ absl::Status CheckPlan(const DecoderOptions& options) {
   return status;
 }
 
+absl::Status CheckDoorbell(const DecoderOptions& options, size_t daemons) {
+  if (options.far_path != FarPath::kDoorbell) return absl::OkStatus();
+  if (daemons != 1) return Invalid("daemons", "a doorbell is one daemon's");
+  if (options.rows != 0) return Invalid("rows", "a doorbell brings states alone: 0");
+  if (options.fallback != Fallback::kSteadyZone) {
+    return Invalid("fallback", "with a doorbell the steady zone alone");
+  }
+  for (const PlannedHead& head : options.plan.heads) {
+    if (head.mode == HeadMode::kLocal) return Invalid("plan", "a doorbell asks for all heads");
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::Status CheckOptions(const DecoderOptions& options, size_t daemons) {
@@ -85,6 +98,7 @@ absl::Status CheckOptions(const DecoderOptions& options, size_t daemons) {
     return Invalid("local_tokens_max", "goes with Fallback::kLocalCopy");
   }
   absl::Status plan = CheckPlan(options);
+  if (plan.ok()) plan = CheckDoorbell(options, daemons);
   if (!plan.ok()) return plan;
   return CheckRows(options);
 }

@@ -20,6 +20,15 @@ enum class Fallback : uint8_t {
   kError,       ///< Attend returns the daemon's error; Truncate takes the step's tokens back
 };
 
+/// How a layer's questions get to a daemon, and its answers back.
+enum class FarPath : uint8_t {
+  kRequests,  ///< the thread that calls Attend sends requests and waits for the answers
+  /// Kernels ask, and wait, in memory shared with the daemon (client/doorbell.h): Attend only
+  /// enqueues, and a CUDA graph may hold the layers of a step. One daemon on this host, rows 0, no
+  /// head in kLocal, Fallback::kSteadyZone.
+  kDoorbell,
+};
+
 struct DecoderOptions {
   ModelShape shape{};             ///< of this rank; dims at most 256, group at most 64
   uint32_t sequences_max = 16;    ///< open at once
@@ -39,6 +48,7 @@ struct DecoderOptions {
   uint32_t cache_rows = 512;  ///< kRows: rows that stay in HBM for each (sequence, layer, KV head);
                               ///< at least query_tokens_max times rows and times each k
   SearchOptions search{};     ///< of every request
+  FarPath far_path = FarPath::kRequests;
 
   std::chrono::microseconds layer_deadline{50000};   ///< of one layer's answers
   std::chrono::milliseconds append_deadline{10000};  ///< of one block's way to a daemon

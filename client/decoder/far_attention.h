@@ -33,6 +33,7 @@ struct DaemonShare {
   KvClient* tokens = nullptr;
   uint32_t first_head = 0;
   uint32_t heads = 0;
+  ClientOptions options{};  ///< what both were connected with
 };
 
 /// The shape of a share's sessions.

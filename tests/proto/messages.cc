@@ -44,6 +44,8 @@ std::unique_ptr<google::protobuf::Message> NewMessage(Op op, uint16_t flags) {
       return Either<HealthRequest, HealthResponse>(response);
     case Op::kCancel:
       return Either<CancelRequest, CancelResponse>(response);
+    case Op::kOpenDoorbell:
+      return Either<OpenDoorbellRequest, OpenDoorbellResponse>(response);
   }
   return nullptr;
 }

@@ -329,6 +329,22 @@ void RecordErrors(Recorder& recorder) {
   recorder.Response("error_resource_exhausted", Op::kAttend, error).header.flags |= kFlagError;
 }
 
+void RecordDoorbell(Recorder& recorder) {
+  OpenDoorbellRequest request;
+  SetShape(request.mutable_shape());
+  request.add_kv_heads(1);
+  request.set_items_max(4);
+  request.set_tokens_max(2);
+  request.set_query_dtype(DTYPE_BF16);
+  SetOptions(request.mutable_options());
+  request.set_deadline_us(50000);
+  recorder.Request("open_doorbell_request", Op::kOpenDoorbell, request);
+  OpenDoorbellResponse response;
+  response.set_version(1);
+  response.set_memory_bytes(8192);
+  recorder.Response("open_doorbell_response", Op::kOpenDoorbell, response);
+}
+
 // What a later version may send: more fields of every wire type, more flags, more operations.
 void RecordLaterVersions(Recorder& recorder) {
   const std::string unknown =
@@ -370,6 +386,7 @@ std::vector<RecordedFrame> RecordedFrames() {
   RecordFetchRows(recorder);
   RecordObservation(recorder);
   RecordErrors(recorder);
+  RecordDoorbell(recorder);
   RecordLaterVersions(recorder);
   return recorder.Take();
 }
