@@ -79,7 +79,7 @@ void LadderPlan::RunSample(SamplePart& part, Scratch& scratch) {
   auto* weights = scratch.Take<float>(group);
   const ScanResults results = {scratch.Take<uint32_t>(kScanBlock), weights,
                                scratch.Take<uint8_t>(group * kScanBlock),
-                               scratch.Take<float>(group)};
+                               scratch.Take<float>(group), scratch.Take<float>(group)};
   for (size_t i = part.first_block; i < part.last_block; ++i) {
     if (i + kBlocksAhead < part.last_block) {
       kernels::PrefetchRange(codes_->Block(sample_[i + kBlocksAhead]),

@@ -149,11 +149,12 @@ struct Selected {
         chosen(static_cast<size_t>(stride) + 1, 77777),
         weights(heads.size() * static_cast<size_t>(stride)),
         units(heads.size()),
+        sums(heads.size()),
         block_weights(heads.size() * static_cast<size_t>(subject.blocks + 1), -1.0F) {
     count = SelectProducts(subject.sums.data(), stride, subject.codes.data(), subject.blocks,
                            subject.layout, heads.data(), static_cast<int>(heads.size()), 1000,
                            {chosen.data(), weights.data(), stride, units.data(),
-                            block_weights.data(), subject.blocks + 1});
+                            sums.data(), block_weights.data(), subject.blocks + 1});
   }
   float Weight(size_t h, size_t key) const {
     return units[h] * static_cast<float>(weights.data()[h * static_cast<size_t>(stride) + key]);
@@ -164,6 +165,7 @@ struct Selected {
   std::vector<uint32_t> chosen;
   Aligned<uint8_t> weights;
   std::vector<float> units;
+  std::vector<float> sums;
   std::vector<float> block_weights;
 };
 
