@@ -162,14 +162,23 @@ HWY_INLINE void FillHead(const ProductTables& tables, int largest_unread, Select
   head.shift = tables.shift;
 }
 
-/// Bytes whose low six bits are the levels of a block's keys, kByteLanes of them from i on.
-HWY_INLINE V8 LevelBytes(const uint8_t* block, int symbols, int i) {
-  const D8 d8;
-  const uint8_t* const rows = block + (PlaneRows(symbols) - 1) * kScanBlock + i;
-  const auto last = hn::LoadU(d8, rows);
-  if (symbols % 4 != 0) return last;
-  return FourthSymbol(hn::LoadU(d8, rows - 2 * kScanBlock), hn::LoadU(d8, rows - kScanBlock), last);
-}
+/// Where a block has its keys' levels: the low six bits of a row, or the top two of three.
+struct LevelRows {
+  explicit LevelRows(int symbols)
+      : last((PlaneRows(symbols) - 1) * kScanBlock), top_bits(symbols % 4 == 0) {}
+  /// Bytes whose low six bits are levels, kByteLanes of them from i on.
+  HWY_INLINE V8 Load(const uint8_t* block, int i) const {
+    const D8 d8;
+    const uint8_t* const row = block + last + i;
+    const auto bytes = hn::LoadU(d8, row);
+    if (!top_bits) return bytes;
+    return FourthSymbol(hn::LoadU(d8, row - 2 * kScanBlock), hn::LoadU(d8, row - kScanBlock),
+                        bytes);
+  }
+
+  ptrdiff_t last;
+  bool top_bits;
+};
 
 /// The low bits of every byte shifted down; what comes from its neighbour is in the top two.
 HWY_INLINE V8 ShiftBytes(V8 bytes, const SelectHead& head) {
@@ -217,43 +226,46 @@ KVSEEK_SELECT HWY_NOINLINE int SelectInOf(const SelectCall& call, const SelectRa
   V32 high_sums[kRoom];
   V32 low_sums[kRoom];
   for (int h = 0; h < count; ++h) high_sums[h] = low_sums[h] = hn::Zero(D32());
+  const LevelRows level_rows(call.symbols);
   const uint8_t* block = call.codes + static_cast<ptrdiff_t>(range.begin) * block_bytes;
   const ptrdiff_t ahead = call.next == nullptr ? 0 : call.next - call.codes;
-  const uint32_t first_index = call.first_index;
   uint32_t* chosen = range.chosen;
   int32_t* totals = range.totals;
   const ptrdiff_t end = static_cast<ptrdiff_t>(range.end) * kScanBlock;
+  ptrdiff_t at = static_cast<ptrdiff_t>(range.begin) * kScanBlock;
+  BlockIndices indices(call.first_index + static_cast<uint32_t>(at));
   int unread = 0;
-  for (ptrdiff_t at = static_cast<ptrdiff_t>(range.begin) * kScanBlock; at < end;
-       at += kScanBlock, block += block_bytes) {
-    if (ahead != 0) FetchRest(block + ahead, block_bytes);
-    hn::Mask<D8> any[kByteVectors];
-    for (int v = 0; v < kByteVectors; ++v) {
-      const ptrdiff_t i = at + v * kByteLanes;
-      const Index levels = MakeIndex(LevelBytes(block, call.symbols, v * kByteLanes));
-      V8 lifted[kRoom];
-      auto most = hn::Zero(d8);
-      for (int h = 0; h < count; ++h) {
-        lifted[h] =
-            hn::SaturatedAdd(hn::Load(d8, heads[h].sums + i), hn::Load(d8, heads[h].lift));
-        most = h == 0 ? lifted[0] : hn::Max(most, lifted[h]);
+  while (at < end) {
+    const ptrdiff_t stop = range.last_only ? end : at + kScanBlock;
+    const uint32_t* const chosen_before = chosen;
+    unread += static_cast<int>(stop - at);
+    for (; at < stop; at += kScanBlock, block += block_bytes) {
+      if (ahead != 0) FetchRest(block + ahead, block_bytes);
+      hn::Mask<D8> any[kByteVectors];
+      for (int v = 0; v < kByteVectors; ++v) {
+        const ptrdiff_t i = at + v * kByteLanes;
+        const Index levels = MakeIndex(level_rows.Load(block, v * kByteLanes));
+        V8 lifted[kRoom];
+        auto most = hn::Zero(d8);
+        for (int h = 0; h < count; ++h) {
+          lifted[h] =
+              hn::SaturatedAdd(hn::Load(d8, heads[h].sums + i), hn::Load(d8, heads[h].lift));
+          most = h == 0 ? lifted[0] : hn::Max(most, lifted[h]);
+        }
+        any[v] = hn::Eq(most, hn::Set(d8, kChosen));
+        for (int h = 0; h < count; ++h) {
+          const SelectHead& head = heads[h];
+          const Index step =
+              MakeIndex(ShiftBytes(hn::SaturatedSub(lifted[h], LookUp(head.excess, levels)), head));
+          const auto high = LookUpUnread(head.high, step, any[v]);
+          hn::Store(high, d8, head.weights + i);
+          high_sums[h] = AddBytes(high_sums[h], high);
+          low_sums[h] = AddBytes(low_sums[h], LookUpUnread(head.low, step, any[v]));
+        }
       }
-      any[v] = hn::Eq(most, hn::Set(d8, kChosen));
-      for (int h = 0; h < count; ++h) {
-        const SelectHead& head = heads[h];
-        const Index step =
-            MakeIndex(ShiftBytes(hn::SaturatedSub(lifted[h], LookUp(head.excess, levels)), head));
-        const auto high = LookUpUnread(head.high, step, any[v]);
-        hn::Store(high, d8, head.weights + i);
-        high_sums[h] = AddBytes(high_sums[h], high);
-        low_sums[h] = AddBytes(low_sums[h], LookUpUnread(head.low, step, any[v]));
-      }
+      chosen += indices.Put(MaskBits(d8, any), chosen);
     }
-    const int found =
-        PutIndices(MaskBits(d8, any), first_index + static_cast<uint32_t>(at), chosen);
-    chosen += found;
-    unread += kScanBlock - found;
-    if (range.last_only && at + kScanBlock < end) continue;
+    unread -= static_cast<int>(chosen - chosen_before);
     for (int h = 0; h < count; h += 4) {
       V32 sums[4];
       for (int j = 0; j < 4; ++j) {
