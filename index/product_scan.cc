@@ -85,12 +85,12 @@ int ProductScan::Select(int64_t block, int blocks, const std::byte* sums, const 
   kernels::ProductHead heads[kMaxGroup];
   FillHeads(block, bounds, heads);
   const auto first = static_cast<uint32_t>((block % kSegmentBlocks) * kScanBlock);
-  return kernels::SelectProducts(reinterpret_cast<const uint8_t*>(sums), blocks * kScanBlock,
-                                 Block(block), blocks, layout_, heads, queries_.group, first,
-                                 {results.chosen, results.key_weights, blocks * kScanBlock,
-                                  results.weight_units, results.sums, results.block_weights,
-                                  blocks},
-                                 next);
+  return kernels::SelectProducts(
+      reinterpret_cast<const uint8_t*>(sums), blocks * kScanBlock, Block(block), blocks, layout_,
+      heads, queries_.group, first,
+      {results.chosen, results.key_weights, blocks * kScanBlock, results.weight_units, results.sums,
+       results.block_weights, blocks},
+      next);
 }
 
 void ProductScan::AddRest(int64_t block, int blocks, const ScanResults& results,

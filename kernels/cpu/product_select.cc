@@ -88,8 +88,8 @@ struct SelectRange {
   int begin;
   int end;  ///< begin + kRangeBlocks at most
   uint32_t* chosen;
-  int32_t* totals;      ///< (blocks, kHeadsMax), or
-  bool last_only;  ///< (kHeadsMax), of the last block only
+  int32_t* totals;  ///< (blocks, kHeadsMax), or
+  bool last_only;   ///< (kHeadsMax), of the last block only
 };
 constexpr int kRangeBlocks = 16;
 
@@ -329,8 +329,8 @@ int SelectProductsImpl(const uint8_t* sums, int sums_stride, const uint8_t* code
     fine_units[h] = weight / (255.0F * 256.0F);
     all[h] = 0;
   }
-  const SelectCall call = {codes,       next_codes, layout.BlockBytes(), layout.Symbols(),
-                           first_index, count,      select};
+  const SelectCall call = {codes, next_codes, layout.BlockBytes(), layout.Symbols(), first_index,
+                           count, select};
   int found = 0;
   const bool by_block = results.block_weights != nullptr;
   int32_t totals[kRangeBlocks * kHeadsMax];
@@ -342,7 +342,8 @@ int SelectProductsImpl(const uint8_t* sums, int sums_stride, const uint8_t* code
     if (!by_block) continue;
     for (int h = 0; h < count; ++h) {
       int32_t before = 0;
-      float* const weights = results.block_weights + static_cast<ptrdiff_t>(h) * results.blocks_stride;
+      float* const weights =
+          results.block_weights + static_cast<ptrdiff_t>(h) * results.blocks_stride;
       for (int i = b; i < end; ++i) {
         const int32_t total = totals[(i - b) * kHeadsMax + h];
         weights[i] = fine_units[h] * static_cast<float>(total - before);
