@@ -64,13 +64,6 @@ struct SelectHead {
   uint8_t* weights;
 };
 
-/// Of `count` sums.
-int LargestSum(const uint8_t* sums, int count) {
-  uint8_t largest = 0;
-  for (int i = 0; i < count; ++i) largest = sums[i] > largest ? sums[i] : largest;
-  return largest;
-}
-
 /// All blocks of a call.
 struct SelectCall {
   const uint8_t* codes;
@@ -109,6 +102,11 @@ void FillHead(const ProductTables& tables, int largest_unread, SelectHead& head)
     head.low[i] = tables.low[i];
   }
   head.shift = tables.shift;
+}
+
+/// Of `blocks` blocks' sums.
+int LargestSum(const uint8_t* sums, int blocks) {
+  return *std::max_element(sums, sums + static_cast<ptrdiff_t>(blocks) * kScanBlock);
 }
 
 /// Chooses and weighs; returns how many keys are chosen.
@@ -160,6 +158,26 @@ HWY_INLINE void FillHead(const ProductTables& tables, int largest_unread, Select
     hn::Store(shifts, D16(), head.shifts + i / 2);
   }
   head.shift = tables.shift;
+}
+
+/// Of `blocks` blocks' sums.
+HWY_INLINE int LargestSum(const uint8_t* sums, int blocks) {
+  const D8 d8;
+  auto most = hn::Zero(d8);
+  for (int i = 0; i < blocks * kScanBlock; i += kByteLanes) {
+    most = hn::Max(most, hn::Load(d8, sums + i));
+  }
+  HWY_ALIGN uint8_t lanes[kByteLanes];
+  hn::Store(most, d8, lanes);
+  const hn::CappedTag<uint8_t, 16> d16;
+  auto few = hn::Load(d16, lanes);
+  for (int i = 16; i < kByteLanes; i += 16) few = hn::Max(few, hn::Load(d16, lanes + i));
+  few = hn::Max(few, hn::CombineShiftRightBytes<8>(d16, few, few));
+  const hn::Repartition<uint64_t, decltype(d16)> d64;
+  uint64_t eight = hn::GetLane(hn::BitCast(d64, few));
+  int largest = 0;
+  for (; eight != 0; eight >>= 8) largest = std::max(largest, static_cast<int>(eight & 255));
+  return largest;
 }
 
 /// Where a block has its keys' levels: the low six bits of a row, or the top two of three.
@@ -314,20 +332,19 @@ int SelectProductsImpl(const uint8_t* sums, int sums_stride, const uint8_t* code
                        const uint8_t* next_codes) {
   SelectHead select[kHeadsMax];
   float fine_units[kHeadsMax];  // what one of the totals weighs
-  int64_t all[kHeadsMax];
   for (int h = 0; h < count; ++h) {
     SelectHead& head = select[h];
     head.sums = sums + static_cast<ptrdiff_t>(h) * sums_stride;
     head.weights = results.weights + static_cast<ptrdiff_t>(h) * results.weights_stride;
     int largest_unread = LargestUnread(heads[h]);
     if (largest_unread > kProductSumMax) {
-      largest_unread = LargestSum(head.sums, blocks * kScanBlock);
+      largest_unread = LargestSum(head.sums, blocks);
     }
     FillHead(*heads[h].tables, largest_unread, head);
     const float weight = WeightAt(heads[h], largest_unread);
-    results.weight_units[h] = weight / 255.0F;
-    fine_units[h] = weight / (255.0F * 256.0F);
-    all[h] = 0;
+    results.weight_units[h] = weight * (1.0F / 255.0F);
+    fine_units[h] = weight * (1.0F / (255.0F * 256.0F));
+    results.sums[h] = 0.0F;
   }
   const SelectCall call = {codes, next_codes, layout.BlockBytes(), layout.Symbols(), first_index,
                            count, select};
@@ -338,7 +355,9 @@ int SelectProductsImpl(const uint8_t* sums, int sums_stride, const uint8_t* code
     const int end = std::min(blocks, b + kRangeBlocks);
     found += SelectIn(call, {b, end, results.chosen + found, totals, !by_block});
     const int32_t* const last = by_block ? totals + (end - 1 - b) * kHeadsMax : totals;
-    for (int h = 0; h < count; ++h) all[h] += last[h];
+    for (int h = 0; h < count; ++h) {
+      results.sums[h] += fine_units[h] * static_cast<float>(last[h]);
+    }
     if (!by_block) continue;
     for (int h = 0; h < count; ++h) {
       int32_t before = 0;
@@ -351,7 +370,6 @@ int SelectProductsImpl(const uint8_t* sums, int sums_stride, const uint8_t* code
       }
     }
   }
-  for (int h = 0; h < count; ++h) results.sums[h] = fine_units[h] * static_cast<float>(all[h]);
   return found;
 }
 
