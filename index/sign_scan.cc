@@ -6,6 +6,7 @@
 #include "kernels/cpu/attention.h"
 #include "kernels/cpu/ladder_codes.h"
 #include "kernels/cpu/prefetch.h"
+#include "kernels/cpu/reduce.h"
 #include "kernels/cpu/rotation.h"
 
 namespace kvseek::index {
@@ -41,14 +42,39 @@ void SignScan::Scan(int64_t block, int blocks, const uint8_t* next, std::byte* s
                      reinterpret_cast<int16_t*>(sums), blocks * kScanBlock, next);
 }
 
-void SignScan::Estimate(int64_t block, int blocks, const std::byte* sums, float* estimates,
-                        int stride) const {
+void SignScan::Sample(absl::Span<const int64_t> blocks, const float* factors,
+                      const SampleResults& results, Scratch& scratch) const {
+  const auto group = static_cast<size_t>(queries_.group);
+  auto* const sums = scratch.Take<std::byte>(group * kScanBlock * kSumBytes);
+  ScanResults weighed{};
+  weighed.chosen = scratch.Take<uint32_t>(kScanBlock);
+  weighed.block_weights = scratch.Take<float>(group);
   kernels::ScanHead heads[kMaxGroup];
   constexpr float kReference[kMaxGroup] = {};
-  FillHeads(block / kSegmentBlocks, {{}, kReference}, heads);
-  kernels::EstimateScores(reinterpret_cast<const int16_t*>(sums), blocks * kScanBlock, Block(block),
-                          blocks, symbols_, view_.shape.scan_bits, heads, queries_.group, estimates,
-                          stride, nullptr);
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    if (i + kernels::kSampleAhead < blocks.size()) {
+      kernels::PrefetchRange(Block(blocks[i + kernels::kSampleAhead]),
+                             static_cast<size_t>(ScannedBytes()));
+    }
+    float* const estimates = results.estimates + i * kScanBlock;
+    Scan(blocks[i], 1, nullptr, sums);
+    FillHeads(blocks[i] / kSegmentBlocks, {{}, kReference}, heads);
+    kernels::EstimateScores(reinterpret_cast<const int16_t*>(sums), kScanBlock, Block(blocks[i]), 1,
+                            symbols_, view_.shape.scan_bits, heads, queries_.group, estimates,
+                            results.stride, nullptr);
+    for (size_t h = 0; h < group; ++h) {
+      const float best =
+          kernels::MaxElement(estimates + h * static_cast<size_t>(results.stride), kScanBlock);
+      if (best > results.largest[h]) {
+        results.mass[h] *= std::exp(results.largest[h] - best);
+        results.largest[h] = best;
+      }
+    }
+    Select(blocks[i], 1, sums, {{}, results.largest}, nullptr, weighed);
+    for (size_t h = 0; h < group; ++h) {
+      results.mass[h] += weighed.block_weights[h] * factors[i];
+    }
+  }
 }
 
 int SignScan::Select(int64_t block, int blocks, const std::byte* sums, const ScanBounds& bounds,
