@@ -17,7 +17,8 @@
 // the daemon's own time. --attention-only leaves the matrix products out and waits for the GPU
 // after every layer, so that launching the first kernel is in those times too. --far-path doorbell
 // asks by kernels (state mode); with --graph the layers of a step are one CUDA graph, which a step
-// launches.
+// launches. An event takes the stream some microseconds; with --whole-steps there are two a step
+// in place of two a layer, and a layer's times are a step's, divided.
 #include <cuda_runtime_api.h>
 
 #include <CLI/CLI.hpp>
@@ -64,6 +65,7 @@ struct Options {
   bool attention_only = false;
   std::string far_path = "requests";
   bool graph = false;
+  bool whole_steps = false;
   std::string json;
 };
 
@@ -96,11 +98,11 @@ class StreamTimes {
   }
   void Begin(uint32_t layer) { Record(events_[size_t{2} * layer]); }
   void End(uint32_t layer) { Record(events_[size_t{2} * layer + 1]); }
-  /// Microseconds, once the stream is idle.
-  double Of(uint32_t layer) const {
+  /// Microseconds from the first layer's beginning to the last one's end, once the stream is idle.
+  double Between(uint32_t first, uint32_t last) const {
     float ms = 0.0F;
-    Must("event", cudaEventElapsedTime(&ms, events_[size_t{2} * layer].get(),
-                                       events_[size_t{2} * layer + 1].get()));
+    Must("event", cudaEventElapsedTime(&ms, events_[size_t{2} * first].get(),
+                                       events_[size_t{2} * last + 1].get()));
     return 1e3 * static_cast<double>(ms);
   }
 
@@ -159,15 +161,18 @@ Json TimeSteps(const Options& options, DenseLayers& dense, uint32_t layers, cons
   const bool captured = options.graph && options.far_path == "doorbell";
   StreamTimes times(layers, stream);
   Replay replay(captured, stream);
+  const auto times_layer = [&](uint32_t layer, uint32_t edge) {
+    return !options.whole_steps || layer == edge;
+  };
   for (int step = 0; step < options.warm_up + options.steps; ++step) {
     const auto begun = Clock::now();
     begin();
     replay.Run([&] {
       for (uint32_t layer = 0; layer < layers; ++layer) {
         dense.BeforeAttention(layer);
-        times.Begin(layer);
+        if (times_layer(layer, 0)) times.Begin(layer);
         attend(layer);
-        times.End(layer);
+        if (times_layer(layer, layers - 1)) times.End(layer);
         dense.AfterAttention(layer);
       }
     });
@@ -180,9 +185,17 @@ Json TimeSteps(const Options& options, DenseLayers& dense, uint32_t layers, cons
     using Milliseconds = std::chrono::duration<double, std::milli>;
     steps.push_back(Milliseconds(layers_done - begun).count());
     heads.push_back(Milliseconds(done - layers_done).count());
+    if (options.whole_steps) {
+      double daemons_us = 0.0;
+      for (uint32_t layer = 0; layer < layers; ++layer) daemons_us += daemon_us(layer);
+      const double whole_us = times.Between(0, layers - 1);
+      attention_us.push_back(whole_us / layers);
+      beyond_us.push_back((whole_us - daemons_us) / layers);
+      continue;
+    }
     for (uint32_t layer = 0; layer < layers; ++layer) {
-      attention_us.push_back(times.Of(layer));
-      beyond_us.push_back(times.Of(layer) - daemon_us(layer));
+      attention_us.push_back(times.Between(layer, layer));
+      beyond_us.push_back(times.Between(layer, layer) - daemon_us(layer));
     }
   }
   std::sort(steps.begin(), steps.end());
@@ -445,8 +458,13 @@ int Main(int argc, char** argv) {
   app.add_option("--far-path", options.far_path, "how daemons are asked: requests, doorbell")
       ->check(CLI::IsMember({"requests", "doorbell"}));
   app.add_flag("--graph", options.graph, "with a doorbell: a step's layers are one CUDA graph");
+  app.add_flag("--whole-steps", options.whole_steps,
+               "time the stream from a step's first layer to its last (with --attention-only)");
   app.add_option("--json", options.json, "file for the results");
   CLI11_PARSE(app, argc, argv);
+  if (options.whole_steps && !options.attention_only) {
+    Fail("--whole-steps needs --attention-only: matrix products are no attention");
+  }
   const auto model = std::find_if(Models().begin(), Models().end(),
                                   [&](const Model& m) { return m.name == options.model; });
   if (model == Models().end()) Fail("no model " + options.model);

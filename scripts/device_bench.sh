@@ -52,6 +52,8 @@ for part in "${parts[@]}"; do
       decode doorbell --far-path doorbell --tokens 32768 --attention state --steps 200 --warm-up 20
       decode doorbell_alone --far-path doorbell --graph --attention-only --tokens 32768 --attention state \
         --steps 200 --warm-up 20
+      decode doorbell_whole --far-path doorbell --graph --attention-only --whole-steps --layers 32 --tokens 32768 --attention state \
+        --steps 200 --warm-up 20
       decode doorbell_graph --far-path doorbell --graph --tokens 32768 --attention state --steps 200 --warm-up 20
       ;;
     steps)

@@ -16,7 +16,6 @@ constexpr int kPiecesAtOnce = 2;  // of eight elements, that a thread has in fli
 constexpr int kPiecesOfBlock = kAwaitThreads * kPiecesAtOnce;  // more take more blocks
 constexpr int kAwaitBlocksMax = 16;
 constexpr int64_t kPiecesMax = int64_t{1} << 30;
-constexpr unsigned kRestNs = 64;
 
 enum Outcome : uint64_t { kAnswered = 1, kMissed = 2 };
 
@@ -34,8 +33,9 @@ __device__ uint64_t LoadAcquire(const uint64_t* from) {
   return value;
 }
 
-__device__ void StoreRelease(uint64_t* to, uint64_t value) {
-  asm volatile("st.release.sys.global.u64 [%0], %1;" : : "l"(to), "l"(value) : "memory");
+// After a fence.
+__device__ void StoreRelaxed(uint64_t* to, uint64_t value) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" : : "l"(to), "l"(value) : "memory");
 }
 
 __device__ uint64_t Nanoseconds() {
@@ -44,25 +44,22 @@ __device__ uint64_t Nanoseconds() {
   return now;
 }
 
-// Memory that the daemon writes, past every cache.
-template <typename T>
-__device__ T Shared(const T* from) {
-  return __ldcv(from);
-}
-
 __global__ void __launch_bounds__(kRingThreads)
     RingKernel(DoorbellSlot slot, const uint4* queries, size_t pieces, const DoorbellStep* step,
                int question_pieces) {
   DoorbellState& state = *slot.state;
+  const size_t share = (pieces + gridDim.x - 1) / gridDim.x;
+  const size_t begin = min(pieces, blockIdx.x * share) + threadIdx.x;
+  const size_t end = min(pieces, blockIdx.x * share + share);
+  // On its way while the mode is.
+  const uint4 first = begin < end ? queries[begin] : uint4{};
   if (step->mode != DoorbellStep::kAsk) {  // the number is used up, and nobody is asked
     if (blockIdx.x == 0 && threadIdx.x == 0) ++state.number;
     return;
   }
-  const size_t share = (pieces + gridDim.x - 1) / gridDim.x;
-  const size_t begin = min(pieces, blockIdx.x * share);
-  const size_t end = min(pieces, begin + share);
   auto* const out = static_cast<uint4*>(slot.queries);
-  for (size_t i = begin + threadIdx.x; i < end; i += kRingThreads) out[i] = queries[i];
+  if (begin < end) out[begin] = first;
+  for (size_t i = begin + kRingThreads; i < end; i += kRingThreads) out[i] = queries[i];
   if (blockIdx.x == 0) {
     const auto* const question = reinterpret_cast<const uint4*>(step + 1);
     for (int i = static_cast<int>(threadIdx.x); i < question_pieces; i += kRingThreads) {
@@ -77,14 +74,13 @@ __global__ void __launch_bounds__(kRingThreads)
     state.arrived = 0;
     __threadfence_system();
   }
-  StoreRelease(slot.asked, ++state.number);
+  StoreRelaxed(slot.asked, ++state.number);
 }
 
 __device__ Outcome Wait(const uint64_t* answer, uint64_t number, uint64_t patience) {
   const uint64_t begun = Nanoseconds();
   while (LoadAcquire(answer) != number) {
     if (Nanoseconds() - begun >= patience) return kMissed;
-    __nanosleep(kRestNs);
   }
   return kAnswered;
 }
@@ -184,8 +180,9 @@ __global__ void __launch_bounds__(kAwaitThreads)
   const auto* const far = static_cast<const uint4*>(slot.outs);
   const int stride = static_cast<int>(gridDim.x) * kAwaitThreads;
   const int first = static_cast<int>(blockIdx.x) * kAwaitThreads + static_cast<int>(threadIdx.x);
-  // Status, lse and the first pieces are on their way together: one trip.
-  const uint32_t status = there ? Shared(&answer->status) : 1;
+  // Status, lse and the first pieces are on their way together: one trip. Plain loads: the number
+  // was acquired, and loads past all caches would be a transaction on the bus for each 32 bytes.
+  const uint32_t status = there ? answer->status : 1;
   for (int i = first; i < pieces; i += stride * kPiecesAtOnce) {
     Piece some[kPiecesAtOnce];
 #pragma unroll
@@ -193,8 +190,8 @@ __global__ void __launch_bounds__(kAwaitThreads)
       const int at = i + p * stride;
       if (at >= pieces) break;
       if (there) {
-        some[p].far = Shared(far + at);
-        some[p].far_lse = Shared(slot.lses + at / of_head);
+        some[p].far = far[at];
+        some[p].far_lse = slot.lses[at / of_head];
       }
       some[p].local_lse = arguments.local_lses[at / of_head];
       const auto* const local =
