@@ -45,35 +45,32 @@ void SignScan::Scan(int64_t block, int blocks, const uint8_t* next, std::byte* s
 void SignScan::Sample(absl::Span<const int64_t> blocks, const float* factors,
                       const SampleResults& results, Scratch& scratch) const {
   const auto group = static_cast<size_t>(queries_.group);
-  auto* const sums = scratch.Take<std::byte>(group * kScanBlock * kSumBytes);
-  ScanResults weighed{};
-  weighed.chosen = scratch.Take<uint32_t>(kScanBlock);
-  weighed.block_weights = scratch.Take<float>(group);
+  const int planes = view_.shape.scan_bits;
+  auto* const sums = scratch.Take<int16_t>(group * kScanBlock);
+  auto* const chosen = scratch.Take<uint32_t>(kScanBlock);  // none
+  auto* const weights = scratch.Take<float>(group);
   kernels::ScanHead heads[kMaxGroup];
-  constexpr float kReference[kMaxGroup] = {};
   for (size_t i = 0; i < blocks.size(); ++i) {
     if (i + kernels::kSampleAhead < blocks.size()) {
       kernels::PrefetchRange(Block(blocks[i + kernels::kSampleAhead]),
                              static_cast<size_t>(ScannedBytes()));
     }
+    const uint8_t* const codes = Block(blocks[i]);
     float* const estimates = results.estimates + i * kScanBlock;
-    Scan(blocks[i], 1, nullptr, sums);
-    FillHeads(blocks[i] / kSegmentBlocks, {{}, kReference}, heads);
-    kernels::EstimateScores(reinterpret_cast<const int16_t*>(sums), kScanBlock, Block(blocks[i]), 1,
-                            symbols_, view_.shape.scan_bits, heads, queries_.group, estimates,
-                            results.stride, nullptr);
+    FillHeads(blocks[i] / kSegmentBlocks, {{}, results.largest}, heads);
+    kernels::ScanCodes(codes, 1, symbols_, planes, tables_, queries_.group, sums, kScanBlock);
+    kernels::EstimateScores(sums, kScanBlock, codes, 1, symbols_, planes, heads, queries_.group,
+                            estimates, results.stride, nullptr);
     for (size_t h = 0; h < group; ++h) {
       const float best =
           kernels::MaxElement(estimates + h * static_cast<size_t>(results.stride), kScanBlock);
-      if (best > results.largest[h]) {
-        results.mass[h] *= std::exp(results.largest[h] - best);
-        results.largest[h] = best;
-      }
+      if (best <= results.largest[h]) continue;
+      results.mass[h] *= std::exp(results.largest[h] - best);
+      results.largest[h] = heads[h].reference = best;
     }
-    Select(blocks[i], 1, sums, {{}, results.largest}, nullptr, weighed);
-    for (size_t h = 0; h < group; ++h) {
-      results.mass[h] += weighed.block_weights[h] * factors[i];
-    }
+    kernels::SelectAndWeigh(sums, kScanBlock, codes, 1, symbols_, planes, heads, queries_.group, 0,
+                            chosen, weights, 1);
+    for (size_t h = 0; h < group; ++h) results.mass[h] += weights[h] * factors[i];
   }
 }
 
