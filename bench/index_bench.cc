@@ -10,7 +10,8 @@
 // queries are recorded decode queries. Each answer's error against the exact one is printed beside
 // its time. --steps adds the times of each search's units, run one after the other as the daemon's
 // workers run them side by side, which take as long as the longest. Tokens past a multiple of 1024
-// are a tail, which is read exactly. KVSEEK_BENCH_TINY=1 makes everything small, to see that it runs.
+// are a tail, which is read exactly. KVSEEK_BENCH_TINY=1 makes everything small, to see that it
+// runs.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
