@@ -26,12 +26,19 @@ class Clock {
   std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
 };
 
+double Median(std::vector<double> values) {
+  const auto middle = values.begin() + static_cast<ptrdiff_t>(values.size() / 2);
+  std::nth_element(values.begin(), middle, values.end());
+  return *middle;
+}
+
 }  // namespace
 
-void SearchSteps::Add(size_t step, double micros, int units) {
+void SearchSteps::Add(size_t step, double micros, double longest, int units) {
   if (steps_.size() <= step) steps_.resize(step + 1);
   steps_[step].units += units;
   steps_[step].unit_us.push_back(units == 0 ? 0.0 : micros / units);
+  steps_[step].longest_us.push_back(longest);
 }
 
 index::SearchResult SearchSteps::Search(const index::KeyIndex& index, const index::KvView& view,
@@ -42,33 +49,41 @@ index::SearchResult SearchSteps::Search(const index::KeyIndex& index, const inde
   scratch.Reset();
   const std::unique_ptr<index::SearchPlan> plan = index.Plan(view, query, options, scratch);
   size_t step = 0;
-  Add(step++, clock.Lap(), 1);
+  const auto add_one = [&] {
+    const double micros = clock.Lap();
+    Add(step++, micros, micros, 1);
+  };
+  add_one();
   for (;;) {
     const int pieces = plan->pieces();
+    double sum = 0.0;
+    double longest = 0.0;
     for (int p = 0; p < pieces; ++p) {
       scratch.Reset();
       plan->Run(p, scratch);
+      const double micros = clock.Lap();
+      sum += micros;
+      longest = std::max(longest, micros);
     }
-    Add(step++, clock.Lap(), pieces);
+    Add(step++, sum, longest, pieces);
     scratch.Reset();
     if (!plan->NextStep(scratch)) break;
-    Add(step++, clock.Lap(), 1);
+    add_one();
   }
   scratch.Reset();
   index::SearchResult result = plan->Finish(scratch);
-  Add(step, clock.Lap(), 1);
+  add_one();
   return result;
 }
 
 std::vector<StepTime> SearchSteps::Times() const {
   std::vector<StepTime> times;
   for (size_t i = 0; i < steps_.size(); ++i) {
-    std::vector<double> unit_us = steps_[i].unit_us;
-    const auto middle = unit_us.begin() + static_cast<ptrdiff_t>(unit_us.size() / 2);
-    std::nth_element(unit_us.begin(), middle, unit_us.end());
+    const std::vector<double>& unit_us = steps_[i].unit_us;
     times.push_back({i < std::size(kNames) ? kNames[i] : "step " + std::to_string(i),
-                     steps_[i].units / static_cast<double>(unit_us.size()), *middle,
-                     *std::min_element(unit_us.begin(), middle + 1)});
+                     steps_[i].units / static_cast<double>(unit_us.size()), Median(unit_us),
+                     *std::min_element(unit_us.begin(), unit_us.end()),
+                     Median(steps_[i].longest_us)});
   }
   return times;
 }

@@ -16,6 +16,7 @@ struct StepTime {
   double units = 0.0;         ///< of one search, mean
   double unit_us = 0.0;       ///< of one unit; median over searches of their mean
   double unit_us_best = 0.0;  ///< the least mean that a search had
+  double longest_us = 0.0;    ///< of a search's longest unit; median over searches
 };
 
 /// Times of the units of ladder searches that read exact rows. Not thread-safe.
@@ -32,8 +33,10 @@ class SearchSteps {
   struct Step {
     double units = 0.0;             ///< sum over searches
     std::vector<double> unit_us{};  ///< of each search, mean
+    std::vector<double> longest_us{};
   };
-  void Add(size_t step, double micros, int units);
+  /// `units` that took `micros` together, the longest of them `longest`.
+  void Add(size_t step, double micros, double longest, int units);
 
   std::vector<Step> steps_;
 };

@@ -259,14 +259,14 @@ void LadderPlan::ReportReads(SearchReport& report, Scratch& scratch) const {
   const auto row_bytes = static_cast<int64_t>(shape.KeyRowBytes() + shape.ValueRowBytes());
   report.keys_fine = fine;
   report.keys_chosen = fine;
-  report.keys_exact = exact_tokens_ + refined;
+  report.keys_exact = ExactTokens() + refined;
   int64_t chosen_by = 0;  // bytes
   if (recall_.last == nullptr) {
     report.keys_scanned = query_.end - query_.begin;
     chosen_by =
         codes_ == nullptr ? 0 : codes_->BytesRead(blocks, static_cast<int64_t>(sample_.size()));
   } else {
-    report.keys_scanned = fine + exact_tokens_ + recall_.samples;
+    report.keys_scanned = fine + ExactTokens() + recall_.samples;
     chosen_by = static_cast<int64_t>(recalled_weights_.size() * sizeof(float)) +
                 recall_.samples * static_cast<int64_t>(shape.KeyRowBytes()) +
                 blocks * static_cast<int64_t>(shape.ValueRowBytes());

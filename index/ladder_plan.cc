@@ -18,7 +18,8 @@ namespace {
 using kernels::kScanBlock;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr size_t kCentresAhead = 16;  // fetched before any is scored
+constexpr size_t kCentresAhead = 16;       // fetched before any is scored
+constexpr int64_t kExactPartTokens = 512;  // an exact part of more is cut, if others can help
 
 }  // namespace
 
@@ -46,6 +47,7 @@ LadderPlan::LadderPlan(const KvView& view, const SearchQuery& query, const Searc
   }
   PrepareQueries(product);
   if (recall_.last == nullptr) {
+    PlanExactParts(true);
     PlanSample();
     return;
   }
@@ -59,7 +61,7 @@ LadderPlan::LadderPlan(const KvView& view, const SearchQuery& query, const Searc
 int LadderPlan::pieces() const {
   switch (step_) {
     case Step::kSample:
-      return static_cast<int>(sample_parts_.size()) + (has_exact_part() ? 1 : 0);
+      return static_cast<int>(exact_part_count_ + sample_parts_.size());
     case Step::kScan:
       return static_cast<int>(pieces_.size());
     case Step::kRefine:
@@ -72,10 +74,11 @@ void LadderPlan::Run(int index, Scratch& scratch) {
   const auto i = static_cast<size_t>(index);
   switch (step_) {
     case Step::kSample:
-      if (i < sample_parts_.size()) {
-        RunSample(sample_parts_[i], scratch);
+      // The longest first.
+      if (i < exact_part_count_) {
+        AttendExactPart(exact_parts_[i], scratch);
       } else {
-        AttendExactPart(scratch);
+        RunSample(sample_parts_[i - exact_part_count_], scratch);
       }
       break;
     case Step::kScan:
@@ -91,6 +94,7 @@ void LadderPlan::Run(int index, Scratch& scratch) {
 bool LadderPlan::NextStep(Scratch& scratch) {
   switch (step_) {
     case Step::kSample:
+      MergeExactParts();
       ChooseThreshold(scratch);
       PlanScan();
       return true;
@@ -187,36 +191,64 @@ void LadderPlan::ScoreCentres(int64_t first, int64_t last, Scratch& scratch) {
   }
 }
 
-void LadderPlan::AttendExactPart(Scratch& scratch) {
+void LadderPlan::PlanExactParts(bool may_cut) {
+  const int64_t tokens = ExactTokens();
+  if (tokens == 0) return;
   if (options_.k >= 0) {
-    const int64_t keys = query_.end - query_.begin - (last_block_ - first_block_) * kScanBlock;
-    exact_keys_.Reserve(static_cast<size_t>(keys), group_);
+    exact_keys_.positions.resize(static_cast<size_t>(tokens));
+    exact_keys_.scores.resize(static_cast<size_t>(tokens * group_));
   }
-  const auto add = [&](int64_t begin, int64_t end) {
-    VisitRows(view_, begin, end,
-              [&](const uint16_t* keys, const uint16_t* values, int64_t first, int tokens) {
-                exact_tokens_ += tokens;
-                if (options_.k < 0) {
-                  kernels::AttendRows(scaled_, keys, values, view_.shape.dtype, tokens,
-                                      view_.shape.key_dim, exact_state_);
-                  return;
-                }
-                scratch.Reset();
-                auto* scores = scratch.Take<float>(static_cast<size_t>(group_) * tokens);
-                kernels::ScoreRows(scaled_, group_, keys, view_.shape.dtype, tokens,
-                                   view_.shape.key_dim, scores, tokens);
-                kernels::AccumulateScored(scores, tokens, values, view_.shape.dtype, tokens,
-                                          exact_state_);
-                for (int t = 0; t < tokens; ++t) {
-                  exact_keys_.Add(first + t, scores + t, tokens, group_);
-                }
-              });
+  exact_part_count_ = 1;
+  exact_parts_[0] = {0, tokens, exact_state_};
+  if (!may_cut || tokens <= kExactPartTokens) return;
+  // At a whole chunk of the tail.
+  const int64_t half = tokens / 2 / kTailChunkTokens * kTailChunkTokens;
+  const int64_t cut = first_block_ * kScanBlock - query_.begin + half;
+  exact_part_count_ = 2;
+  exact_parts_[0].end = cut;
+  exact_parts_[1] = {cut, tokens, MakeState(group_, view_.shape.value_dim, *memory_)};
+}
+
+void LadderPlan::AttendExactPart(const ExactPart& part, Scratch& scratch) {
+  int64_t index = part.begin;
+  const auto visit = [&](const uint16_t* keys, const uint16_t* values, int64_t first, int tokens) {
+    if (options_.k < 0) {
+      kernels::AttendRows(scaled_, keys, values, view_.shape.dtype, tokens, view_.shape.key_dim,
+                          part.state);
+      return;
+    }
+    scratch.Reset();
+    auto* scores = scratch.Take<float>(static_cast<size_t>(group_) * tokens);
+    kernels::ScoreRows(scaled_, group_, keys, view_.shape.dtype, tokens, view_.shape.key_dim,
+                       scores, tokens);
+    kernels::AccumulateScored(scores, tokens, values, view_.shape.dtype, tokens, part.state);
+    for (int t = 0; t < tokens; ++t, ++index) {
+      exact_keys_.positions[static_cast<size_t>(index)] = first + t;
+      for (int h = 0; h < group_; ++h) {
+        exact_keys_.scores[static_cast<size_t>(index * group_ + h)] =
+            scores[static_cast<ptrdiff_t>(h) * tokens + t];
+      }
+    }
   };
-  if (first_block_ == last_block_) {
-    add(query_.begin, query_.end);
-  } else {
-    add(query_.begin, first_block_ * kScanBlock);
-    add(last_block_ * kScanBlock, query_.end);
+  const bool ladder = first_block_ < last_block_;
+  const int64_t before = ladder ? first_block_ * kScanBlock - query_.begin : ExactTokens();
+  const int64_t after = query_.end - ExactTokens();
+  if (part.begin < before) {
+    VisitRows(view_, query_.begin + part.begin, query_.begin + std::min(part.end, before), visit);
+  }
+  if (part.end > before) {
+    VisitRows(view_, after + std::max(part.begin, before), after + part.end, visit);
+  }
+}
+
+void LadderPlan::AttendExactPart(Scratch& scratch) {
+  PlanExactParts(false);
+  for (size_t p = 0; p < exact_part_count_; ++p) AttendExactPart(exact_parts_[p], scratch);
+}
+
+void LadderPlan::MergeExactParts() {
+  for (size_t p = 1; p < exact_part_count_; ++p) {
+    kernels::MergeState(exact_state_, exact_parts_[p].state);
   }
 }
 

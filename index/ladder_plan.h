@@ -8,8 +8,9 @@
 // either end, and the tail, is read exactly. For a group of heads, the queries are rotated and
 // their tables made; then in steps
 //
-//   sample   attend to the exact part; estimate a fixed sample of blocks; from it each head's lse,
-//            and thresholds that about `candidates` keys of the group exceed (docs/adr/0004)
+//   sample   attend to the exact part, in two halves if it is long; estimate a fixed sample of
+//            blocks; from both each head's lse, and from the sample thresholds that about
+//            `candidates` keys of the group exceed (docs/adr/0004)
 //   scan     scan all codes; keys over a threshold are candidates, read at 4 bits; all others add
 //            their estimated weight to what stands for their values (scan_code.h); merge in order
 //   refine   Attend: replace each head's best candidates' 4-bit parts by exact ones
@@ -18,6 +19,7 @@
 #ifndef KVSEEK_INDEX_LADDER_PLAN_H_
 #define KVSEEK_INDEX_LADDER_PLAN_H_
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <utility>
@@ -64,6 +66,14 @@ class LadderPlan final : public SearchPlan {
 
   enum class Step { kSample, kScan, kRefine };
 
+  /// Keys of the range that are not in the ladder's blocks, which are numbered as if nothing stood
+  /// between them.
+  struct ExactPart {
+    int64_t begin = 0;
+    int64_t end = 0;
+    kernels::GroupState state{};
+  };
+
   /// Sampled blocks [first_block, last_block) of sample_, and the segments that they are in.
   struct SamplePart {
     int64_t first_segment;
@@ -102,11 +112,16 @@ class LadderPlan final : public SearchPlan {
   void PrepareQueries(const ProductIndex* product);
   /// Of segments [first, last).
   void ScoreCentres(int64_t first, int64_t last, Scratch& scratch);
+  /// One or, if it `may_cut` and there is enough, two halves.
+  void PlanExactParts(bool may_cut);
+  void AttendExactPart(const ExactPart& part, Scratch& scratch);
+  /// Of the whole exact part, for searches that have no sample.
   void AttendExactPart(Scratch& scratch);
+  /// Merges all parts' states into the first's, in order.
+  void MergeExactParts();
   void PlanScan();
-  bool has_exact_part() const {
-    return query_.begin < first_block_ * kernels::kScanBlock ||
-           last_block_ * kernels::kScanBlock < query_.end;
+  int64_t ExactTokens() const {
+    return query_.end - query_.begin - (last_block_ - first_block_) * kernels::kScanBlock;
   }
   /// The segments of the ladder's blocks: [FirstSegment(), LastSegment()).
   int64_t FirstSegment() const { return first_block_ / kSegmentBlocks; }
@@ -225,9 +240,10 @@ class LadderPlan final : public SearchPlan {
   float* centre_scores_ = nullptr;  ///< (segments of the range, group)
   std::unique_ptr<const ScanCode> codes_;
 
-  kernels::GroupState exact_state_;  ///< of the exact part
-  ScoredKeys exact_keys_;            ///< TopK: the exact part's keys
-  int64_t exact_tokens_ = 0;
+  kernels::GroupState exact_state_;  ///< of the exact part, once its parts are merged
+  std::array<ExactPart, 2> exact_parts_;
+  size_t exact_part_count_ = 0;
+  ScoredKeys exact_keys_;  ///< TopK: the exact part's keys; its size is set before parts write it
   std::vector<float> reference_;        ///< (group): estimated lse of the whole range
   std::vector<float> sampled_mass_;     ///< (group): share of it that is not the exact part's
   std::vector<float> thresholds_;       ///< (group), on estimates

@@ -23,8 +23,6 @@ constexpr int64_t kHeadShare = 8;
 // The sample is cut into so many parts, of at least so many blocks.
 constexpr size_t kPartsMax = 4;
 constexpr size_t kPartBlocksMin = 8;
-// How far ahead its blocks, which are far apart, are fetched.
-constexpr size_t kBlocksAhead = 8;
 
 /// Block numbers of the sample: evenly spread, the first and the last always among them.
 std::vector<int64_t> SampleBlocks(int64_t first, int64_t last) {
@@ -65,43 +63,25 @@ void LadderPlan::PlanSample() {
 }
 
 void LadderPlan::RunSample(SamplePart& part, Scratch& scratch) {
-  for (size_t i = part.first_block; i < part.last_block && i < part.first_block + kBlocksAhead;
-       ++i) {
-    kernels::PrefetchRange(codes_->Block(sample_[i]), static_cast<size_t>(codes_->ScannedBytes()));
+  const absl::Span<const int64_t> blocks =
+      absl::MakeConstSpan(sample_).subspan(part.first_block, part.last_block - part.first_block);
+  for (size_t i = 0; i < blocks.size() && i < kernels::kSampleAhead; ++i) {
+    kernels::PrefetchRange(codes_->Block(blocks[i]), static_cast<size_t>(codes_->ScannedBytes()));
   }
   ScoreCentres(part.first_segment, part.last_segment, scratch);
   scratch.Reset();
   const auto group = static_cast<size_t>(group_);
   std::fill_n(part.largest, group, -kInfinity);
   std::fill_n(part.mass, group, 0.0F);
-  const auto keys = static_cast<int>(sample_.size() * kScanBlock);
-  auto* sums = scratch.Take<std::byte>(group * kScanBlock * kSumBytes);
-  auto* weights = scratch.Take<float>(group);
-  const ScanResults results = {scratch.Take<uint32_t>(kScanBlock), weights,
-                               scratch.Take<uint8_t>(group * kScanBlock),
-                               scratch.Take<float>(group), scratch.Take<float>(group)};
-  for (size_t i = part.first_block; i < part.last_block; ++i) {
-    if (i + kBlocksAhead < part.last_block) {
-      kernels::PrefetchRange(codes_->Block(sample_[i + kBlocksAhead]),
-                             static_cast<size_t>(codes_->ScannedBytes()));
-    }
-    float* estimates = estimates_ + i * kScanBlock;
-    codes_->Scan(sample_[i], 1, nullptr, sums);
-    codes_->Estimate(sample_[i], 1, sums, estimates, keys);
-    for (size_t h = 0; h < group; ++h) {
-      const float best = kernels::MaxElement(estimates + h * static_cast<size_t>(keys), kScanBlock);
-      if (best > part.largest[h]) {
-        part.mass[h] *= std::exp(part.largest[h] - best);
-        part.largest[h] = best;
-      }
-    }
-    codes_->Select(sample_[i], 1, sums, {{}, part.largest}, nullptr, results);
-    // The first block stands for itself: a sink in it would be counted many times.
-    const auto others = static_cast<float>(sample_.size() - 1);
-    const float stands_for =
-        i == 0 ? 1.0F : static_cast<float>(last_block_ - first_block_ - 1) / others;
-    for (size_t h = 0; h < group; ++h) part.mass[h] += weights[h] * stands_for;
-  }
+  auto* const factors = scratch.Take<float>(blocks.size());
+  const auto others = static_cast<float>(std::max<size_t>(sample_.size() - 1, 1));
+  std::fill_n(factors, blocks.size(), static_cast<float>(last_block_ - first_block_ - 1) / others);
+  // The first block stands for itself: a sink in it would be counted many times.
+  if (part.first_block == 0 && !blocks.empty()) factors[0] = 1.0F;
+  codes_->Sample(blocks, factors,
+                 {estimates_ + part.first_block * kScanBlock,
+                  static_cast<int>(sample_.size() * kScanBlock), part.largest, part.mass},
+                 scratch);
 }
 
 void LadderPlan::EstimateReference() {

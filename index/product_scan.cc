@@ -70,14 +70,25 @@ void ProductScan::Scan(int64_t block, int blocks, const uint8_t* next, std::byte
                         reinterpret_cast<uint8_t*>(sums), blocks * kScanBlock, next);
 }
 
-void ProductScan::Estimate(int64_t block, int blocks, const std::byte* sums, float* estimates,
-                           int stride) const {
-  kernels::ProductHead heads[kMaxGroup];
-  constexpr float kReference[kMaxGroup] = {};
-  FillHeads(block, {{}, kReference}, heads);
-  kernels::EstimateProducts(reinterpret_cast<const uint8_t*>(sums), blocks * kScanBlock,
-                            Block(block), blocks, layout_, heads, queries_.group, estimates,
-                            nullptr, nullptr, stride);
+void ProductScan::Sample(absl::Span<const int64_t> blocks, const float* factors,
+                         const SampleResults& results, Scratch& scratch) const {
+  auto* const codes = scratch.Take<const uint8_t*>(blocks.size());
+  auto* const centres = scratch.Take<const float*>(blocks.size());
+  auto* const sums =
+      scratch.Take<uint8_t>(static_cast<size_t>(queries_.group) * blocks.size() * kScanBlock);
+  for (size_t first = 0; first < blocks.size();) {  // those of one codebook at a time
+    const Tables& tables = TablesOf(blocks[first]);
+    size_t end = first;
+    for (; end < blocks.size() && &TablesOf(blocks[end]) == &tables; ++end) {
+      codes[end] = Block(blocks[end]);
+      centres[end] = CentreScores(blocks[end]);
+    }
+    kernels::SampleProducts(
+        {codes + first, centres + first, factors + first, static_cast<int>(end - first)}, layout_,
+        tables.entries, tables.heads, queries_.group, sums,
+        {results.estimates + first * kScanBlock, results.stride, results.largest, results.mass});
+    first = end;
+  }
 }
 
 int ProductScan::Select(int64_t block, int blocks, const std::byte* sums, const ScanBounds& bounds,
@@ -181,11 +192,15 @@ const ProductScan::Tables& ProductScan::TablesOf(int64_t block) const {
   return tables_[tables_of_[static_cast<size_t>(block / kStretchBlocks - first_stretch_)]];
 }
 
+const float* ProductScan::CentreScores(int64_t block) const {
+  return queries_.centre_scores +
+         (block / kSegmentBlocks - queries_.first_segment) * queries_.group;
+}
+
 void ProductScan::FillHeads(int64_t block, const ScanBounds& bounds,
                             kernels::ProductHead* heads) const {
   const Tables& tables = TablesOf(block);
-  const float* const centres =
-      queries_.centre_scores + (block / kSegmentBlocks - queries_.first_segment) * queries_.group;
+  const float* const centres = CentreScores(block);
   for (int h = 0; h < queries_.group; ++h) {
     const auto i = static_cast<size_t>(h);
     heads[h] = {tables.heads + i, centres[h],

@@ -24,8 +24,8 @@ class ProductScan final : public ScanCode {
   static void FetchFirst(const ProductIndex& index, int64_t first_segment);
 
   void Scan(int64_t block, int blocks, const uint8_t* next, std::byte* sums) const override;
-  void Estimate(int64_t block, int blocks, const std::byte* sums, float* estimates,
-                int stride) const override;
+  void Sample(absl::Span<const int64_t> blocks, const float* factors, const SampleResults& results,
+              Scratch& scratch) const override;
   bool RestByBlock() const override { return !layout_.sketch; }
   int Select(int64_t block, int blocks, const std::byte* sums, const ScanBounds& bounds,
              const uint8_t* next, const ScanResults& results) const override;
@@ -48,6 +48,8 @@ class ProductScan final : public ScanCode {
 
   const ProductStretch& StretchOf(int64_t block) const;
   const Tables& TablesOf(int64_t block) const;
+  /// (group), of the block's segment.
+  const float* CentreScores(int64_t block) const;
   void FillHeads(int64_t block, const ScanBounds& bounds, kernels::ProductHead* heads) const;
 
   const ProductIndex& index_;

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "absl/types/span.h"
+#include "index/scratch.h"
 #include "kernels/attention_state.h"
 
 namespace kvseek::index {
@@ -58,6 +59,14 @@ struct RestSums {
   int segments = 0;  ///< that wait to be added to acc
 };
 
+/// What a sample comes to, added up over parts of it.
+struct SampleResults {
+  float* estimates;  ///< [h * stride + key]: what thresholds are compared with
+  int stride;
+  float* largest;  ///< (group), estimate so far; -infinity at first
+  float* mass;     ///< (group), summed weight so far over exp(largest); 0 at first
+};
+
 /// Bytes of a key's sum for each head. What they are is the code's own affair.
 inline constexpr size_t kSumBytes = 2;
 
@@ -71,10 +80,12 @@ class ScanCode {
   /// Adds up the tables' entries for every key. `next`: Block of as many blocks again that will be
   /// scanned next, or null.
   virtual void Scan(int64_t block, int blocks, const uint8_t* next, std::byte* sums) const = 0;
-  /// estimates[h * stride + key] that thresholds are compared with.
-  virtual void Estimate(int64_t block, int blocks, const std::byte* sums, float* estimates,
-                        int stride) const = 0;
-  /// Whether Select and AddRest need ScanResults::block_weights, for whomever else they are.
+  /// Estimates and weighs `blocks`, ascending and anywhere; the weights of block i count factors[i]
+  /// times. Of the blocks, the first kernels::kSampleAhead are the caller's to fetch. `scratch`
+  /// lends memory; it is not reset.
+  virtual void Sample(absl::Span<const int64_t> blocks, const float* factors,
+                      const SampleResults& results, Scratch& scratch) const = 0;
+  /// Whether AddRest reads ScanResults::block_weights, so that Select has to be given them.
   virtual bool RestByBlock() const = 0;
   /// Chooses keys and weighs the others; returns how many it chose.
   virtual int Select(int64_t block, int blocks, const std::byte* sums, const ScanBounds& bounds,
@@ -92,7 +103,7 @@ class ScanCode {
   virtual void PrefetchRest(int64_t block, int blocks) const = 0;
 
   virtual const uint8_t* Block(int64_t block) const = 0;
-  /// What Scan, Estimate and Select read of a block: its first bytes.
+  /// What Scan, Sample and Select read of a block: its first bytes.
   virtual int ScannedBytes() const = 0;
   /// All that a search reads through it, with `sampled` of its blocks read twice.
   virtual int64_t BytesRead(int64_t blocks, int64_t sampled) const = 0;

@@ -6,6 +6,7 @@
 #include "kernels/cpu/attention.h"
 #include "kernels/cpu/ladder_codes.h"
 #include "kernels/cpu/prefetch.h"
+#include "kernels/cpu/reduce.h"
 #include "kernels/cpu/rotation.h"
 
 namespace kvseek::index {
@@ -41,14 +42,36 @@ void SignScan::Scan(int64_t block, int blocks, const uint8_t* next, std::byte* s
                      reinterpret_cast<int16_t*>(sums), blocks * kScanBlock, next);
 }
 
-void SignScan::Estimate(int64_t block, int blocks, const std::byte* sums, float* estimates,
-                        int stride) const {
+void SignScan::Sample(absl::Span<const int64_t> blocks, const float* factors,
+                      const SampleResults& results, Scratch& scratch) const {
+  const auto group = static_cast<size_t>(queries_.group);
+  const int planes = view_.shape.scan_bits;
+  auto* const sums = scratch.Take<int16_t>(group * kScanBlock);
+  auto* const chosen = scratch.Take<uint32_t>(kScanBlock);  // none
+  auto* const weights = scratch.Take<float>(group);
   kernels::ScanHead heads[kMaxGroup];
-  constexpr float kReference[kMaxGroup] = {};
-  FillHeads(block / kSegmentBlocks, {{}, kReference}, heads);
-  kernels::EstimateScores(reinterpret_cast<const int16_t*>(sums), blocks * kScanBlock, Block(block),
-                          blocks, symbols_, view_.shape.scan_bits, heads, queries_.group, estimates,
-                          stride, nullptr);
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    if (i + kernels::kSampleAhead < blocks.size()) {
+      kernels::PrefetchRange(Block(blocks[i + kernels::kSampleAhead]),
+                             static_cast<size_t>(ScannedBytes()));
+    }
+    const uint8_t* const codes = Block(blocks[i]);
+    float* const estimates = results.estimates + i * kScanBlock;
+    FillHeads(blocks[i] / kSegmentBlocks, {{}, results.largest}, heads);
+    kernels::ScanCodes(codes, 1, symbols_, planes, tables_, queries_.group, sums, kScanBlock);
+    kernels::EstimateScores(sums, kScanBlock, codes, 1, symbols_, planes, heads, queries_.group,
+                            estimates, results.stride, nullptr);
+    for (size_t h = 0; h < group; ++h) {
+      const float best =
+          kernels::MaxElement(estimates + h * static_cast<size_t>(results.stride), kScanBlock);
+      if (best <= results.largest[h]) continue;
+      results.mass[h] *= std::exp(results.largest[h] - best);
+      results.largest[h] = heads[h].reference = best;
+    }
+    kernels::SelectAndWeigh(sums, kScanBlock, codes, 1, symbols_, planes, heads, queries_.group, 0,
+                            chosen, weights, 1);
+    for (size_t h = 0; h < group; ++h) results.mass[h] += weights[h] * factors[i];
+  }
 }
 
 int SignScan::Select(int64_t block, int blocks, const std::byte* sums, const ScanBounds& bounds,

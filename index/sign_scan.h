@@ -22,8 +22,8 @@ class SignScan final : public ScanCode {
   SignScan(const KvView& view, const ScanQueries& queries, Scratch& memory);
 
   void Scan(int64_t block, int blocks, const uint8_t* next, std::byte* sums) const override;
-  void Estimate(int64_t block, int blocks, const std::byte* sums, float* estimates,
-                int stride) const override;
+  void Sample(absl::Span<const int64_t> blocks, const float* factors, const SampleResults& results,
+              Scratch& scratch) const override;
   bool RestByBlock() const override { return true; }
   int Select(int64_t block, int blocks, const std::byte* sums, const ScanBounds& bounds,
              const uint8_t* next, const ScanResults& results) const override;

@@ -5,7 +5,8 @@
 #   scripts/search_bench.sh OUT [INDEX:TOKENS:LAYERS[:CANDIDATES[:SESSIONS[:CLIENTS]]]...]
 # INDEX: exact, sign1, sign2 (the ladder's scan codes) or product. CANDIDATES: 4096. SESSIONS: 1; several are asked for in one request,
 # or by so many CLIENTS at the same time, each for its share of them. Results go to OUT/search_latency.json, a line a run to the terminal.
-# Environment: BIN, the programs' folder (default build/release/bin); WORKERS (default: all cores but two); SECONDS_EACH (default 3).
+# A session's youngest 64 to 1087 tokens have no codes yet and are read exactly: TAIL (512) tokens are added to a case's.
+# Environment: BIN, the programs' folder (default build/release/bin); WORKERS (default: all cores but two); SECONDS_EACH (default 3); TAIL.
 set -euo pipefail
 out=$(realpath -m "${1:?folder for the results}")
 shift

@@ -4,6 +4,7 @@
 #include <cassert>
 #include <cmath>
 #include <cstddef>
+#include <limits>
 
 #include "kernels/cpu/log_bits.h"
 
@@ -11,6 +12,7 @@
 #define HWY_TARGET_INCLUDE "kernels/cpu/product_scan.cc"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
+#include "kernels/cpu/ladder_exp-inl.h"
 #include "kernels/cpu/ladder_lookup-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -36,6 +38,18 @@ void ScanProductsImpl(const uint8_t* codes, int blocks, const ProductLayout& lay
         }
         sums[static_cast<ptrdiff_t>(h) * sums_stride + key] = static_cast<uint8_t>(total);
       }
+    }
+  }
+}
+
+/// Takes from a block's sums what upper estimates have more than weights' exponents.
+void LowerSums(const uint8_t* codes, const ProductLayout& layout, const ProductTables* tables,
+               int heads, uint8_t* sums, int sums_stride) {
+  for (int key = 0; key < kScanBlock; ++key) {
+    const int level = SymbolOf(codes, layout.Symbols(), layout.subspaces, key);
+    for (int h = 0; h < heads; ++h) {
+      uint8_t& sum = sums[static_cast<ptrdiff_t>(h) * sums_stride + key];
+      sum = static_cast<uint8_t>(std::max(sum - tables[h].excess_units[level], 0));
     }
   }
 }
@@ -111,14 +125,103 @@ void ScanProductsImpl(const uint8_t* codes, int blocks, const ProductLayout& lay
   }
 }
 
+/// Takes from a block's sums what upper estimates have more than weights' exponents.
+HWY_INLINE void LowerSums(const uint8_t* codes, const ProductLayout& layout,
+                          const ProductTables* tables, int heads, uint8_t* sums, int sums_stride) {
+  const D8 d8;
+  const int symbols = layout.Symbols();
+  for (int i = 0; i < kScanBlock; i += kByteLanes) {
+    const uint8_t* const row = codes + (PlaneRows(symbols) - 1) * kScanBlock + i;  // the last
+    auto level = hn::LoadU(d8, row);
+    if (symbols % 4 == 0) {
+      level =
+          FourthSymbol(hn::LoadU(d8, row - 2 * kScanBlock), hn::LoadU(d8, row - kScanBlock), level);
+    }
+    const Index index = MakeIndex(level);
+    for (int h = 0; h < heads; ++h) {
+      uint8_t* const head_sums = sums + static_cast<ptrdiff_t>(h) * sums_stride + i;
+      const auto excess = LookUp(tables[h].excess_units, index);
+      hn::Store(hn::SaturatedSub(hn::Load(d8, head_sums), excess), d8, head_sums);
+    }
+  }
+}
+
 #endif
+
+/// kLanes sums, as floats.
+HWY_INLINE hn::Vec<DF> LoadSums(const uint8_t* sums) {
+  const hn::RebindToSigned<DF> di;
+  const hn::Rebind<uint8_t, DF> d8;
+  return hn::ConvertTo(DF(), hn::PromoteTo(di, hn::LoadU(d8, sums)));
+}
+
+/// Writes the estimates of one head; returns the largest.
+HWY_INLINE float EstimateSample(const ProductSample& sample, const ProductTables& tables, int head,
+                                const uint8_t* sums, float* estimates) {
+  const DF d;
+  const auto unit = hn::Set(d, tables.unit);
+  auto most = hn::Set(d, -std::numeric_limits<float>::infinity());
+  for (int b = 0; b < sample.blocks; ++b) {
+    const auto base = hn::Set(d, sample.centres[b][head] + tables.base);
+    for (int i = b * kScanBlock; i < (b + 1) * kScanBlock; i += kLanes) {
+      const auto estimate = hn::MulAdd(unit, LoadSums(sums + i), base);
+      hn::StoreU(estimate, d, estimates + i);
+      most = hn::Max(most, estimate);
+    }
+  }
+  return hn::GetLane(hn::MaxOfLanes(d, most));
+}
+
+/// Returns one head's summed weight over exp(largest), from lowered sums.
+HWY_INLINE float WeighSample(const ProductSample& sample, const ProductTables& tables, int head,
+                             const uint8_t* sums, float largest) {
+  const DF d;
+  const auto unit = hn::Set(d, tables.unit * ladder_exp::kLog2E);
+  auto mass = hn::Zero(d);
+  for (int b = 0; b < sample.blocks; ++b) {
+    const auto base =
+        hn::Set(d, (sample.centres[b][head] + tables.base - largest) * ladder_exp::kLog2E);
+    auto sum = hn::Zero(d);
+    for (int i = b * kScanBlock; i < (b + 1) * kScanBlock; i += kLanes) {
+      sum = hn::Add(sum, Exp2Coarse(d, hn::MulAdd(unit, LoadSums(sums + i), base)));
+    }
+    mass = hn::MulAdd(hn::Set(d, sample.factors[b]), sum, mass);
+  }
+  return hn::GetLane(hn::SumOfLanes(d, mass));
+}
+
+void SampleProductsImpl(const ProductSample& sample, const ProductLayout& layout,
+                        const uint8_t* entries, const ProductTables* tables, int heads,
+                        uint8_t* sums, const ProductSampled& results) {
+  const int stride = sample.blocks * kScanBlock;
+  for (int b = 0; b < sample.blocks; ++b) {
+    if (b + kSampleAhead < sample.blocks) {
+      const uint8_t* const ahead = sample.codes[b + kSampleAhead];
+      for (int i = 0; i < layout.SketchOffset(); i += 64) __builtin_prefetch(ahead + i, 0, 3);
+    }
+    ScanProductsImpl(sample.codes[b], 1, layout, entries, heads, sums + b * kScanBlock, stride,
+                     nullptr);
+  }
+  for (int h = 0; h < heads; ++h) {
+    const float largest =
+        EstimateSample(sample, tables[h], h, sums + h * stride,
+                       results.estimates + static_cast<ptrdiff_t>(h) * results.stride);
+    if (largest <= results.largest[h]) continue;
+    results.mass[h] *= std::exp(results.largest[h] - largest);
+    results.largest[h] = largest;
+  }
+  for (int b = 0; b < sample.blocks; ++b) {
+    LowerSums(sample.codes[b], layout, tables, heads, sums + b * kScanBlock, stride);
+  }
+  for (int h = 0; h < heads; ++h) {
+    results.mass[h] += WeighSample(sample, tables[h], h, sums + h * stride, results.largest[h]);
+  }
+}
 
 void EstimateProductsImpl(const uint8_t* sums, int sums_stride, const uint8_t* codes, int blocks,
                           const ProductLayout& layout, const ProductHead* heads, int count,
                           float* estimates, float* weights, float* deviations, int stride) {
   const DF d;
-  const hn::RebindToSigned<DF> di;
-  const hn::Rebind<uint8_t, DF> d8;
   for (int h = 0; h < count; ++h) {
     const ProductHead& head = heads[h];
     const ProductTables& tables = *head.tables;
@@ -127,8 +230,7 @@ void EstimateProductsImpl(const uint8_t* sums, int sums_stride, const uint8_t* c
     const uint8_t* const head_sums = sums + static_cast<ptrdiff_t>(h) * sums_stride;
     float* const out = estimates + static_cast<ptrdiff_t>(h) * stride;
     for (int i = 0; i < blocks * kScanBlock; i += kLanes) {
-      const auto sum = hn::ConvertTo(d, hn::PromoteTo(di, hn::LoadU(d8, head_sums + i)));
-      hn::StoreU(hn::MulAdd(unit, sum, base), d, out + i);
+      hn::StoreU(hn::MulAdd(unit, LoadSums(head_sums + i), base), d, out + i);
     }
     if (weights == nullptr && deviations == nullptr) continue;
     for (int i = 0; i < blocks * kScanBlock; ++i) {
@@ -152,6 +254,7 @@ HWY_AFTER_NAMESPACE();
 namespace kvseek::kernels {
 
 HWY_EXPORT(ScanProductsImpl);
+HWY_EXPORT(SampleProductsImpl);
 HWY_EXPORT(EstimateProductsImpl);
 
 void ScanProducts(const uint8_t* codes, int blocks, const ProductLayout& layout,
@@ -160,6 +263,14 @@ void ScanProducts(const uint8_t* codes, int blocks, const ProductLayout& layout,
   assert(sums_stride % kScanBlock == 0 && sums_stride >= blocks * kScanBlock);
   HWY_DYNAMIC_DISPATCH(ScanProductsImpl)
   (codes, blocks, layout, entries, heads, sums, sums_stride, next_codes);
+}
+
+void SampleProducts(const ProductSample& sample, const ProductLayout& layout,
+                    const uint8_t* entries, const ProductTables* tables, int heads, uint8_t* sums,
+                    const ProductSampled& results) noexcept {
+  assert(results.stride >= sample.blocks * kScanBlock);
+  HWY_DYNAMIC_DISPATCH(SampleProductsImpl)
+  (sample, layout, entries, tables, heads, sums, results);
 }
 
 void EstimateProducts(const uint8_t* sums, int sums_stride, const uint8_t* codes, int blocks,

@@ -88,6 +88,53 @@ TEST(LadderIndexTest, AllRowsExactIsExact) {
   EXPECT_EQ(ladder.report.keys_exact, 2300);
 }
 
+// An exact part of more than 512 tokens is attended to in two halves, whose keys are each there
+// once.
+TEST(LadderIndexTest, LongExactPartsAreCut) {
+  const cli::HeadTrace trace = RandomTrace({.tokens = 3060, .key_dim = 64, .group = 3});
+  const cli::StoredHead head(trace, 2);
+  const KvView view = head.view();
+  ASSERT_EQ(view.SealedTokens(), 2048);
+  Scratch scratch;
+  for (const auto& [begin, end] : std::vector<std::pair<int64_t, int64_t>>{
+           {0, 2048}, {0, 2560}, {0, 2561}, {5, 2560}, {1, 2700}, {63, 3060}, {64, 3060}}) {
+    SCOPED_TRACE(testing::Message() << begin << ' ' << end);
+    const int64_t exact_tokens = end - 2048 + (64 - begin % 64) % 64;
+    const SearchQuery query{trace.StepQueries(0), trace.group, begin, end};
+    SearchOptions options{.candidates = 100000, .exact_rows = 4096};
+    const auto plan = LadderIndex().Plan(view, query, options, scratch);
+    const int units = plan->pieces();
+    const SearchResult result = RunAll(*plan, scratch);
+    const int64_t blocks = 2048 - (begin + 63) / 64 * 64;
+    const int parts = exact_tokens > 512 ? 2 : exact_tokens > 0 ? 1 : 0;
+    const SearchQuery inner{trace.StepQueries(0), trace.group, 2048 - blocks, 2048};
+    EXPECT_EQ(units - LadderIndex().Plan(view, inner, options, scratch)->pieces(), parts);
+    const SearchResult exact = ExactIndex().Search(view, query, {}, scratch);
+    EXPECT_LE(MeanError(trace, result, exact), 2e-5);
+    EXPECT_EQ(result.report.keys_exact, end - begin);
+    // All keys in their order, and nothing of them left behind.
+    options.k = 5000;
+    const SearchResult all = LadderIndex().Search(view, query, options, scratch);
+    std::vector<int64_t> positions(static_cast<size_t>(end - begin));
+    std::iota(positions.begin(), positions.end(), begin);
+    EXPECT_EQ(all.positions, positions);
+    // The best of the exact part with their own scores: what is left is as if they were not there.
+    options.k = 8;
+    const SearchResult best = LadderIndex().Search(view, query, options, scratch);
+    OwnedState rows(trace.group, trace.value_dim);
+    const auto scaled = ScaleQueries(query, view.shape);
+    for (const int64_t p : best.positions) {
+      const RowPointers row = FindRow(view, p);
+      kernels::AttendRows(scaled.get(), row.key, row.value, trace.dtype, 1, trace.key_dim,
+                          rows.view());
+    }
+    std::vector<float> lse = rows.Lse();
+    for (size_t h = 0; h < lse.size(); ++h) {
+      EXPECT_NEAR(std::log(std::exp(lse[h]) + std::exp(best.lse[h])), exact.lse[h], 0.05);
+    }
+  }
+}
+
 TEST(LadderIndexTest, RangesWithoutAWholeBlockAreExact) {
   const cli::HeadTrace trace = RandomTrace({.tokens = 2200});
   const cli::StoredHead head(trace, 2);
@@ -128,7 +175,7 @@ TEST(LadderIndexTest, SeesItsRangeOnly) {
 }
 
 TEST(LadderIndexTest, OrderOfPiecesDoesNotMatter) {
-  const cli::HeadTrace trace = RandomTrace({.tokens = 40000, .group = 3, .steps = 1});
+  const cli::HeadTrace trace = RandomTrace({.tokens = 40800, .group = 3, .steps = 1});
   const cli::StoredHead head(trace, 1);
   const SearchOptions options{.candidates = 1000, .exact_rows = 32, .audit_samples = 64, .seed = 5};
   Scratch scratch;
@@ -141,8 +188,8 @@ TEST(LadderIndexTest, OrderOfPiecesDoesNotMatter) {
     pieces.push_back(plan->pieces());
     for (int i = plan->pieces() - 1; i >= 0; --i) plan->Run(i, i % 2 == 0 ? scratch : other);
   } while (plan->NextStep(other));
-  EXPECT_THAT(pieces, testing::ElementsAre(testing::Ge(2), testing::Ge(4), 3))
-      << "sample, scan, a head's exact rows";
+  EXPECT_THAT(pieces, testing::ElementsAre(testing::Ge(4), testing::Ge(4), 3))
+      << "sample and the two halves of the tail, scan, a head's exact rows";
   const SearchResult backward = plan->Finish(other);
   EXPECT_EQ(forward.out, backward.out);
   EXPECT_EQ(forward.lse, backward.lse);

@@ -142,6 +142,87 @@ TEST_P(ProductScanTest, EstimatesAreNear) {
   }
 }
 
+/// The blocks of a subject as a sample: the last first, so that they are not consecutive.
+struct Sampled {
+  explicit Sampled(const Subject& given)
+      : subject(given),
+        stride(given.blocks * 64 + 16),
+        estimates(static_cast<size_t>(given.heads * stride), -77.0F),
+        largest(static_cast<size_t>(given.heads), -kInfinity),
+        mass(static_cast<size_t>(given.heads)) {
+    for (int b = 0; b < given.blocks; ++b) {
+      codes.push_back(given.codes.data() + BlockOf(b) * given.layout.BlockBytes());
+      for (int h = 0; h < given.heads; ++h) centres.push_back(Centre(b, h));
+      factors.push_back(1.0F + static_cast<float>(b % 3));
+    }
+    for (int b = 0; b < given.blocks; ++b) rows.push_back(centres.data() + b * given.heads);
+  }
+  int BlockOf(int b) const { return subject.blocks - 1 - b; }
+  static float Centre(int b, int h) { return 0.3F * static_cast<float>((b * 5 + h) % 7); }
+  /// Blocks [begin, end).
+  void Add(int begin, int end) {
+    Aligned<uint8_t> sums(static_cast<size_t>(subject.heads * (end - begin) * 64));
+    SampleProducts({codes.data() + begin, rows.data() + begin, factors.data() + begin, end - begin},
+                   subject.layout, subject.entries.data(), subject.tables.data(), subject.heads,
+                   sums.data(),
+                   {estimates.data() + begin * 64, stride, largest.data(), mass.data()});
+  }
+
+  const Subject& subject;
+  int stride;
+  std::vector<const uint8_t*> codes;
+  std::vector<float> centres;
+  std::vector<const float*> rows;
+  std::vector<float> factors;
+  std::vector<float> estimates;
+  std::vector<float> largest;
+  std::vector<float> mass;
+};
+
+TEST_P(ProductScanTest, SamplesAreEstimatedAndWeighed) {
+  for (const int subspaces : {2, 11, 22}) {
+    for (const int heads : {1, 4, 7}) {
+      for (const float spread : {0.0F, 1.0F, 8.0F}) {
+        SCOPED_TRACE(testing::Message() << subspaces << ' ' << heads << ' ' << spread);
+        const Subject subject(subspaces, heads != 4, 13, heads, spread);
+        Sampled whole(subject);
+        whole.Add(0, 13);
+        Sampled parts(subject);
+        parts.Add(0, 1);
+        parts.Add(1, 9);
+        parts.Add(9, 13);
+        EXPECT_EQ(whole.estimates, parts.estimates);
+        EXPECT_EQ(whole.largest, parts.largest);
+        for (size_t h = 0; h < static_cast<size_t>(heads); ++h) {
+          const ProductTables& tables = subject.tables[h];
+          const float* const found = whole.estimates.data() + h * static_cast<size_t>(whole.stride);
+          EXPECT_EQ(whole.largest[h], *std::max_element(found, found + size_t{13} * 64));
+          EXPECT_EQ(found[13 * 64], -77.0F);
+          double mass = 0.0;
+          for (int b = 0; b < 13; ++b) {
+            const int from = whole.BlockOf(b);
+            const ProductHead head = {&tables, Sampled::Centre(b, static_cast<int>(h)), 0.0F,
+                                      whole.largest[h]};
+            std::vector<float> estimates(64), weights(64);
+            EstimateProducts(subject.sums.data() + (static_cast<int>(h) * 13 + from) * 64, 64,
+                             whole.codes[static_cast<size_t>(b)], 1, subject.layout, &head, 1,
+                             estimates.data(), weights.data(), nullptr, 64);
+            for (int key = 0; key < 64; ++key) {
+              ASSERT_EQ(found[b * 64 + key], estimates[static_cast<size_t>(key)]);
+              mass += double{whole.factors[static_cast<size_t>(b)]} *
+                      double{weights[static_cast<size_t>(key)]};
+            }
+          }
+          // A level's excess is rounded to units.
+          const double relative = std::exp(0.5 * double{tables.unit}) - 1.0 + 2e-4;
+          EXPECT_NEAR(whole.mass[h] / mass, 1.0, relative);
+          EXPECT_NEAR(parts.mass[h] / whole.mass[h], 1.0F, 2e-4F);
+        }
+      }
+    }
+  }
+}
+
 /// What SelectProducts finds in all blocks of a subject.
 struct Selected {
   Selected(const Subject& subject, const std::vector<ProductHead>& heads, bool by_block = true)
