@@ -71,10 +71,10 @@ struct Products {
     units.resize(static_cast<size_t>(heads));
     segment_weights.resize(static_cast<size_t>(heads));
     chosen.resize(kSegmentKeys);
-    return SelectProducts(sums, kSegmentKeys, codes, kSegmentBlocks, layout, all, heads, 0,
-                          {chosen.data(), weights, kSegmentKeys, units.data(),
-                           segment_weights.data(), by_block ? block_weights.data() : nullptr,
-                           kSegmentBlocks});
+    return SelectProducts(
+        sums, kSegmentKeys, codes, kSegmentBlocks, layout, all, heads, 0,
+        {chosen.data(), weights, kSegmentKeys, units.data(), segment_weights.data(),
+         by_block ? block_weights.data() : nullptr, kSegmentBlocks});
   }
   std::vector<float> Sketches(int heads) {
     std::vector<float> components(static_cast<size_t>(heads * kSketchDim));
