@@ -64,17 +64,17 @@ struct Products {
   void Scan(int heads) {
     ScanProducts(codes, kSegmentBlocks, layout, entries.data(), heads, sums, kSegmentKeys);
   }
-  int Select(int heads) {
-    std::vector<ProductHead> all;
-    for (int h = 0; h < heads; ++h) {
-      all.push_back({&tables[static_cast<size_t>(h)], 0.0F, 7.0F, 3.0F});
-    }
+  int Select(int heads, bool by_block) {
+    ProductHead all[kHeadsMax];
+    for (int h = 0; h < heads; ++h) all[h] = {&tables[static_cast<size_t>(h)], 0.0F, 4.5F, 3.0F};
     block_weights.resize(static_cast<size_t>(heads * kSegmentBlocks));
     units.resize(static_cast<size_t>(heads));
+    segment_weights.resize(static_cast<size_t>(heads));
     chosen.resize(kSegmentKeys);
     return SelectProducts(
-        sums, kSegmentKeys, codes, kSegmentBlocks, layout, all.data(), heads, 0,
-        {chosen.data(), weights, kSegmentKeys, units.data(), block_weights.data(), kSegmentBlocks});
+        sums, kSegmentKeys, codes, kSegmentBlocks, layout, all, heads, 0,
+        {chosen.data(), weights, kSegmentKeys, units.data(), segment_weights.data(),
+         by_block ? block_weights.data() : nullptr, kSegmentBlocks});
   }
   std::vector<float> Sketches(int heads) {
     std::vector<float> components(static_cast<size_t>(heads * kSketchDim));
@@ -94,6 +94,7 @@ struct Products {
   std::vector<uint8_t> entries;
   std::vector<ProductTables> tables;
   std::vector<float> block_weights;
+  std::vector<float> segment_weights;
   std::vector<uint32_t> chosen;
   std::vector<float> units;
   uint8_t* codes;
@@ -133,22 +134,27 @@ void BenchScanProducts(benchmark::State& state, const std::string& level, int he
   bench::Report(state, bytes, kSegmentKeys);
 }
 
-void BenchSelectProducts(benchmark::State& state, const std::string& level, int heads) {
+/// `by_block`: with the weights of each block.
+void BenchSelectProducts(benchmark::State& state, const std::string& level, int heads,
+                         bool by_block) {
   const auto products = MakeProducts(11);
-  const int expected = products->Select(heads);
-  const std::vector<float> weights = products->block_weights;
+  const int expected = products->Select(heads, by_block);
+  const std::vector<float> block_weights = products->block_weights;
+  const std::vector<float> weights = products->segment_weights;
   if (!ForceSimdLevel(level)) return state.SkipWithError("level not supported");
-  if (products->Select(heads) != expected || !Near(products->block_weights, weights, 1e-4F)) {
+  if (products->Select(heads, by_block) != expected ||
+      !Near(products->block_weights, block_weights, 1e-4F) ||
+      !Near(products->segment_weights, weights, 1e-4F)) {
     return state.SkipWithError("differs from the scalar level");
   }
-  for (auto _ : state) benchmark::DoNotOptimize(products->Select(heads));
+  for (auto _ : state) benchmark::DoNotOptimize(products->Select(heads, by_block));
   state.counters["chosen"] = expected / static_cast<double>(kSegmentKeys);
   bench::Report(state, 2.0 * heads * kSegmentKeys, kSegmentKeys);
 }
 
 void BenchAddSketches(benchmark::State& state, const std::string& level, int heads) {
   const auto products = MakeProducts(11);
-  products->Select(heads);
+  products->Select(heads, false);
   const std::vector<float> expected = products->Sketches(heads);
   if (!ForceSimdLevel(level)) return state.SkipWithError("level not supported");
   if (!Near(products->Sketches(heads), expected, 1e-4F)) {
@@ -204,7 +210,8 @@ bool RegisterProducts() {
       const std::string line = "/" + level + "/heads:" + std::to_string(heads);
       Register("ScanProducts" + line + "/subspaces:11", BenchScanProducts, level, heads, 11);
       Register("ScanProducts" + line + "/subspaces:22", BenchScanProducts, level, heads, 22);
-      Register("SelectProducts" + line, BenchSelectProducts, level, heads);
+      Register("SelectProducts" + line, BenchSelectProducts, level, heads, false);
+      Register("SelectProducts" + line + "/by_block", BenchSelectProducts, level, heads, true);
       Register("AddSketches" + line, BenchAddSketches, level, heads);
       Register("BuildProductTables" + line, BenchProductTables, level, heads);
     }

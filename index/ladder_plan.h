@@ -166,7 +166,7 @@ class LadderPlan final : public SearchPlan {
                        const ScanBuffers& buffers, Chosen& chosen);
   /// Of the codes just scanned: what SearchOptions::keep asks for.
   void KeepKeys(Piece& piece, int64_t begin_block, int blocks, const ScanBuffers& buffers);
-  /// Adds buffers.block_weights of the blocks to the rest.
+  /// Adds the unchosen keys' weights, buffers.results, to the rest.
   void AddRest(Piece& piece, int64_t begin_block, int blocks, const ScanBuffers& buffers,
                const kernels::GroupState& rest, RestSums& rest_sums);
   /// Where the next `blocks` blocks of the range start, or null if it has not so many. A piece that

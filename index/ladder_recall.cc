@@ -106,6 +106,7 @@ void LadderPlan::RecallSegmentPart(int64_t begin_block, int64_t end_block,
     std::copy_n(recalled_weights_.begin() + h * all + begin_block - first_block_, blocks,
                 buffers.results.block_weights + h * blocks);
   }
+  SumBlockWeights(buffers.results, group_, static_cast<int>(blocks));
 }
 
 /// Half of the draws go where the weights are, the other half anywhere: a key that has become heavy

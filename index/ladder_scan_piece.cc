@@ -22,10 +22,13 @@ void LadderPlan::RunScan(Piece& piece, Scratch& scratch) {
   if (options_.audit_samples > 0) piece.block_weights.resize(piece_blocks * group);
   if (options_.keep > 0) piece.kept_weights.resize(piece_blocks * group);
   scratch.Reset();
+  const bool by_block =
+      options_.audit_samples > 0 || recall_.last != nullptr || codes_->RestByBlock();
   const ScanBuffers buffers = {
       scratch.Take<std::byte>(group * kSegmentTokens * kSumBytes),
-      {nullptr, scratch.Take<float>(group * kSegmentBlocks),
-       scratch.Take<uint8_t>(group * kSegmentTokens), scratch.Take<float>(group)},
+      {nullptr, by_block ? scratch.Take<float>(group * kSegmentBlocks) : nullptr,
+       scratch.Take<uint8_t>(group * kSegmentTokens), scratch.Take<float>(group),
+       scratch.Take<float>(group)},
       scratch.Take<uint32_t>(kSegmentTokens),
       scratch.Take<float>(group * kSegmentBlocks)};
   Pending pending = {0, scratch.Take<kernels::FineRow>(kPendingWhole + kSegmentTokens)};
@@ -98,12 +101,9 @@ void LadderPlan::AddRest(Piece& piece, int64_t begin_block, int blocks, const Sc
   codes_->AddRest(begin_block, blocks, buffers.results, rest_sums);
   const auto piece_blocks = piece.last_block - piece.first_block;
   for (int h = 0; h < group_; ++h) {
-    const float* weights = buffers.results.block_weights + static_cast<ptrdiff_t>(h) * blocks;
-    float sum = 0.0F;
-    for (int b = 0; b < blocks; ++b) sum += weights[b];
-    rest.sum[h] += sum;
+    rest.sum[h] += buffers.results.sums[h];
     if (options_.audit_samples > 0) {
-      std::copy_n(weights, blocks,
+      std::copy_n(buffers.results.block_weights + static_cast<ptrdiff_t>(h) * blocks, blocks,
                   piece.block_weights.begin() + h * piece_blocks + begin_block - piece.first_block);
     }
   }

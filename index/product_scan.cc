@@ -96,11 +96,12 @@ int ProductScan::Select(int64_t block, int blocks, const std::byte* sums, const 
   kernels::ProductHead heads[kMaxGroup];
   FillHeads(block, bounds, heads);
   const auto first = static_cast<uint32_t>((block % kSegmentBlocks) * kScanBlock);
-  return kernels::SelectProducts(reinterpret_cast<const uint8_t*>(sums), blocks * kScanBlock,
-                                 Block(block), blocks, layout_, heads, queries_.group, first,
-                                 {results.chosen, results.key_weights, blocks * kScanBlock,
-                                  results.weight_units, results.block_weights, blocks},
-                                 next);
+  return kernels::SelectProducts(
+      reinterpret_cast<const uint8_t*>(sums), blocks * kScanBlock, Block(block), blocks, layout_,
+      heads, queries_.group, first,
+      {results.chosen, results.key_weights, blocks * kScanBlock, results.weight_units, results.sums,
+       results.block_weights, blocks},
+      next);
 }
 
 void ProductScan::AddRest(int64_t block, int blocks, const ScanResults& results,
@@ -120,10 +121,7 @@ void ProductScan::AddRest(int64_t block, int blocks, const ScanResults& results,
     std::fill_n(rest.components, queries_.group * kSketchDim, 0.0F);
   }
   for (int h = 0; h < queries_.group; ++h) {
-    const float* const of_blocks = results.block_weights + static_cast<ptrdiff_t>(h) * blocks;
-    float sum = 0.0F;
-    for (int b = 0; b < blocks; ++b) sum += of_blocks[b];
-    rest.weights[h * RestSums::kSegments + rest.segments] = sum;
+    rest.weights[h * RestSums::kSegments + rest.segments] = results.sums[h];
   }
   ++rest.segments;
   kernels::AddSketches(Block(block), blocks, layout_, results.key_weights, blocks * kScanBlock,

@@ -26,6 +26,7 @@ class ProductScan final : public ScanCode {
   void Scan(int64_t block, int blocks, const uint8_t* next, std::byte* sums) const override;
   void Sample(absl::Span<const int64_t> blocks, const float* factors, const SampleResults& results,
               Scratch& scratch) const override;
+  bool RestByBlock() const override { return !layout_.sketch; }
   int Select(int64_t block, int blocks, const std::byte* sums, const ScanBounds& bounds,
              const uint8_t* next, const ScanResults& results) const override;
   void AddRest(int64_t block, int blocks, const ScanResults& results,

@@ -32,10 +32,21 @@ struct ScanBounds {
 /// Results for the keys of one segment part, and what AddRest needs of them.
 struct ScanResults {
   uint32_t* chosen;      ///< (1024) ascending indices into the segment
-  float* block_weights;  ///< (group, blocks): summed weight of the unchosen keys
+  float* block_weights;  ///< (group, blocks): of each block; null: not wanted (RestByBlock)
   uint8_t* key_weights;  ///< (group, blocks * 64), in weight_units: product codes only
-  float* weight_units;   ///< (group)
+  float* weight_units;   ///< (group): product codes only
+  float* sums;           ///< (group): summed weight of the unchosen keys
 };
+
+/// Sets results.sums from its block weights.
+inline void SumBlockWeights(const ScanResults& results, int group, int blocks) {
+  for (int h = 0; h < group; ++h) {
+    const float* const weights = results.block_weights + static_cast<ptrdiff_t>(h) * blocks;
+    float sum = 0.0F;
+    for (int b = 0; b < blocks; ++b) sum += weights[b];
+    results.sums[h] = sum;
+  }
+}
 
 /// What stands for the values of unread keys, added up over consecutive segments.
 struct RestSums {
@@ -74,6 +85,8 @@ class ScanCode {
   /// lends memory; it is not reset.
   virtual void Sample(absl::Span<const int64_t> blocks, const float* factors,
                       const SampleResults& results, Scratch& scratch) const = 0;
+  /// Whether AddRest reads ScanResults::block_weights, so that Select has to be given them.
+  virtual bool RestByBlock() const = 0;
   /// Chooses keys and weighs the others; returns how many it chose.
   virtual int Select(int64_t block, int blocks, const std::byte* sums, const ScanBounds& bounds,
                      const uint8_t* next, const ScanResults& results) const = 0;

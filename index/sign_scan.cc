@@ -79,10 +79,12 @@ int SignScan::Select(int64_t block, int blocks, const std::byte* sums, const Sca
   kernels::ScanHead heads[kMaxGroup];
   FillHeads(block / kSegmentBlocks, bounds, heads);
   const auto first = static_cast<uint32_t>((block % kSegmentBlocks) * kScanBlock);
-  return kernels::SelectAndWeigh(reinterpret_cast<const int16_t*>(sums), blocks * kScanBlock,
-                                 Block(block), blocks, symbols_, view_.shape.scan_bits, heads,
-                                 queries_.group, first, results.chosen, results.block_weights,
-                                 blocks, next);
+  const int chosen = kernels::SelectAndWeigh(reinterpret_cast<const int16_t*>(sums),
+                                             blocks * kScanBlock, Block(block), blocks, symbols_,
+                                             view_.shape.scan_bits, heads, queries_.group, first,
+                                             results.chosen, results.block_weights, blocks, next);
+  SumBlockWeights(results, queries_.group, blocks);
+  return chosen;
 }
 
 void SignScan::AddRest(int64_t block, int blocks, const ScanResults& results,

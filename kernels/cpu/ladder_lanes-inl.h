@@ -95,20 +95,25 @@ HWY_INLINE uint64_t MaskBits(D d, const M* any) {
   return bits;
 }
 
-/// Writes first_index + i for every set bit i; returns how many there are.
-HWY_INLINE int PutIndices(uint64_t bits, uint32_t first_index, uint32_t* chosen) {
+#if HWY_TARGET <= HWY_AVX3_DL
+using FirstIndex = __m512i;  ///< in all lanes: a broadcast from a register is a shuffle
+#else
+using FirstIndex = uint32_t;
+#endif
+
+/// Writes first + i for every set bit i; returns how many there are.
+HWY_INLINE int PutIndicesFrom(uint64_t bits, FirstIndex first, uint32_t* chosen) {
   const int count = std::popcount(bits);
 #if HWY_TARGET <= HWY_AVX3_DL
   alignas(64) static constexpr uint8_t kNumbers[64] = {
       0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
       22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43,
       44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
-  const __m512i first = _mm512_set1_epi32(static_cast<int>(first_index));
   __m512i keys = _mm512_maskz_compress_epi8(bits, _mm512_load_si512(kNumbers));
   for (int i = 0;; i += 16) {  // few blocks have more than 16
     const __m512i some = _mm512_cvtepu8_epi32(_mm512_castsi512_si128(keys));
-    const int left = std::min(count - i, 16);
-    _mm512_mask_storeu_epi32(chosen + i, static_cast<__mmask16>((1U << left) - 1U),
+    const auto left = static_cast<uint32_t>(count - i);
+    _mm512_mask_storeu_epi32(chosen + i, static_cast<__mmask16>(_bzhi_u32(0xffff, left)),
                              _mm512_add_epi32(some, first));
     if (i + 16 >= count) break;
     keys = _mm512_alignr_epi64(keys, keys, 2);
@@ -116,7 +121,7 @@ HWY_INLINE int PutIndices(uint64_t bits, uint32_t first_index, uint32_t* chosen)
 #elif HWY_TARGET <= HWY_AVX3
   // Without branches: how many there are cannot be foreseen.
   __m512i indices =
-      _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first_index)),
+      _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)),
                        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
   for (int v = 0; v < 4; ++v, bits >>= 16) {
     const auto mask = static_cast<__mmask16>(bits);
@@ -128,11 +133,42 @@ HWY_INLINE int PutIndices(uint64_t bits, uint32_t first_index, uint32_t* chosen)
   }
 #else
   for (; bits != 0; bits &= bits - 1) {
-    *chosen++ = first_index + static_cast<uint32_t>(std::countr_zero(bits));
+    *chosen++ = first + static_cast<uint32_t>(std::countr_zero(bits));
   }
 #endif
   return count;
 }
+
+/// Writes first_index + i for every set bit i; returns how many there are.
+HWY_INLINE int PutIndices(uint64_t bits, uint32_t first_index, uint32_t* chosen) {
+#if HWY_TARGET <= HWY_AVX3_DL
+  return PutIndicesFrom(bits, _mm512_set1_epi32(static_cast<int>(first_index)), chosen);
+#else
+  return PutIndicesFrom(bits, first_index, chosen);
+#endif
+}
+
+/// The same for one block after the other.
+class BlockIndices {
+ public:
+#if HWY_TARGET <= HWY_AVX3_DL
+  explicit BlockIndices(uint32_t first) : first_(_mm512_set1_epi32(static_cast<int>(first))) {}
+#else
+  explicit BlockIndices(uint32_t first) : first_(first) {}
+#endif
+  HWY_INLINE int Put(uint64_t bits, uint32_t* chosen) {
+    const int count = PutIndicesFrom(bits, first_, chosen);
+#if HWY_TARGET <= HWY_AVX3_DL
+    first_ = _mm512_add_epi32(first_, _mm512_set1_epi32(kScanBlock));
+#else
+    first_ += kScanBlock;
+#endif
+    return count;
+  }
+
+ private:
+  FirstIndex first_;
+};
 
 /// Sums of neighbouring numbers of bf16, which are in the 16-bit lanes of `bits`, in lanes of D.
 template <class D, class V16>

@@ -101,8 +101,9 @@ struct ProductResults {
   uint8_t* weights;      ///< (count, weights_stride): of each key in weight_units, 0 if chosen
   int weights_stride;    ///< a multiple of 64; weights is 64-byte aligned
   float* weight_units;   ///< (count)
-  float* block_weights;  ///< (count, blocks_stride): summed weight of each block
-  int blocks_stride;
+  float* sums;           ///< (count): summed weight of all blocks
+  float* block_weights;  ///< (count, blocks_stride): of each block, or null: nobody wants them
+  int blocks_stride;     ///< of block_weights
 };
 
 /// Writes first_index + key of every chosen key, ascending, and the weights of the others: single

@@ -225,16 +225,17 @@ TEST_P(ProductScanTest, SamplesAreEstimatedAndWeighed) {
 
 /// What SelectProducts finds in all blocks of a subject.
 struct Selected {
-  Selected(const Subject& subject, const std::vector<ProductHead>& heads)
+  Selected(const Subject& subject, const std::vector<ProductHead>& heads, bool by_block = true)
       : stride(subject.blocks * 64),
         chosen(static_cast<size_t>(stride) + 1, 77777),
         weights(heads.size() * static_cast<size_t>(stride)),
         units(heads.size()),
+        sums(heads.size()),
         block_weights(heads.size() * static_cast<size_t>(subject.blocks + 1), -1.0F) {
     count = SelectProducts(subject.sums.data(), stride, subject.codes.data(), subject.blocks,
                            subject.layout, heads.data(), static_cast<int>(heads.size()), 1000,
-                           {chosen.data(), weights.data(), stride, units.data(),
-                            block_weights.data(), subject.blocks + 1});
+                           {chosen.data(), weights.data(), stride, units.data(), sums.data(),
+                            by_block ? block_weights.data() : nullptr, subject.blocks + 1});
   }
   float Weight(size_t h, size_t key) const {
     return units[h] * static_cast<float>(weights.data()[h * static_cast<size_t>(stride) + key]);
@@ -245,6 +246,7 @@ struct Selected {
   std::vector<uint32_t> chosen;
   Aligned<uint8_t> weights;
   std::vector<float> units;
+  std::vector<float> sums;
   std::vector<float> block_weights;
 };
 
@@ -290,6 +292,35 @@ TEST_P(ProductScanTest, SelectsAndWeighsAsEstimated) {
             ASSERT_NEAR(selected.block_weights[h * 4 + b], sum, relative * sum + 3e-3F * largest);
           }
           EXPECT_EQ(selected.block_weights[h * 4 + 3], -1.0F);
+        }
+      }
+    }
+  }
+}
+
+// Sums are of the blocks' whole numbers, over any number of blocks, and the same without them.
+TEST_P(ProductScanTest, SumsAreOfAllBlocks) {
+  for (const int heads : {1, 4, 5, 8, 11}) {
+    for (const int blocks : {1, 16, 37}) {
+      for (const float threshold : {-kInfinity, 0.8F, kInfinity}) {
+        SCOPED_TRACE(testing::Message() << heads << ' ' << blocks << ' ' << threshold);
+        const Subject subject(11, true, blocks, heads);
+        const auto given = subject.Heads(threshold, 0.7F);
+        const Selected by_block(subject, given);
+        const Selected whole(subject, given, false);
+        EXPECT_EQ(whole.count, by_block.count);
+        EXPECT_EQ(whole.chosen, by_block.chosen);
+        EXPECT_EQ(whole.units, by_block.units);
+        EXPECT_EQ(whole.sums, by_block.sums);
+        const size_t keys = static_cast<size_t>(heads) * static_cast<size_t>(blocks) * 64;
+        EXPECT_TRUE(
+            std::equal(whole.weights.data(), whole.weights.data() + keys, by_block.weights.data()));
+        for (size_t h = 0; h < static_cast<size_t>(heads); ++h) {
+          double sum = 0.0;
+          for (size_t b = 0; b < static_cast<size_t>(blocks); ++b) {
+            sum += by_block.block_weights[h * static_cast<size_t>(blocks + 1) + b];
+          }
+          EXPECT_NEAR(whole.sums[h], sum, 1e-6 * sum);
         }
       }
     }
