@@ -41,6 +41,7 @@ number=0
 for case in "${cases[@]}"; do
   IFS=: read -r name tokens layers candidates sessions clients <<<"$case"
   index=ladder bits=1 build=() batch=()
+  tokens=$((tokens + ${TAIL:-512}))
   # Several clients sleep until their answers come: looking, they would take the workers' cores.
   spin=$((${clients:-1} > 1 ? 0 : 2000))
   ((${sessions:-1} == 1)) || batch=(--batch)
