@@ -192,6 +192,25 @@ HWY_INLINE V8 FourthSymbol(V8 row0, V8 row1, V8 row2) {
 #endif
 }
 
+/// Where a plane of a block has its keys' last symbols: the low six bits of a row, or the top two
+/// of three.
+struct LastSymbols {
+  explicit LastSymbols(int symbols)
+      : last((PlaneRows(symbols) - 1) * kScanBlock), top_bits(symbols % 4 == 0) {}
+  /// Bytes whose low six bits are these symbols, kByteLanes of them from i on.
+  HWY_INLINE V8 Load(const uint8_t* plane, int i) const {
+    const D8 d8;
+    const uint8_t* const row = plane + last + i;
+    const auto bytes = hn::LoadU(d8, row);
+    if (!top_bits) return bytes;
+    return FourthSymbol(hn::LoadU(d8, row - 2 * kScanBlock), hn::LoadU(d8, row - kScanBlock),
+                        bytes);
+  }
+
+  ptrdiff_t last;
+  bool top_bits;
+};
+
 template <int kHeads>
 HWY_INLINE void AddSymbol(V8 row, int symbol, const Tables<kHeads>& tables, V8* sum) {
   const Index index = MakeIndex(row);

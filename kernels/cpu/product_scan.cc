@@ -129,15 +129,9 @@ void ScanProductsImpl(const uint8_t* codes, int blocks, const ProductLayout& lay
 HWY_INLINE void LowerSums(const uint8_t* codes, const ProductLayout& layout,
                           const ProductTables* tables, int heads, uint8_t* sums, int sums_stride) {
   const D8 d8;
-  const int symbols = layout.Symbols();
+  const LastSymbols levels_of(layout.Symbols());
   for (int i = 0; i < kScanBlock; i += kByteLanes) {
-    const uint8_t* const row = codes + (PlaneRows(symbols) - 1) * kScanBlock + i;  // the last
-    auto level = hn::LoadU(d8, row);
-    if (symbols % 4 == 0) {
-      level =
-          FourthSymbol(hn::LoadU(d8, row - 2 * kScanBlock), hn::LoadU(d8, row - kScanBlock), level);
-    }
-    const Index index = MakeIndex(level);
+    const Index index = MakeIndex(levels_of.Load(codes, i));
     for (int h = 0; h < heads; ++h) {
       uint8_t* const head_sums = sums + static_cast<ptrdiff_t>(h) * sums_stride + i;
       const auto excess = LookUp(tables[h].excess_units, index);

@@ -180,24 +180,6 @@ HWY_INLINE int LargestSum(const uint8_t* sums, int blocks) {
   return largest;
 }
 
-/// Where a block has its keys' levels: the low six bits of a row, or the top two of three.
-struct LevelRows {
-  explicit LevelRows(int symbols)
-      : last((PlaneRows(symbols) - 1) * kScanBlock), top_bits(symbols % 4 == 0) {}
-  /// Bytes whose low six bits are levels, kByteLanes of them from i on.
-  HWY_INLINE V8 Load(const uint8_t* block, int i) const {
-    const D8 d8;
-    const uint8_t* const row = block + last + i;
-    const auto bytes = hn::LoadU(d8, row);
-    if (!top_bits) return bytes;
-    return FourthSymbol(hn::LoadU(d8, row - 2 * kScanBlock), hn::LoadU(d8, row - kScanBlock),
-                        bytes);
-  }
-
-  ptrdiff_t last;
-  bool top_bits;
-};
-
 /// The low bits of every byte shifted down; what comes from its neighbour is in the top two.
 HWY_INLINE V8 ShiftBytes(V8 bytes, const SelectHead& head) {
 #if HWY_TARGET <= HWY_AVX3
@@ -244,7 +226,7 @@ KVSEEK_SELECT HWY_NOINLINE int SelectInOf(const SelectCall& call, const SelectRa
   V32 high_sums[kRoom];
   V32 low_sums[kRoom];
   for (int h = 0; h < count; ++h) high_sums[h] = low_sums[h] = hn::Zero(D32());
-  const LevelRows level_rows(call.symbols);
+  const LastSymbols levels_of(call.symbols);
   const uint8_t* block = call.codes + static_cast<ptrdiff_t>(range.begin) * block_bytes;
   const ptrdiff_t ahead = call.next == nullptr ? 0 : call.next - call.codes;
   uint32_t* chosen = range.chosen;
@@ -262,7 +244,7 @@ KVSEEK_SELECT HWY_NOINLINE int SelectInOf(const SelectCall& call, const SelectRa
       hn::Mask<D8> any[kByteVectors];
       for (int v = 0; v < kByteVectors; ++v) {
         const ptrdiff_t i = at + v * kByteLanes;
-        const Index levels = MakeIndex(level_rows.Load(block, v * kByteLanes));
+        const Index levels = MakeIndex(levels_of.Load(block, v * kByteLanes));
         V8 lifted[kRoom];
         auto most = hn::Zero(d8);
         for (int h = 0; h < count; ++h) {
