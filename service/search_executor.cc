@@ -1,7 +1,6 @@
 #include "service/search_executor.h"
 
 #include <algorithm>
-#include <deque>
 #include <exception>
 #include <mutex>
 #include <new>
@@ -10,7 +9,7 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/strings/str_cat.h"
 #include "proto/status_code.h"
-#include "service/short_lock.h"
+#include "service/unit_queue.h"
 #include "transport/pause.h"
 
 namespace kvseek::service {
@@ -20,6 +19,8 @@ using index::Scratch;
 
 // How long a worker looks for the next step of a run before it looks for other work.
 constexpr std::chrono::microseconds kLookMax{200};
+
+constexpr int kUnitsLeft = -1;  // other pieces of the step are still to be run
 
 /// The searches of one request under way. Runners (jobs on the pool) take units from it until there
 /// are none.
@@ -31,67 +32,48 @@ class SearchRun {
         give_up_(std::move(give_up)),
         done_(std::move(done)),
         searches_(tasks_.size()),
-        results_(tasks_.size()) {}
+        results_(tasks_.size()),
+        units_(tasks_.size(), 2 * pool.workers()) {}
 
-  /// Makes the caller one of the run's runners, and submits as many as there is work for.
+  /// Makes the caller one of the run's runners, and submits the others.
   static void Start(const std::shared_ptr<SearchRun>& run, Scratch& scratch);
 
  private:
-  struct Search {
+  struct alignas(64) Search {
     std::unique_ptr<index::SearchPlan> plan;
-    int pieces = 0;      ///< of the step
-    int next_piece = 0;  ///< to be given out
-    std::atomic<int> pieces_left{0};
+    std::atomic<int> pieces_left{0};  ///< of the step, not run
     bool distrusted = false;  ///< answered from an earlier search, but not to be trusted ...
     int64_t wasted = 0;       ///< ... after so many bytes
   };
 
-  struct Unit {
-    bool none = true;
-    size_t task = 0;
-    int piece = -1;  ///< -1: plan
-  };
-
-  /// So many searches are planned before any piece is run.
-  int plans_wanted() const { return 2 * pool_.workers(); }
-  /// Works as a runner.
+  /// Works as a runner, until there are no units and none are to come soon.
   static void Work(const std::shared_ptr<SearchRun>& run, Scratch& scratch);
-  /// Takes the next unit for a runner; without one, the runner is gone.
-  Unit Next() ABSL_LOCKS_EXCLUDED(mutex_);
-  /// For a runner that has gone: looks for units that another runner's unit makes ready, as long as
-  /// idle workers look for jobs, but not long. True: there are some, and it is back.
-  bool ComeBack() ABSL_LOCKS_EXCLUDED(mutex_);
-  /// Whether there are units to be given out.
-  bool HasUnits() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    return failure_.ok() && (!open_.empty() || next_task_ < tasks_.size());
-  }
-  /// What came of a unit.
-  struct Outcome {
-    absl::Status status;
-    int opened = 0;         ///< pieces of its search that can be run now
-    bool finished = false;  ///< its search is
-  };
-  Outcome Run(const Unit& unit, Scratch& scratch);
+  static void Submit(const std::shared_ptr<SearchRun>& run, int runners);
+  /// Takes and runs units until there are none now; true: others want the worker before that.
+  static bool RunUnits(const std::shared_ptr<SearchRun>& run, Scratch& scratch);
+  /// Lets pieces be taken, and submits runners for them.
+  static void MakeReady(const std::shared_ptr<SearchRun>& run, size_t search, int pieces);
+  /// For a runner without a unit: looks for units that another runner's makes ready, as long as
+  /// idle workers look for jobs, but not long. True: there may be some.
+  bool Look() const;
+  /// Runs a unit. Returns the pieces that it made ready; 0: its search is finished; or kUnitsLeft.
+  int Run(const SearchUnit& unit, Scratch& scratch);
   std::unique_ptr<index::SearchPlan> Plan(const SearchTask& task, bool distrusted,
                                           Scratch& scratch) const;
   /// Plans a search. Returns the pieces of its first step; 0: it is finished.
   int Begin(size_t task, Scratch& scratch);
-  /// Makes the pieces of the plan's step ready to be given out; returns how many there are.
-  static int OpenStep(Search& search);
   /// Goes on with a search of which no piece is left to be run. Returns the next step's pieces; 0:
   /// the search is finished.
   int GoOn(size_t task, Scratch& scratch);
+  /// Prepares the plan's step; returns its pieces.
+  static int BeginStep(Search& search);
   /// Takes the result of a plan that is complete; false if it is not to be trusted.
   bool Finish(size_t task, Scratch& scratch);
-  /// What is to be done after a unit.
-  struct Booked {
-    int more = 0;       ///< runners there is work for
-    bool last = false;  ///< no unit is under way: FinishIfComplete
-  };
-  Booked Book(const Unit& unit, Outcome outcome) ABSL_LOCKS_EXCLUDED(mutex_);
-  /// Calls `done` if no unit is under way and none is left to do; true: that has been done. Runners
-  /// that still wait for a worker are not waited for; they will find nothing.
-  bool FinishIfComplete(Scratch& scratch) ABSL_LOCKS_EXCLUDED(mutex_);
+  /// No unit is taken any more; `done` gets the first failure once none is under way.
+  void Fail(absl::Status status) ABSL_LOCKS_EXCLUDED(mutex_);
+  /// Calls `done`, unless that has been done. No unit may be under way. Runners that still wait for
+  /// a worker are not waited for; they will find nothing.
+  void CallDone(Scratch& scratch) ABSL_LOCKS_EXCLUDED(mutex_);
 
   ComputePool& pool_;
   const std::vector<SearchTask> tasks_;
@@ -99,62 +81,28 @@ class SearchRun {
   SearchDone done_;
   std::vector<Search> searches_;  ///< a slot belongs to the unit that works on it
   std::vector<index::SearchResult> results_;
+  UnitQueue units_;
 
+  // Whoever may have a unit is counted before it looks at failed_, and who finds it set takes none:
+  // the last of them calls `done`. Likewise a runner stops being counted before it looks for units
+  // a last time, and units are there before runners are counted: either the one sees the others or
+  // these see it.
+  std::atomic<int> runners_{0};  ///< jobs queued or running, in order to work or to look
+  std::atomic<int> working_{0};  ///< runners that may have a unit
+  std::atomic<bool> failed_{false};
+  std::atomic<bool> done_called_{false};
   std::mutex mutex_;
-  size_t next_task_ ABSL_GUARDED_BY(mutex_) = 0;
-  int plans_ ABSL_GUARDED_BY(mutex_) = 0;  ///< searches begun and not finished
-  std::deque<size_t> open_
-      ABSL_GUARDED_BY(mutex_);  ///< planned searches with pieces left to give out
-  int64_t open_pieces_ ABSL_GUARDED_BY(mutex_) = 0;
-  int runners_ ABSL_GUARDED_BY(mutex_) = 0;    ///< jobs queued or running
-  int lookers_ ABSL_GUARDED_BY(mutex_) = 0;    ///< runners gone that may come back
-  int under_way_ ABSL_GUARDED_BY(mutex_) = 0;  ///< units taken and not booked
-  bool done_called_ ABSL_GUARDED_BY(mutex_) = false;
   absl::Status failure_ ABSL_GUARDED_BY(mutex_);
-  std::atomic<bool> changed_{false};  ///< since a looker has last looked; set with the lock
 };
 
-SearchRun::Unit SearchRun::Next() {
-  absl::Status give_up = give_up_.Check();
-  const auto lock = LockShortly(mutex_);
-  if (failure_.ok()) failure_ = std::move(give_up);
-  if (failure_.ok() && next_task_ < tasks_.size() && (open_.empty() || plans_ < plans_wanted())) {
-    ++under_way_;
-    ++plans_;
-    return {false, next_task_++, -1};
-  }
-  if (failure_.ok() && !open_.empty()) {
-    const size_t task = open_.front();
-    Search& search = searches_[task];
-    const int piece = search.next_piece++;
-    --open_pieces_;
-    if (search.next_piece == search.pieces) open_.pop_front();
-    ++under_way_;
-    return {false, task, piece};
-  }
-  --runners_;
-  return {};
-}
-
-bool SearchRun::ComeBack() {
+bool SearchRun::Look() const {
   const auto end = std::chrono::steady_clock::now() + std::min(pool_.spin(), kLookMax);
-  const auto may_look = [&] { return !pool_.Crowded() && std::chrono::steady_clock::now() < end; };
-  if (!may_look()) return false;
-  bool counted = false;
-  for (;;) {
-    {
-      const auto lock = LockShortly(mutex_);
-      if (std::exchange(counted, true)) --lookers_;
-      if (HasUnits()) {
-        ++runners_;
-        return true;
-      }
-      if (done_called_ || !failure_.ok() || !may_look()) return false;
-      changed_.store(false);
-      ++lookers_;
-    }
-    while (!changed_.load(std::memory_order_relaxed) && may_look()) transport::Pause();
+  while (!pool_.Crowded() && !done_called_.load() && !failed_.load() &&
+         std::chrono::steady_clock::now() < end) {
+    if (units_.MayHaveUnits()) return true;
+    transport::Pause();
   }
+  return false;
 }
 
 std::unique_ptr<index::SearchPlan> SearchRun::Plan(const SearchTask& task, bool distrusted,
@@ -169,43 +117,33 @@ std::unique_ptr<index::SearchPlan> SearchRun::Plan(const SearchTask& task, bool 
   return task.index->Plan(task.view, task.query, task.options, scratch);
 }
 
-SearchRun::Outcome SearchRun::Run(const Unit& unit, Scratch& scratch) {
-  Search& search = searches_[unit.task];
+int SearchRun::Run(const SearchUnit& unit, Scratch& scratch) {
   scratch.Reset();
-  try {
-    int opened = 0;
-    if (unit.piece < 0) {
-      opened = Begin(unit.task, scratch);
-    } else {
-      search.plan->Run(unit.piece, scratch);
-      if (search.pieces_left.fetch_sub(1) > 1) return {};
-      opened = GoOn(unit.task, scratch);
-    }
-    return {absl::OkStatus(), opened, opened == 0};
-  } catch (...) {
-    return {StatusOfException()};
-  }
+  if (unit.piece == SearchUnit::kPlan) return Begin(unit.search, scratch);
+  Search& search = searches_[unit.search];
+  search.plan->Run(unit.piece, scratch);
+  if (search.pieces_left.fetch_sub(1) > 1) return kUnitsLeft;
+  return GoOn(unit.search, scratch);
 }
 
 int SearchRun::Begin(size_t task, Scratch& scratch) {
   Search& search = searches_[task];
   search.plan = Plan(tasks_[task], search.distrusted, scratch);
-  const int pieces = OpenStep(search);
+  const int pieces = BeginStep(search);
   return pieces > 0 ? pieces : GoOn(task, scratch);
 }
 
-int SearchRun::OpenStep(Search& search) {
-  search.pieces = search.plan->pieces();
-  search.next_piece = 0;
-  search.pieces_left.store(search.pieces);
-  return search.pieces;
+int SearchRun::BeginStep(Search& search) {
+  const int pieces = search.plan->pieces();
+  search.pieces_left.store(pieces);
+  return pieces;
 }
 
 int SearchRun::GoOn(size_t task, Scratch& scratch) {
   Search& search = searches_[task];
   scratch.Reset();
   while (search.plan->NextStep(scratch)) {
-    const int pieces = OpenStep(search);
+    const int pieces = BeginStep(search);
     if (pieces > 0) return pieces;
   }
   scratch.Reset();
@@ -233,71 +171,84 @@ bool SearchRun::Finish(size_t task, Scratch& scratch) {
   return true;
 }
 
-SearchRun::Booked SearchRun::Book(const Unit& unit, Outcome outcome) {
-  const auto lock = LockShortly(mutex_);
-  --under_way_;
-  const bool last = under_way_ == 0;
-  if (failure_.ok()) failure_ = std::move(outcome.status);
-  if (!failure_.ok()) return {0, last};
-  if (outcome.finished) --plans_;
-  if (outcome.opened > 0) {
-    open_.push_back(unit.task);
-    open_pieces_ += outcome.opened;
-  }
-  const int64_t units = open_pieces_ + static_cast<int64_t>(tasks_.size() - next_task_);
-  if (outcome.opened > 0) changed_.store(true);
-  const int64_t wanted = std::min<int64_t>(units, pool_.workers()) - runners_ - lookers_;
-  if (wanted <= 0) return {0, last};
-  runners_ += static_cast<int>(wanted);
-  return {static_cast<int>(wanted), last};
+void SearchRun::Fail(absl::Status status) {
+  const std::lock_guard lock(mutex_);
+  if (failure_.ok()) failure_ = std::move(status);
+  failed_.store(true);
 }
 
-bool SearchRun::FinishIfComplete(Scratch& scratch) {
+void SearchRun::CallDone(Scratch& scratch) {
+  if (done_called_.exchange(true)) return;
   absl::Status failure;
-  {
+  if (failed_.load()) {
     const std::lock_guard lock(mutex_);
-    const bool nothing_left = open_.empty() && next_task_ == tasks_.size();
-    if (under_way_ > 0 || (failure_.ok() && !nothing_left)) return false;
-    if (std::exchange(done_called_, true)) return true;
-    changed_.store(true);
     failure = failure_;
+    for (Search& search : searches_) search.plan.reset();
   }
   scratch.Reset();
-  searches_.clear();
   if (failure.ok()) {
     done_(std::move(results_), scratch);
   } else {
     done_(std::move(failure), scratch);
   }
   done_ = nullptr;
-  return true;
 }
 
 void SearchRun::Start(const std::shared_ptr<SearchRun>& run, Scratch& scratch) {
-  const int runners = std::clamp(static_cast<int>(run->tasks_.size()), 1, run->pool_.workers());
-  {
-    const std::lock_guard lock(run->mutex_);
-    run->runners_ = runners;
-  }
-  run->pool_.Submit([run](Scratch& own) { Work(run, own); }, runners - 1);
+  if (run->tasks_.empty()) return run->CallDone(scratch);
+  const int workers = run->pool_.workers();
+  // Where workers look for units, all do from the beginning.
+  const int runners = run->pool_.spin().count() > 0
+                          ? workers
+                          : static_cast<int>(std::min<size_t>(run->tasks_.size(), workers));
+  run->runners_.store(runners);
+  Submit(run, runners - 1);
   Work(run, scratch);
+}
+
+void SearchRun::Submit(const std::shared_ptr<SearchRun>& run, int runners) {
+  run->pool_.Submit([run](Scratch& own) { Work(run, own); }, runners);
 }
 
 void SearchRun::Work(const std::shared_ptr<SearchRun>& run, Scratch& scratch) {
   for (;;) {
-    const Unit unit = run->Next();
-    Booked booked = {0, true};
-    if (!unit.none) {
-      booked = run->Book(unit, run->Run(unit, scratch));
-      if (booked.more > 0) run->pool_.Submit([run](Scratch& own) { Work(run, own); }, booked.more);
-    }
-    if (booked.last && run->FinishIfComplete(scratch)) return;
-    if (unit.none && !run->ComeBack()) return;
-    if (run->pool_.Crowded()) {
-      run->pool_.Submit([run](Scratch& own) { Work(run, own); });
-      return;
-    }
+    run->working_.fetch_add(1);
+    const bool made_room = RunUnits(run, scratch);
+    if (run->working_.fetch_sub(1) == 1 && run->failed_.load()) run->CallDone(scratch);
+    if (made_room) return Submit(run, 1);
+    if (run->Look()) continue;
+    run->runners_.fetch_sub(1);
+    if (run->failed_.load() || !run->units_.MayHaveUnits()) return;
+    run->runners_.fetch_add(1);
   }
+}
+
+bool SearchRun::RunUnits(const std::shared_ptr<SearchRun>& run, Scratch& scratch) {
+  while (!run->failed_.load()) {
+    if (absl::Status status = run->give_up_.Check(); !status.ok()) {
+      run->Fail(std::move(status));
+      break;
+    }
+    const auto unit = run->units_.Take();
+    if (!unit.has_value()) break;
+    try {
+      const int opened = run->Run(*unit, scratch);
+      if (opened == 0 && run->units_.Finish() == 0) run->CallDone(scratch);
+      if (opened > 0) MakeReady(run, unit->search, opened);
+    } catch (...) {
+      run->Fail(StatusOfException());
+    }
+    if (run->pool_.Crowded()) return true;
+  }
+  return false;
+}
+
+void SearchRun::MakeReady(const std::shared_ptr<SearchRun>& run, size_t search, int pieces) {
+  const int ready = run->units_.Open(search, pieces, run->pool_.workers());
+  const int missing = ready - run->runners_.load();
+  if (missing <= 0) return;
+  run->runners_.fetch_add(missing);
+  Submit(run, missing);
 }
 
 }  // namespace
