@@ -51,10 +51,11 @@ __global__ void __launch_bounds__(kRingThreads)
   const size_t share = (pieces + gridDim.x - 1) / gridDim.x;
   const size_t begin = min(pieces, blockIdx.x * share) + threadIdx.x;
   const size_t end = min(pieces, blockIdx.x * share + share);
-  // On its way while the mode is.
+  // On their way while the mode is.
   const uint4 first = begin < end ? queries[begin] : uint4{};
+  const uint64_t last = *static_cast<const volatile uint64_t*>(&state.number);
   if (step->mode != DoorbellStep::kAsk) {  // the number is used up, and nobody is asked
-    if (blockIdx.x == 0 && threadIdx.x == 0) ++state.number;
+    if (blockIdx.x == 0 && threadIdx.x == 0) state.number = last + 1;
     return;
   }
   auto* const out = static_cast<uint4*>(slot.queries);
@@ -74,7 +75,8 @@ __global__ void __launch_bounds__(kRingThreads)
     state.arrived = 0;
     __threadfence_system();
   }
-  StoreRelaxed(slot.asked, ++state.number);
+  StoreRelaxed(slot.asked, last + 1);
+  state.number = last + 1;
 }
 
 __device__ Outcome Wait(const uint64_t* answer, uint64_t number, uint64_t patience) {
