@@ -173,7 +173,8 @@ class LadderPlan final : public SearchPlan {
   /// Where the next `blocks` blocks of the range start, or null if it has not so many. A piece that
   /// ends fetches for the one after it, which the same worker is likely to run.
   const uint8_t* NextCodes(int64_t end_block, int blocks) const;
-  void PrefetchRecords(const Chosen& chosen) const;
+  /// Of candidates [begin, end).
+  void PrefetchRecords(const Chosen& chosen, int begin, int end) const;
   /// The youngest candidates, which are read when they are so many: fewer cost as much.
   static constexpr int kPendingWhole = 64;
   struct Pending {

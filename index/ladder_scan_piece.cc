@@ -47,9 +47,12 @@ void LadderPlan::RunScan(Piece& piece, Scratch& scratch) {
       ScanSegmentPart(piece, block, end, buffers, chosen);
     }
     AddRest(piece, block, static_cast<int>(end - block), buffers, rest, rest_sums);
-    // Records arrive from memory while the next segment is scanned.
-    PrefetchRecords(chosen);
+    // Records arrive from memory while the next segment is scanned. In two halves, since all at
+    // once are more lines than a core waits for.
+    const int half = chosen.count / 2;
+    PrefetchRecords(chosen, 0, half);
     AddCandidates(piece, before, pending);
+    PrefetchRecords(chosen, half, chosen.count);
     std::swap(chosen, before);
     block = end;
   }
@@ -113,11 +116,11 @@ const uint8_t* LadderPlan::NextCodes(int64_t end_block, int blocks) const {
   return end_block + blocks <= last_block_ ? codes_->Block(end_block) : nullptr;
 }
 
-void LadderPlan::PrefetchRecords(const Chosen& chosen) const {
+void LadderPlan::PrefetchRecords(const Chosen& chosen, int begin, int end) const {
   const Segment& codes = *view_.segments[static_cast<size_t>(chosen.segment)];
   const auto record_bytes =
       static_cast<size_t>(kernels::FineRecordBytes(padded_dim_, view_.shape.value_dim));
-  for (int i = 0; i < chosen.count; ++i) {
+  for (int i = begin; i < end; ++i) {
     kernels::PrefetchRange(codes.fine_records() + chosen.keys[i] * record_bytes, record_bytes);
     kernels::PrefetchRange(codes.fine_factors() + chosen.keys[i], 1);
   }
