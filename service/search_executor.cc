@@ -1,7 +1,6 @@
 #include "service/search_executor.h"
 
 #include <algorithm>
-#include <deque>
 #include <exception>
 #include <mutex>
 #include <new>
@@ -31,7 +30,11 @@ class SearchRun {
         give_up_(std::move(give_up)),
         done_(std::move(done)),
         searches_(tasks_.size()),
-        results_(tasks_.size()) {}
+        results_(tasks_.size()),
+        nodes_(static_cast<size_t>(pool.nodes())),
+        units_(static_cast<int64_t>(tasks_.size())) {
+    for (size_t task = 0; task < tasks_.size(); ++task) Push(NodeOf(task).waiting, task);
+  }
 
   /// Makes the caller one of the run's runners, and submits as many as there is work for.
   static void Start(const std::shared_ptr<SearchRun>& run, Scratch& scratch);
@@ -44,6 +47,21 @@ class SearchRun {
     std::atomic<int> pieces_left{0};
     bool distrusted = false;  ///< answered from an earlier search, but not to be trusted ...
     int64_t wasted = 0;       ///< ... after so many bytes
+    size_t next = 0;          ///< in its queue
+  };
+
+  /// Searches in the order in which they came, linked by Search::next.
+  struct Queue {
+    size_t size = 0;
+    size_t first = 0;
+    size_t last = 0;
+  };
+
+  /// The searches of one NUMA node.
+  struct Node {
+    Queue waiting;  ///< to be planned
+    Queue open;     ///< planned, with pieces left to give out
+    int plans = 0;  ///< begun and not finished
   };
 
   struct Unit {
@@ -52,18 +70,30 @@ class SearchRun {
     int piece = -1;  ///< -1: plan
   };
 
-  /// So many searches are planned before any piece is run.
-  int plans_wanted() const { return 2 * pool_.workers(); }
+  Node& NodeOf(size_t task) {
+    return nodes_[static_cast<size_t>(tasks_[task].view.shape.node) % nodes_.size()];
+  }
+  void Push(Queue& queue, size_t task) {
+    (queue.size++ == 0 ? queue.first : searches_[queue.last].next) = task;
+    queue.last = task;
+  }
+  void Pop(Queue& queue) {
+    --queue.size;
+    queue.first = searches_[queue.first].next;
+  }
   /// Works as a runner.
   static void Work(const std::shared_ptr<SearchRun>& run, Scratch& scratch);
-  /// Takes the next unit for a runner; without one, the runner is gone.
+  /// Takes the next unit for a runner, of its own node if there is one; without any, the runner is
+  /// gone.
   Unit Next() ABSL_LOCKS_EXCLUDED(mutex_);
+  /// Takes the next unit of one node, if there is one.
+  Unit NextOf(size_t node) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   /// For a runner that has gone: looks for units that another runner's unit makes ready, as long as
   /// idle workers look for jobs, but not long. True: there are some, and it is back.
   bool ComeBack() ABSL_LOCKS_EXCLUDED(mutex_);
   /// Whether there are units to be given out.
   bool HasUnits() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    return failure_.ok() && (!open_.empty() || next_task_ < tasks_.size());
+    return failure_.ok() && units_ > 0;
   }
   /// What came of a unit.
   struct Outcome {
@@ -101,14 +131,13 @@ class SearchRun {
   std::vector<index::SearchResult> results_;
 
   std::mutex mutex_;
-  size_t next_task_ ABSL_GUARDED_BY(mutex_) = 0;
-  int plans_ ABSL_GUARDED_BY(mutex_) = 0;  ///< searches begun and not finished
-  std::deque<size_t> open_
-      ABSL_GUARDED_BY(mutex_);  ///< planned searches with pieces left to give out
-  int64_t open_pieces_ ABSL_GUARDED_BY(mutex_) = 0;
-  int runners_ ABSL_GUARDED_BY(mutex_) = 0;    ///< jobs queued or running
-  int lookers_ ABSL_GUARDED_BY(mutex_) = 0;    ///< runners gone that may come back
-  int under_way_ ABSL_GUARDED_BY(mutex_) = 0;  ///< units taken and not booked
+  std::vector<Node> nodes_ ABSL_GUARDED_BY(mutex_);
+  int64_t units_ ABSL_GUARDED_BY(mutex_);                ///< to be given out, of all nodes
+  uint64_t units_own_node_ ABSL_GUARDED_BY(mutex_) = 0;  ///< given out to workers of their node ...
+  uint64_t units_other_node_ ABSL_GUARDED_BY(mutex_) = 0;  ///< ... and to others
+  int runners_ ABSL_GUARDED_BY(mutex_) = 0;                ///< jobs queued or running
+  int lookers_ ABSL_GUARDED_BY(mutex_) = 0;                ///< runners gone that may come back
+  int under_way_ ABSL_GUARDED_BY(mutex_) = 0;              ///< units taken and not booked
   bool done_called_ ABSL_GUARDED_BY(mutex_) = false;
   absl::Status failure_ ABSL_GUARDED_BY(mutex_);
   std::atomic<bool> changed_{false};  ///< since a looker has last looked; set with the lock
@@ -118,22 +147,36 @@ SearchRun::Unit SearchRun::Next() {
   absl::Status give_up = give_up_.Check();
   const auto lock = LockShortly(mutex_);
   if (failure_.ok()) failure_ = std::move(give_up);
-  if (failure_.ok() && next_task_ < tasks_.size() && (open_.empty() || plans_ < plans_wanted())) {
-    ++under_way_;
-    ++plans_;
-    return {false, next_task_++, -1};
-  }
-  if (failure_.ok() && !open_.empty()) {
-    const size_t task = open_.front();
-    Search& search = searches_[task];
-    const int piece = search.next_piece++;
-    --open_pieces_;
-    if (search.next_piece == search.pieces) open_.pop_front();
-    ++under_way_;
-    return {false, task, piece};
+  if (HasUnits()) {
+    const auto own = static_cast<size_t>(ComputePool::CallersNode());
+    for (size_t i = 0; i < nodes_.size(); ++i) {
+      const Unit unit = NextOf((own + i) % nodes_.size());
+      if (unit.none) continue;
+      --units_;
+      ++under_way_;
+      ++(i == 0 ? units_own_node_ : units_other_node_);
+      return unit;
+    }
   }
   --runners_;
   return {};
+}
+
+SearchRun::Unit SearchRun::NextOf(size_t number) {
+  Node& node = nodes_[number];
+  const int plans_wanted = 2 * pool_.workers(static_cast<int>(number));
+  if (node.waiting.size > 0 && (node.open.size == 0 || node.plans < plans_wanted)) {
+    const size_t task = node.waiting.first;
+    Pop(node.waiting);
+    ++node.plans;
+    return {false, task, -1};
+  }
+  if (node.open.size == 0) return {};
+  const size_t task = node.open.first;
+  Search& search = searches_[task];
+  const int piece = search.next_piece++;
+  if (search.next_piece == search.pieces) Pop(node.open);
+  return {false, task, piece};
 }
 
 bool SearchRun::ComeBack() {
@@ -239,14 +282,13 @@ SearchRun::Booked SearchRun::Book(const Unit& unit, Outcome outcome) {
   const bool last = under_way_ == 0;
   if (failure_.ok()) failure_ = std::move(outcome.status);
   if (!failure_.ok()) return {0, last};
-  if (outcome.finished) --plans_;
+  if (outcome.finished) --NodeOf(unit.task).plans;
   if (outcome.opened > 0) {
-    open_.push_back(unit.task);
-    open_pieces_ += outcome.opened;
+    Push(NodeOf(unit.task).open, unit.task);
+    units_ += outcome.opened;
+    changed_.store(true);
   }
-  const int64_t units = open_pieces_ + static_cast<int64_t>(tasks_.size() - next_task_);
-  if (outcome.opened > 0) changed_.store(true);
-  const int64_t wanted = std::min<int64_t>(units, pool_.workers()) - runners_ - lookers_;
+  const int64_t wanted = std::min<int64_t>(units_, pool_.workers()) - runners_ - lookers_;
   if (wanted <= 0) return {0, last};
   runners_ += static_cast<int>(wanted);
   return {static_cast<int>(wanted), last};
@@ -256,9 +298,9 @@ bool SearchRun::FinishIfComplete(Scratch& scratch) {
   absl::Status failure;
   {
     const std::lock_guard lock(mutex_);
-    const bool nothing_left = open_.empty() && next_task_ == tasks_.size();
-    if (under_way_ > 0 || (failure_.ok() && !nothing_left)) return false;
+    if (under_way_ > 0 || HasUnits()) return false;
     if (std::exchange(done_called_, true)) return true;
+    pool_.CountUnits(units_own_node_, units_other_node_);
     changed_.store(true);
     failure = failure_;
   }
