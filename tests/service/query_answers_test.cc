@@ -6,6 +6,7 @@
 #include <cstring>
 #include <set>
 
+#include "index/slab_memory.h"
 #include "tests/service/search_fixture.h"
 #include "tests/service/two_nodes.h"
 
@@ -268,7 +269,11 @@ TEST_F(QueryAnswersTest, SameBitsOnOneNodeAndTwo) {
   Service one(Service::SmallOptions(3));
   Service two(Service::SmallOptions(3), TwoNodes());
   const proto::SessionRef in_one = OpenWith(one, {9000, 5000});
+  EXPECT_EQ(index::SlabBytes(1), 0U);
   const proto::SessionRef in_two = OpenWith(two, {9000, 5000});
+#if !defined(__SANITIZE_ADDRESS__)  // no slabs there
+  EXPECT_GT(index::SlabBytes(1), 0U);
+#endif
   const Tensors queries = Tensors().Add(Queries(3, 4));
   for (const proto::IndexKind index :
        {proto::INDEX_AUTO, proto::INDEX_EXACT, proto::INDEX_LADDER}) {
