@@ -52,7 +52,7 @@ std::shared_ptr<const ProductStretch> EncodeStretch(
   const size_t mean_each = book->layout.sketch ? static_cast<size_t>(shape.value_dim) : 0;
   auto stretch = std::make_shared<ProductStretch>();
   stretch->segments = static_cast<int>(segments.size());
-  stretch->codes = MakeProductCodes(stretch->segments, book->layout);
+  stretch->codes = MakeProductCodes(stretch->segments, book->layout, shape.node);
   stretch->value_means = MakeAligned<uint16_t>(segments.size() * mean_each);
   size_t done = 0;
   if (previous != nullptr && previous->codebook == book) {
@@ -79,8 +79,8 @@ size_t ProductStretch::Bytes(int value_dim) const {
   return CodeBytes(segments, layout) + static_cast<size_t>(segments) * means;
 }
 
-Slot MakeProductCodes(int segments, const kernels::ProductLayout& layout) {
-  return MakeSlot(CodeBytes(segments, layout));
+Slot MakeProductCodes(int segments, const kernels::ProductLayout& layout, int node) {
+  return MakeSlot(CodeBytes(segments, layout), node);
 }
 
 std::shared_ptr<const ProductIndex> ProductIndex::Build(const BuildInput& input,

@@ -38,7 +38,7 @@ struct ProductStretch {
 
 /// Memory for the codes of that many segments. The sizes are powers of two, so that stretches that
 /// grow fit few kinds of slots (slab_memory.h).
-Slot MakeProductCodes(int segments, const kernels::ProductLayout& layout);
+Slot MakeProductCodes(int segments, const kernels::ProductLayout& layout, int node = 0);
 
 class ProductIndex final : public BuiltIndex {
  public:

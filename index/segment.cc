@@ -44,7 +44,7 @@ struct Segment::Layout {
   }
 };
 
-Segment::Segment(const Layout& layout) : memory_(MakeSlot(layout.bytes)) {
+Segment::Segment(const Layout& layout, int node) : memory_(MakeSlot(layout.bytes, node)) {
   const auto at = [this](size_t offset) { return memory_.get() + offset; };
   keys_ = reinterpret_cast<uint16_t*>(at(layout.keys));
   values_ = reinterpret_cast<uint16_t*>(at(layout.values));
@@ -55,7 +55,8 @@ Segment::Segment(const Layout& layout) : memory_(MakeSlot(layout.bytes)) {
   block_means_ = reinterpret_cast<uint16_t*>(at(layout.block_means));
 }
 
-Segment::Draft::Draft(const KvShape& shape) : shape_(shape), segment_(new Segment(Layout(shape))) {}
+Segment::Draft::Draft(const KvShape& shape)
+    : shape_(shape), segment_(new Segment(Layout(shape), shape.node)) {}
 
 Segment::Draft::~Draft() = default;
 

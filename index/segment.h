@@ -25,13 +25,14 @@ constexpr int64_t SealedTokens(int64_t tokens) {
   return tokens < kSealDelay ? 0 : (tokens - kSealDelay) / kSegmentTokens * kSegmentTokens;
 }
 
-/// What the keys and values of one head cache look like.
+/// What the keys and values of one head cache look like, and where they lie.
 struct KvShape {
   int key_dim = 0;    ///< elements of a key row: a multiple of 8, 8..512
   int value_dim = 0;  ///< elements of a value row: a multiple of 8, 8..512
   kernels::DType dtype = kernels::DType::kBf16;  ///< of stored keys and values: bf16 or fp16
   float softmax_scale = 0.0F;                    ///< scores are softmax_scale * <q, k>
   int scan_bits = 2;  ///< bits a dimension of the ladder's scan code: 1 or 2
+  int node = 0;       ///< NUMA node of their slabs (index/slab_memory.h); no answer depends on it
 
   size_t KeyRowBytes() const { return static_cast<size_t>(key_dim) * 2; }
   size_t ValueRowBytes() const { return static_cast<size_t>(value_dim) * 2; }
@@ -78,7 +79,7 @@ class Segment {
 
  private:
   struct Layout;
-  explicit Segment(const Layout& layout);
+  Segment(const Layout& layout, int node);
 
   Slot memory_;  ///< all of the arrays
   uint16_t* keys_;

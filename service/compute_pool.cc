@@ -17,19 +17,36 @@
 namespace kvseek::service {
 namespace {
 
-/// Pins the calling thread to the n-th core that the process may use, counted round.
-void PinToCore(int n) {
-  cpu_set_t allowed;
-  if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return;
-  int left = n % std::max(1, CPU_COUNT(&allowed));
-  for (size_t core = 0; core < CPU_SETSIZE; ++core) {
-    if (!CPU_ISSET(core, &allowed) || left-- > 0) continue;
-    cpu_set_t one;
-    CPU_ZERO(&one);
-    CPU_SET(core, &one);
-    pthread_setaffinity_np(pthread_self(), sizeof(one), &one);  // best effort
-    return;
+thread_local int callers_node = 0;
+
+/// Where a worker runs.
+struct Place {
+  size_t node = 0;
+  std::vector<int> cpu;  ///< its own; none: it is not known
+};
+
+/// As many as there are cpus, each node's in turn: so many workers as there are have their share on
+/// each node.
+std::vector<Place> Places(const Topology& topology) {
+  std::vector<Place> places;
+  size_t most = 0;
+  for (const NumaNode& node : topology) most = std::max(most, node.cpus.size());
+  for (size_t i = 0; i < most; ++i) {
+    for (size_t n = 0; n < topology.size(); ++n) {
+      if (i < topology[n].cpus.size()) {
+        places.push_back({n, {topology[n].cpus[i]}});
+      }
+    }
   }
+  return places;
+}
+
+void PinTo(const std::vector<int>& cpus) {
+  if (cpus.empty()) return;
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  for (const int cpu : cpus) CPU_SET(static_cast<size_t>(cpu), &set);
+  pthread_setaffinity_np(pthread_self(), sizeof(set), &set);  // best effort
 }
 
 /// What the threads of one ForEach share. Helpers that come late find no index left and touch
@@ -64,16 +81,25 @@ struct Sharing {
 
 }  // namespace
 
-ComputePool::ComputePool(const DaemonOptions& options)
-    : requests_max_(options.queue_limit),
+ComputePool::ComputePool(const DaemonOptions& options, Topology topology)
+    : topology_(std::move(topology)),
+      requests_max_(options.queue_limit),
       retry_after_(options.retry_after),
-      spin_(options.worker_spin) {
-  const int cores = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-  const int workers = options.workers > 0 ? options.workers : cores;
+      spin_(options.worker_spin),
+      node_workers_(topology_.size()) {
+  std::vector<Place> places = Places(topology_);
+  if (places.empty()) places.resize(std::max(1U, std::thread::hardware_concurrency()));
+  const int workers = options.workers > 0 ? options.workers : static_cast<int>(places.size());
   threads_.reserve(static_cast<size_t>(workers));
   for (int i = 0; i < workers; ++i) {
-    threads_.emplace_back([this, i, pin = options.pin_workers] {
-      if (pin) PinToCore(i);
+    const Place& place = places[static_cast<size_t>(i) % places.size()];
+    ++node_workers_[place.node];
+    std::vector<int> cpus;  // none: all that the process may use
+    if (topology_.size() > 1) cpus = topology_[place.node].cpus;
+    if (options.pin_workers) cpus = place.cpu;
+    threads_.emplace_back([this, i, node = place.node, cpus = std::move(cpus)] {
+      callers_node = static_cast<int>(node);
+      PinTo(cpus);
       Work(i);
     });
   }
@@ -87,6 +113,8 @@ ComputePool::~ComputePool() {
   job_waits_.notify_all();
   for (std::thread& thread : threads_) thread.join();
 }
+
+int ComputePool::CallersNode() { return callers_node; }
 
 absl::StatusOr<ComputePool::Admission> ComputePool::Admit() {
   if (requests_.fetch_add(1, std::memory_order_relaxed) >= requests_max_) {

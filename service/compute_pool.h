@@ -8,6 +8,9 @@
 // A worker without a job looks for one for options.worker_spin before it sleeps. Looking takes no
 // lock: who sees a job claims it in the counter of waiting jobs and takes the lock only to fetch
 // it. Sleepers are woken only for jobs that no looking worker will take.
+//
+// A worker belongs to one NUMA node and, where there are several, runs on its cpus only. Jobs are
+// anybody's; those that consist of parts may prefer the parts of their worker's node (CallersNode).
 #ifndef KVSEEK_SERVICE_COMPUTE_POOL_H_
 #define KVSEEK_SERVICE_COMPUTE_POOL_H_
 
@@ -25,8 +28,10 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 #include "index/scratch.h"
 #include "service/options.h"
+#include "service/topology.h"
 
 namespace kvseek::service {
 
@@ -55,8 +60,9 @@ class ComputePool {
     ComputePool* pool_ = nullptr;
   };
 
-  /// Uses options.workers, worker_spin, pin_workers, queue_limit and retry_after.
-  explicit ComputePool(const DaemonOptions& options);
+  /// Uses options.workers, worker_spin, pin_workers, queue_limit and retry_after. Workers are dealt
+  /// out to the nodes in turn, as long as these have cpus without one.
+  explicit ComputePool(const DaemonOptions& options, Topology topology = OneNode());
   /// Runs what is queued, and what those jobs submit, then stops.
   ~ComputePool();
   ComputePool(const ComputePool&) = delete;
@@ -84,6 +90,18 @@ class ComputePool {
   /// How long a worker without a job looks for one (options.worker_spin).
   std::chrono::microseconds spin() const { return spin_; }
   int workers() const { return static_cast<int>(threads_.size()); }
+  const Topology& topology() const { return topology_; }
+  int nodes() const { return static_cast<int>(topology_.size()); }
+  absl::Span<const int> workers_of_nodes() const { return node_workers_; }
+  /// Of the worker that calls; 0 in other threads.
+  static int CallersNode();
+
+  /// A worker has run a unit of a search (service/search_executor.h) of its own node, or another's.
+  void CountUnit(bool own_node) {
+    (own_node ? units_own_node_ : units_other_node_).fetch_add(1, std::memory_order_relaxed);
+  }
+  uint64_t units_own_node() const { return units_own_node_.load(std::memory_order_relaxed); }
+  uint64_t units_other_node() const { return units_other_node_.load(std::memory_order_relaxed); }
   /// Requests admitted, and how many may be.
   uint64_t requests() const { return requests_.load(std::memory_order_relaxed); }
   uint64_t requests_max() const { return requests_max_; }
@@ -103,12 +121,16 @@ class ComputePool {
   bool Claim();
   bool ClaimWithin(std::chrono::microseconds time);
 
+  const Topology topology_;
   const uint64_t requests_max_;
   const std::chrono::milliseconds retry_after_;
   const std::chrono::microseconds spin_;
   std::atomic<uint64_t> requests_{0};
-  std::atomic<int64_t> waiting_{0};  ///< jobs in jobs_ that nobody has claimed; grows with the lock
-  std::atomic<int> idle_{0};         ///< workers without a job; changes with the lock
+  alignas(64) std::atomic<uint64_t> units_own_node_{0};
+  std::atomic<uint64_t> units_other_node_{0};
+  alignas(64) std::atomic<int64_t> waiting_{
+      0};                     ///< jobs in jobs_ that nobody has claimed; grows with the lock
+  std::atomic<int> idle_{0};  ///< workers without a job; changes with the lock
   std::atomic<bool> stopping_{false};  ///< set with the lock
 
   std::mutex mutex_;
@@ -116,6 +138,7 @@ class ComputePool {
   std::deque<Job> jobs_ ABSL_GUARDED_BY(mutex_);
   int looking_ ABSL_GUARDED_BY(mutex_) = 0;   ///< idle workers that look for jobs
   int sleeping_ ABSL_GUARDED_BY(mutex_) = 0;  ///< idle workers that sleep, or are waking up
+  std::vector<int> node_workers_;             ///< by node
   std::vector<std::thread> threads_;
 };
 

@@ -24,6 +24,7 @@
 #include "service/request_handler.h"
 #include "service/server.h"
 #include "service/session_store.h"
+#include "service/topology.h"
 #include "transport/shared_rings.h"
 
 namespace kvseek::service {
@@ -64,15 +65,25 @@ absl::Status CheckOptions(const DaemonOptions& options) {
   return status;
 }
 
+Topology FindTopology(const DaemonOptions& options) {
+  const std::vector<int> allowed = AllowedCpus();
+  if (!options.numa) return OneNode(allowed);
+  auto topology = ReadTopology("/sys/devices/system/node", allowed);
+  if (topology.ok()) return *std::move(topology);
+  spdlog::warn("NUMA nodes are not made use of: {}", std::string(topology.status().message()));
+  return OneNode(allowed);
+}
+
 }  // namespace
 
 class Daemon::Impl {
  public:
   explicit Impl(const DaemonOptions& options)
       : options_(options),
+        topology_(FindTopology(options)),
         budget_(options.memory_limit_bytes, options.retry_after),
-        store_(options, budget_),
-        pool_(options),
+        store_(options, budget_, static_cast<int>(topology_.size())),
+        pool_(options, topology_),
         builder_(options, budget_),
         handler_(options, store_, pool_, builder_,
                  {.connections_open = [this] { return Connections(); },
@@ -83,6 +94,7 @@ class Daemon::Impl {
   ~Impl() {
     Stop();
     index::KeepSlabs(0);
+    index::PlaceSlabs({});
   }
 
   absl::Status Start() {
@@ -124,12 +136,13 @@ class Daemon::Impl {
   /// A quarter of the limit: sessions that come and go find the memory of those before them, and a
   /// daemon that has become idle gives most of its own back.
   void TakeMemory() {
+    PlaceMemory();
     index::KeepSlabs(options_.prefault_bytes);
     std::vector<std::thread> threads;
     for (int i = 0; options_.prefault_bytes != 0 && i < pool_.workers(); ++i) {
-      threads.emplace_back([] {
-        while (index::AddSpareSlab()) {
-        }
+      threads.emplace_back([i, nodes = pool_.nodes()] {
+        int node = i % nodes;
+        while (index::AddSpareSlab(node)) node = (node + 1) % nodes;
       });
     }
     for (std::thread& thread : threads) thread.join();
@@ -139,6 +152,19 @@ class Daemon::Impl {
                    options_.prefault_bytes >> 20);
     }
     index::KeepSlabs(std::max(options_.prefault_bytes, options_.memory_limit_bytes / 4));
+  }
+
+  void PlaceMemory() {
+    if (topology_.size() == 1) return;
+    std::vector<int> nodes;
+    for (const NumaNode& node : topology_) {
+      spdlog::info("NUMA node {}: {} cpus, {} workers", node.id, node.cpus.size(),
+                   pool_.workers_of_nodes()[nodes.size()]);
+      nodes.push_back(node.id);
+    }
+    if (!index::PlaceSlabs(std::move(nodes))) {
+      spdlog::warn("the system does not let this process place its memory on NUMA nodes");
+    }
   }
 
   uint64_t Connections() const {
@@ -159,6 +185,7 @@ class Daemon::Impl {
   }
 
   const DaemonOptions options_;
+  const Topology topology_;
   MemoryBudget budget_;
   SessionStore store_;
   ComputePool pool_;

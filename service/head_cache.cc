@@ -60,7 +60,8 @@ static_assert(kSegmentTokens % kTailChunkTokens == 0 && kSealAt % kTailChunkToke
 
 TailChunk::TailChunk(const index::KvShape& shape, Reservation memory)
     : memory_(std::move(memory)),
-      slot_(index::MakeSlot(kTailChunkTokens * (shape.KeyRowBytes() + shape.ValueRowBytes()))),
+      slot_(index::MakeSlot(kTailChunkTokens * (shape.KeyRowBytes() + shape.ValueRowBytes()),
+                            shape.node)),
       keys_(reinterpret_cast<uint16_t*>(slot_.get())),
       values_(keys_ + kTailChunkTokens * static_cast<size_t>(shape.key_dim)) {}
 

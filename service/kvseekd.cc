@@ -33,6 +33,7 @@ struct Arguments {
   std::string token_file;
   std::string plan_file;
   std::string log_level = "info";
+  std::string numa = "auto";
   bool print_ready = false;
 };
 
@@ -74,7 +75,12 @@ void Declare(CLI::App& app, Arguments& arguments) {
                  "Threads that build indexes where a core is idle; 0: none are built")
       ->check(CLI::Range(0, 4096))
       ->capture_default_str();
-  app.add_flag("--pin", options.pin_workers, "Pin the compute threads to cores 0, 1, ...");
+  app.add_flag("--pin", options.pin_workers, "Pin each compute thread to a core of its own");
+  app.add_option("--numa", arguments.numa,
+                 "auto: with several NUMA nodes each KV head lies on one and is searched there; "
+                 "off: as if there were one")
+      ->check(CLI::IsMember({"auto", "off"}))
+      ->capture_default_str();
   app.add_option("--io-threads", options.io_threads,
                  "Threads that read requests and write what workers could not; one moves several "
                  "GB/s of many connections")
@@ -190,6 +196,7 @@ int main(int argc, char** argv) {
   arguments.options.io_spin = std::chrono::microseconds(arguments.io_spin_us);
   arguments.options.worker_spin = std::chrono::microseconds(arguments.worker_spin_us);
   arguments.options.doorbell_spin = std::chrono::microseconds(arguments.doorbell_spin_us);
+  arguments.options.numa = arguments.numa == "auto";
   arguments.options.lease_default = std::chrono::milliseconds(arguments.lease_ms);
   if (arguments.options.lease_max < arguments.options.lease_default) {
     arguments.options.lease_max = arguments.options.lease_default;

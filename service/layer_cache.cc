@@ -49,10 +49,17 @@ absl::Status CheckElements(const char* name, const uint16_t* tensor, int64_t row
 
 }  // namespace
 
-std::shared_ptr<const LayerState> LayerState::Empty(const index::KvShape& shape,
-                                                    uint32_t kv_heads) {
+std::shared_ptr<const LayerState> LayerState::Empty(const index::KvShape& shape, uint32_t kv_heads,
+                                                    int nodes) {
   auto state = std::make_shared<LayerState>();
-  state->heads = std::make_shared<const std::vector<HeadCache>>(kv_heads, HeadCache(shape));
+  auto heads = std::make_shared<std::vector<HeadCache>>();
+  heads->reserve(kv_heads);
+  index::KvShape head_shape = shape;
+  for (uint32_t h = 0; h < kv_heads; ++h) {
+    heads->emplace_back(head_shape);
+    head_shape.node = (head_shape.node + 1) % nodes;
+  }
+  state->heads = std::move(heads);
   auto indexes = std::make_shared<Indexes>();
   indexes->built.resize(kv_heads);
   indexes->learned.resize(kv_heads);

@@ -63,8 +63,10 @@ struct LayerState {
   /// How many blocks that end at `end` or before have a landmark of the client's.
   int64_t Landmarks(int64_t end) const { return landmarks == nullptr ? 0 : landmarks->Count(end); }
 
-  /// A layer without tokens.
-  static std::shared_ptr<const LayerState> Empty(const index::KvShape& shape, uint32_t kv_heads);
+  /// A layer without tokens; the first head lies on node shape.node of `nodes`, the others on those
+  /// that follow, counted round.
+  static std::shared_ptr<const LayerState> Empty(const index::KvShape& shape, uint32_t kv_heads,
+                                                 int nodes = 1);
 };
 
 /// Rows to be appended to all heads of a layer; contiguous.

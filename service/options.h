@@ -38,7 +38,10 @@ struct DaemonOptions {
   // ---- work
   int workers = 0;                           ///< compute threads; 0: one a core
   std::chrono::microseconds worker_spin{0};  ///< as io_spin, for each compute thread
-  bool pin_workers = false;                  ///< to cores 0, 1, ...; on for a host of its own
+  bool pin_workers = false;                  ///< to a core each; on for a host of its own
+  /// Each KV head's memory lies on one NUMA node, whose workers search it first. Off: as if there
+  /// were one node. The same without several of them.
+  bool numa = true;
   uint32_t queue_limit = 1024;     ///< requests waiting or under way; past it resource_exhausted
   uint32_t batch_items_max = 256;  ///< sessions in one request
   uint32_t query_tokens_max = 64;  ///< query tokens of one item (speculative decoding needs few)

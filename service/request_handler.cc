@@ -14,6 +14,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
 #include "absl/types/span.h"
+#include "index/slab_memory.h"
 #include "kernels/cpu/simd_level.h"
 #include "proto/kvseek.pb.h"
 #include "proto/status_code.h"
@@ -333,6 +334,12 @@ absl::StatusOr<Response> RequestHandler::Impl::Stats(const proto::StatsRequest& 
   add_counter("indexes_refused", builder_.refused());
   add_counter("indexes_outdated", builder_.outdated());
   add_counter("index_build_core_ms", builder_.core_ms());
+  add_counter("units_own_node", pool_.units_own_node());
+  add_counter("units_other_node", pool_.units_other_node());
+  for (int node = 0; node < pool_.nodes(); ++node) {
+    add_counter(absl::StrCat("slab_bytes_node_", pool_.topology()[static_cast<size_t>(node)].id),
+                index::SlabBytes(node));
+  }
   if (facts_.counters) {
     for (const auto& [name, value] : facts_.counters()) add_counter(name, value);
   }

@@ -32,8 +32,10 @@ class SearchRun {
         give_up_(std::move(give_up)),
         done_(std::move(done)),
         searches_(tasks_.size()),
-        results_(tasks_.size()),
-        units_(tasks_.size(), 2 * pool.workers()) {}
+        results_(tasks_.size()) {
+    units_.Prepare(tasks_.size(), pool.workers_of_nodes());
+    for (const SearchTask& task : tasks_) units_.Add(task.view.shape.node);
+  }
 
   /// Makes the caller one of the run's runners, and submits the others.
   static void Start(const std::shared_ptr<SearchRun>& run, Scratch& scratch);
@@ -224,16 +226,18 @@ void SearchRun::Work(const std::shared_ptr<SearchRun>& run, Scratch& scratch) {
 }
 
 bool SearchRun::RunUnits(const std::shared_ptr<SearchRun>& run, Scratch& scratch) {
+  const int node = ComputePool::CallersNode();
   while (!run->failed_.load()) {
     if (absl::Status status = run->give_up_.Check(); !status.ok()) {
       run->Fail(std::move(status));
       break;
     }
-    const auto unit = run->units_.Take();
+    const auto unit = run->units_.Take(node);
     if (!unit.has_value()) break;
     try {
       const int opened = run->Run(*unit, scratch);
-      if (opened == 0 && run->units_.Finish() == 0) run->CallDone(scratch);
+      run->pool_.CountUnit(unit->node == node);
+      if (opened == 0 && run->units_.Finish(unit->search) == 0) run->CallDone(scratch);
       if (opened > 0) MakeReady(run, unit->search, opened);
     } catch (...) {
       run->Fail(StatusOfException());

@@ -4,9 +4,11 @@
 // plan and each piece is one unit of work for any worker; whoever runs a step's last piece goes on
 // to the next step. Plans go before pieces until there are two for each worker, so that what one
 // search leaves idle in its short steps another fills, up to a batch's end; more exist at no time,
-// however large the batch. Pieces go in the order in which their steps were opened. After each unit
-// a worker makes room for other requests that wait. No unit waits for another. Every result has its
-// own slot: the same searches give the same bits, whatever the number of workers.
+// however large the batch. Pieces go in the order in which their steps were opened. Each NUMA node
+// (KvShape::node) has such queues of its own: a worker takes units of its node's searches as long
+// as there are any, then others. After each unit a worker makes room for other requests that wait.
+// No unit waits for another. Every result has its own slot: the same searches give the same bits,
+// whatever the number of workers.
 //
 // Where workers look for jobs before they sleep (DaemonOptions::worker_spin), one for which a run
 // has no unit looks for those of its next steps, for 200 us at most and while no other job waits.

@@ -20,13 +20,14 @@ uint64_t RandomBootId() {
 
 }  // namespace
 
-SessionStore::SessionStore(const DaemonOptions& options, MemoryBudget& budget)
+SessionStore::SessionStore(const DaemonOptions& options, MemoryBudget& budget, int nodes)
     : boot_id_(RandomBootId()),
       sessions_max_(options.sessions_max),
       lease_default_(options.lease_default),
       lease_max_(options.lease_max),
       retry_after_(options.retry_after),
       budget_(budget),
+      nodes_(nodes),
       planners_(options.planners_max) {}
 
 absl::StatusOr<std::shared_ptr<Session>> SessionStore::Open(SessionSettings settings,
@@ -37,7 +38,17 @@ absl::StatusOr<std::shared_ptr<Session>> SessionStore::Open(SessionSettings sett
     return status;
   }
   Session::Start start;
-  start.layers.assign(settings.layers, LayerState::Empty(settings.kv, settings.kv_heads));
+  const auto nodes = static_cast<uint32_t>(nodes_);
+  const uint32_t first = opened_.fetch_add(1, std::memory_order_relaxed) % nodes;
+  std::vector<std::shared_ptr<const LayerState>> empty;  // by the first head's node
+  for (int node = 0; node < nodes_; ++node) {
+    index::KvShape shape = settings.kv;
+    shape.node = node;
+    empty.push_back(LayerState::Empty(shape, settings.kv_heads, nodes_));
+  }
+  for (uint32_t l = 0; l < settings.layers; ++l) {
+    start.layers.push_back(empty[(first + l) % nodes]);
+  }
   start.planner = planners_.Find(settings);
   start.plan = std::make_shared<const SessionPlan>(settings.layers, settings.kv_heads,
                                                    settings.plan, start.planner);

@@ -29,8 +29,9 @@ namespace kvseek::service {
 class SessionStore {
  public:
   /// `budget` must outlive the store and everything found in it. Uses the memory and session bounds
-  /// of `options`.
-  SessionStore(const DaemonOptions& options, MemoryBudget& budget);
+  /// of `options`. KV heads are dealt out to so many NUMA nodes, from one layer and session to the
+  /// next beginning with another.
+  SessionStore(const DaemonOptions& options, MemoryBudget& budget, int nodes = 1);
   SessionStore(const SessionStore&) = delete;
   SessionStore& operator=(const SessionStore&) = delete;
 
@@ -90,7 +91,9 @@ class SessionStore {
   const std::chrono::milliseconds lease_max_;
   const std::chrono::milliseconds retry_after_;
   MemoryBudget& budget_;
+  const int nodes_;
   SharedPlanners planners_;
+  std::atomic<uint32_t> opened_{0};
   std::atomic<uint64_t> expired_{0};
 
   mutable std::mutex mutex_;

@@ -7,93 +7,150 @@
 
 namespace kvseek::service {
 
-UnitQueue::UnitQueue(size_t searches, int plans_max)
-    : plans_max_(plans_max), steps_(searches), plans_ready_(searches > 0), unfinished_(searches) {}
+void UnitQueue::List::PushBack(Step& step) {
+  step.next = nullptr;
+  if (back != nullptr) back->next = &step;
+  back = &step;
+  if (front.load() == nullptr) front.store(&step);
+}
 
-std::optional<SearchUnit> UnitQueue::Take() {
-  for (;;) {
-    if (plans_ready_.load()) {
-      if (const auto plan = TakePlan()) return plan;
+void UnitQueue::Prepare(size_t searches, absl::Span<const int> workers_of_nodes) {
+  const std::lock_guard lock(mutex_);
+  if (searches > steps_max_) {
+    steps_ = std::make_unique<Step[]>(searches);
+    steps_max_ = searches;
+  }
+  if (node_count_ != workers_of_nodes.size()) {
+    node_count_ = workers_of_nodes.size();
+    nodes_ = std::make_unique<Node[]>(node_count_);
+  }
+  for (size_t n = 0; n < node_count_; ++n) {
+    Node& node = nodes_[n];
+    for (List* const list : {&node.open, &node.waiting}) {
+      list->front.store(nullptr);
+      list->back = nullptr;
     }
-    Step* const step = front_.load();
+    node.plans_ready.store(false);
+    node.begun = 0;
+    node.begun_max = kPlansOfWorker * workers_of_nodes[n];
+  }
+  searches_ = planned_ = unfinished_ = 0;
+}
+
+void UnitQueue::Add(int node) {
+  const std::lock_guard lock(mutex_);
+  Step& step = steps_[searches_++];
+  step.left.store(0);
+  step.node = static_cast<int>(static_cast<size_t>(node) % node_count_);
+  step.listed = false;
+  ++unfinished_;
+  Node& own = nodes_[static_cast<size_t>(step.node)];
+  own.waiting.PushBack(step);
+  UpdatePlansReady(own);
+}
+
+std::optional<SearchUnit> UnitQueue::Take(int node) {
+  for (size_t i = 0; i < node_count_; ++i) {
+    const auto unit = TakeOf(nodes_[(static_cast<size_t>(node) + i) % node_count_]);
+    if (unit.has_value()) return unit;
+  }
+  return std::nullopt;
+}
+
+std::optional<SearchUnit> UnitQueue::TakeOf(Node& node) {
+  for (;;) {
+    if (node.plans_ready.load()) {
+      if (const auto plan = TakePlan(node)) return plan;
+    }
+    Step* const step = node.open.front.load();
     if (step == nullptr) {
-      if (!plans_ready_.load()) return std::nullopt;
+      if (!node.plans_ready.load()) return std::nullopt;
       continue;
     }
     if (step->left.load(std::memory_order_relaxed) > 0) {
       // A late worker may find the next step of the same search: its pieces are as good.
       const int left = step->left.fetch_sub(1, std::memory_order_acquire);
       if (left > 0) {
-        const SearchUnit unit = {static_cast<size_t>(step - steps_.data()), step->pieces - left};
-        if (left == 1) DropTaken();
+        const SearchUnit unit = {Number(*step), step->pieces - left, step->node};
+        if (left == 1) DropTaken(node);
         return unit;
       }
     }
-    DropTaken();
+    DropTaken(node);
   }
 }
 
-std::optional<SearchUnit> UnitQueue::TakePlan() {
+std::optional<SearchUnit> UnitQueue::TakePlan(Node& node) {
   const auto lock = LockShortly(mutex_);
-  if (!plans_ready_.load()) return std::nullopt;
-  ++begun_;
-  const SearchUnit unit = {next_plan_++, SearchUnit::kPlan};
-  UpdatePlansReady();
-  return unit;
+  if (!node.plans_ready.load()) return std::nullopt;
+  Step& step = *node.waiting.front.load();
+  Unlist(node.waiting, step);
+  ++node.begun;
+  ++planned_;
+  UpdatePlansReady(node);
+  return SearchUnit{Number(step), SearchUnit::kPlan, step.node};
 }
 
-void UnitQueue::UpdatePlansReady() {
-  plans_ready_.store(next_plan_ < steps_.size() &&
-                     (begun_ < plans_max_ || front_.load() == nullptr));
+void UnitQueue::UpdatePlansReady(Node& node) {
+  node.plans_ready.store(node.waiting.front.load() != nullptr &&
+                         (node.begun < node.begun_max || node.open.front.load() == nullptr));
 }
 
-void UnitQueue::DropTaken() {
+void UnitQueue::DropTaken(Node& node) {
   const auto lock = LockShortly(mutex_);
-  for (Step* step = front_.load(); step != nullptr && step->left.load() <= 0;
-       step = front_.load()) {
-    Unlist(*step);
+  for (Step* step = node.open.front.load(); step != nullptr && step->left.load() <= 0;
+       step = node.open.front.load()) {
+    Unlist(node.open, *step);
   }
-  UpdatePlansReady();
+  UpdatePlansReady(node);
 }
 
-void UnitQueue::Unlist(Step& step) {
+void UnitQueue::Unlist(List& list, Step& step) {
   step.listed = false;
-  if (front_.load() == &step) {
-    front_.store(step.next);
-    if (step.next == nullptr) back_ = nullptr;
+  if (list.front.load() == &step) {
+    list.front.store(step.next);
+    if (step.next == nullptr) list.back = nullptr;
     return;
   }
-  Step* before = front_.load();
+  Step* before = list.front.load();
   while (before->next != &step) before = before->next;
   before->next = step.next;
-  if (back_ == &step) back_ = before;
+  if (list.back == &step) list.back = before;
+}
+
+bool UnitQueue::MayHaveUnits() const {
+  for (size_t n = 0; n < node_count_; ++n) {
+    if (nodes_[n].plans_ready.load() || nodes_[n].open.front.load() != nullptr) return true;
+  }
+  return false;
 }
 
 int UnitQueue::Open(size_t search, int pieces, int enough) {
   const auto lock = LockShortly(mutex_);
   Step& step = steps_[search];
-  if (step.listed) Unlist(step);  // all are taken, but nobody has looked since
+  Node& node = nodes_[static_cast<size_t>(step.node)];
+  if (step.listed) Unlist(node.open, step);  // all are taken, but nobody has looked since
   step.pieces = pieces;
   step.left.store(pieces, std::memory_order_release);
   step.listed = true;
-  step.next = nullptr;
-  if (back_ != nullptr) back_->next = &step;
-  back_ = &step;
-  if (front_.load() == nullptr) front_.store(&step);
-  UpdatePlansReady();
-  auto units = static_cast<int64_t>(steps_.size() - next_plan_);
-  for (const Step* open = front_.load(); open != nullptr && units < enough; open = open->next) {
-    units += std::max(0, open->left.load(std::memory_order_relaxed));
+  node.open.PushBack(step);
+  UpdatePlansReady(node);
+  auto units = static_cast<int64_t>(searches_ - planned_);
+  for (size_t n = 0; n < node_count_; ++n) {
+    const Step* open = nodes_[n].open.front.load();
+    for (; open != nullptr && units < enough; open = open->next) {
+      units += std::max(0, open->left.load(std::memory_order_relaxed));
+    }
   }
   return static_cast<int>(std::min<int64_t>(units, enough));
 }
 
-size_t UnitQueue::Finish() {
+size_t UnitQueue::Finish(size_t search) {
   const auto lock = LockShortly(mutex_);
-  --begun_;
-  --unfinished_;
-  UpdatePlansReady();
-  return unfinished_;
+  Node& node = nodes_[static_cast<size_t>(steps_[search].node)];
+  --node.begun;
+  UpdatePlansReady(node);
+  return --unfinished_;
 }
 
 }  // namespace kvseek::service

@@ -1,21 +1,27 @@
 // Which unit of a run's searches is next: what SearchRun (search_executor.cc) hands out to workers.
 //
-// A search is a plan to be made, and then one step after the other, each of some pieces. Plans go
-// before pieces as long as no more than `plans_max` searches are begun and not finished; pieces go
-// in the order in which their steps were opened. A piece is claimed by one atomic operation on its
-// step's count: units are as short as 5 us, and sixteen workers that took turns at a mutex for each
-// spent half of that waiting for it (docs/performance.md). Plans and the list of open steps
-// have a mutex, which is taken a few times a step.
+// A search is a plan to be made, and then one step after the other, each of some pieces. Each
+// search belongs to a NUMA node, and a worker takes units of its own node's as long as there are
+// any, then others. Of a node, plans go before pieces until there are kPlansOfWorker searches begun
+// and not finished for each of its workers; pieces go in the order in which their steps were
+// opened.
+//
+// A piece is claimed by one atomic operation on its step's count: units are as short as 5 us, and
+// fourteen workers that took turns at a mutex for each of them spent half of the short steps
+// waiting for it (docs/performance.md). Plans and the lists of open steps have a mutex, which is
+// taken a few times a step.
 #ifndef KVSEEK_SERVICE_UNIT_QUEUE_H_
 #define KVSEEK_SERVICE_UNIT_QUEUE_H_
 
 #include <atomic>
 #include <cstddef>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
+#include "absl/types/span.h"
 
 namespace kvseek::service {
 
@@ -23,49 +29,72 @@ struct SearchUnit {
   static constexpr int kPlan = -1;
   size_t search;
   int piece;  ///< or kPlan
+  int node;   ///< the search's
 };
 
-/// Thread-safe.
+/// Thread-safe, but for Prepare and Add.
 class UnitQueue {
  public:
-  UnitQueue(size_t searches, int plans_max);
+  static constexpr int kPlansOfWorker = 2;
 
-  /// The next unit, if there is one now.
-  std::optional<SearchUnit> Take() ABSL_LOCKS_EXCLUDED(mutex_);
-  /// Whether there may be one. As cheap as a load, for workers that look.
-  bool MayHaveUnits() const { return plans_ready_.load() || front_.load() != nullptr; }
+  /// Empties it, for so many searches and these nodes, and keeps its memory.
+  void Prepare(size_t searches, absl::Span<const int> workers_of_nodes);
+  /// Adds the next search; they are numbered from 0. REQUIRES: no more than were prepared for.
+  void Add(int node);
+
+  /// The next unit for a worker of this node, if there is one now.
+  std::optional<SearchUnit> Take(int node) ABSL_LOCKS_EXCLUDED(mutex_);
+  /// Whether there may be one. Two loads a node, for workers that look.
+  bool MayHaveUnits() const;
   /// Lets the pieces of a search's step be taken. All of the step before have been run. Returns how
   /// many units may be taken now, counted up to `enough`.
   /// REQUIRES: pieces > 0.
   int Open(size_t search, int pieces, int enough) ABSL_LOCKS_EXCLUDED(mutex_);
   /// A search has come to its end. Returns how many have not.
-  size_t Finish() ABSL_LOCKS_EXCLUDED(mutex_);
+  size_t Finish(size_t search) ABSL_LOCKS_EXCLUDED(mutex_);
+
+  size_t Bytes() const { return steps_max_ * sizeof(Step); }
 
  private:
   /// A search's step; a cache line of its own.
   struct alignas(64) Step {
     std::atomic<int> left{0};  ///< pieces not taken; workers that come too late make it negative
     int pieces = 0;            ///< set before `left`
-    bool listed = false;       ///< with the lock
-    Step* next = nullptr;      ///< opened after it; with the lock
+    int node = 0;
+    bool listed = false;   ///< among its node's open ones; with the lock
+    Step* next = nullptr;  ///< in its list; with the lock
+  };
+  /// In the order in which they came.
+  struct List {
+    void PushBack(Step& step);
+    Step* back = nullptr;
+    std::atomic<Step*> front{nullptr};
+  };
+  struct alignas(64) Node {
+    List open;                             ///< changes with the lock
+    std::atomic<bool> plans_ready{false};  ///< a plan goes before pieces; changes with the lock
+    List waiting;                          ///< searches to be planned; with the lock
+    int begun = 0;                         ///< and not finished; with the lock
+    int begun_max = 0;
   };
 
-  std::optional<SearchUnit> TakePlan() ABSL_LOCKS_EXCLUDED(mutex_);
-  void UpdatePlansReady() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  size_t Number(const Step& step) const { return static_cast<size_t>(&step - steps_.get()); }
+  std::optional<SearchUnit> TakeOf(Node& node) ABSL_LOCKS_EXCLUDED(mutex_);
+  std::optional<SearchUnit> TakePlan(Node& node) ABSL_LOCKS_EXCLUDED(mutex_);
   /// Drops steps at the front of which nothing is left.
-  void DropTaken() ABSL_LOCKS_EXCLUDED(mutex_);
-  void Unlist(Step& step) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void DropTaken(Node& node) ABSL_LOCKS_EXCLUDED(mutex_);
+  static void UpdatePlansReady(Node& node);
+  static void Unlist(List& list, Step& step);
 
-  const int plans_max_;
-  std::vector<Step> steps_;            ///< of each search
-  std::atomic<Step*> front_{nullptr};  ///< the oldest open step; set with the lock
-  std::atomic<bool> plans_ready_;      ///< a plan goes before pieces; set with the lock
+  std::unique_ptr<Step[]> steps_;  ///< of each search
+  size_t steps_max_ = 0;
+  size_t searches_ = 0;
+  std::unique_ptr<Node[]> nodes_;
+  size_t node_count_ = 0;
 
-  alignas(64) mutable std::mutex mutex_;
-  Step* back_ ABSL_GUARDED_BY(mutex_) = nullptr;
-  size_t next_plan_ ABSL_GUARDED_BY(mutex_) = 0;
-  int begun_ ABSL_GUARDED_BY(mutex_) = 0;  ///< searches planned and not finished
-  size_t unfinished_ ABSL_GUARDED_BY(mutex_);
+  alignas(64) std::mutex mutex_;
+  size_t planned_ ABSL_GUARDED_BY(mutex_) = 0;
+  size_t unfinished_ ABSL_GUARDED_BY(mutex_) = 0;
 };
 
 }  // namespace kvseek::service

@@ -1,7 +1,11 @@
 #include "index/slab_memory.h"
 
 #include <gtest/gtest.h>
+#include <linux/mempolicy.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <random>
@@ -92,6 +96,92 @@ TEST(SlabMemory, SpareSlabsStayAndServeAnySize) {
   EXPECT_EQ(SlabBytes(), before + kSlabBytes);
   KeepSlabs(0);
   EXPECT_EQ(SlabBytes(), before);
+}
+
+/// Where the system has been asked to put a slot; false: it does not tell.
+bool AskedFor(const Slot& slot, int& mode, unsigned long& nodes) {  // NOLINT(google-runtime-int)
+  std::array<unsigned long, 16> mask{};                             // NOLINT(google-runtime-int)
+  if (syscall(SYS_get_mempolicy, &mode, mask.data(), 1025, slot.get(), MPOL_F_ADDR) != 0) {
+    return false;
+  }
+  nodes = mask[0];
+  return true;
+}
+
+TEST(SlabMemory, SlabsLieOnTheirNode) {
+#if defined(__SANITIZE_ADDRESS__)
+  GTEST_SKIP() << "each slot is an allocation of its own here";
+#endif
+  constexpr size_t kBytes = 690'000;
+  const size_t before = SlabBytes();
+  {
+    int mode = -1;
+    unsigned long nodes = 0;  // NOLINT(google-runtime-int)
+    const Slot anywhere = MakeSlot(kBytes);
+    if (!AskedFor(anywhere, mode, nodes)) GTEST_SKIP() << "no get_mempolicy here";
+    EXPECT_EQ(mode, MPOL_DEFAULT);
+    if (!PlaceSlabs({0})) {
+      PlaceSlabs({});
+      GTEST_SKIP() << "no mbind here";
+    }
+    KeepSlabs(before + 4 * kSlabBytes);
+    ASSERT_TRUE(AddSpareSlab(0));  // of a size that is not there yet
+    const Slot spare = MakeSlot(kBytes + 100);
+    const Slot beyond = MakeSlot(kBytes, 1);  // of no node that was named
+    PlaceSlabs({5, 0});                       // of the system's 0, whatever its number here
+    const Slot placed = MakeSlot(kBytes + 200, 1);
+    for (const Slot* slot : {&spare, &placed}) {
+      std::memset(slot->get(), 1, kBytes);
+      ASSERT_TRUE(AskedFor(*slot, mode, nodes));
+      EXPECT_EQ(mode, MPOL_PREFERRED);
+      EXPECT_EQ(nodes, 1U);
+      int lies_on = -1;
+      ASSERT_EQ(
+          syscall(SYS_get_mempolicy, &lies_on, nullptr, 0, slot->get(), MPOL_F_NODE | MPOL_F_ADDR),
+          0);
+      EXPECT_EQ(lies_on, 0);
+    }
+    ASSERT_TRUE(AskedFor(beyond, mode, nodes));
+    EXPECT_EQ(mode, MPOL_DEFAULT);
+    EXPECT_EQ(SlabBytes(0) + SlabBytes(1), SlabBytes());
+    EXPECT_EQ(SlabBytes(1), 2 * kSlabBytes);
+  }
+  KeepSlabs(0);
+  PlaceSlabs({});
+  EXPECT_EQ(SlabBytes(), before);
+  EXPECT_EQ(SlabBytes(1), 0U);
+}
+
+TEST(SlabMemory, ANodeThatIsNotThereIsToldOfAndDoesNoHarm) {
+  EXPECT_FALSE(PlaceSlabs({1023}));
+  EXPECT_FALSE(PlaceSlabs({-1}));
+  EXPECT_FALSE(PlaceSlabs({1 << 20}));
+  const Slot slot = MakeSlot(695'000);
+  std::memset(slot.get(), 1, 695'000);
+  EXPECT_TRUE(PlaceSlabs({}));
+}
+
+TEST(SlabMemory, SpareSlabsServeTheirNodeAndMakeRoomForOthers) {
+#if defined(__SANITIZE_ADDRESS__)
+  GTEST_SKIP() << "each slot is an allocation of its own here";
+#endif
+  const size_t before = SlabBytes();
+  const size_t on_one = SlabBytes(1);
+  KeepSlabs(before + 3 * kSlabBytes);
+  for (const int node : {0, 1, 1}) ASSERT_TRUE(AddSpareSlab(node));
+  {
+    const Slot first = MakeSlot(685'000, 1);  // has its node's spare slab
+    EXPECT_EQ(SlabBytes(), before + 3 * kSlabBytes);
+    EXPECT_EQ(SlabBytes(1), on_one + 2 * kSlabBytes);
+    const Slot second = MakeSlot(686'000, 0);
+    const Slot third = MakeSlot(687'000, 0);  // has a new one, and node 1's spare one goes
+    EXPECT_EQ(SlabBytes(), before + 3 * kSlabBytes);
+    EXPECT_EQ(SlabBytes(1), on_one + kSlabBytes);
+  }
+  EXPECT_EQ(SlabBytes(), before + 3 * kSlabBytes);
+  KeepSlabs(0);
+  EXPECT_EQ(SlabBytes(), before);
+  EXPECT_EQ(SlabBytes(1), on_one);
 }
 
 TEST(SlabMemory, ThreadsTakeAndGiveAtOnce) {

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "proto/status_code.h"
+#include "tests/service/two_nodes.h"
 
 namespace kvseek::service {
 namespace {
@@ -197,6 +198,53 @@ TEST(StrandTest, KeepsOrderWithoutHoldingWorkers) {
   release.count_down();
   all.wait();
   for (int i = 0; i < 1000; ++i) EXPECT_EQ(order[static_cast<size_t>(i)], i);
+}
+
+TEST(ComputePoolNodes, WorkersHaveTheirShareOfEachNodeAndStayThere) {
+  EXPECT_EQ(ComputePool::CallersNode(), 0);
+  const Topology topology = TwoNodes();
+  DaemonOptions options = Workers(5);
+  for (const bool pin : {false, true}) {
+    options.pin_workers = pin;
+    ComputePool pool(options, topology);
+    ASSERT_EQ(pool.nodes(), 2);
+    EXPECT_EQ(pool.workers_of_nodes()[0], 3);
+    EXPECT_EQ(pool.workers_of_nodes()[1], 2);
+    std::array<std::atomic<int>, 2> seen{};
+    std::latch all(5);  // so that each worker has one of the jobs
+    pool.Submit(
+        [&](index::Scratch&) {
+          const auto node = static_cast<size_t>(ComputePool::CallersNode());
+          EXPECT_EQ(AllowedCpus(), topology[node].cpus);
+          seen[node].fetch_add(1);
+          all.arrive_and_wait();
+        },
+        5);
+    all.wait();
+    EXPECT_EQ(seen[0].load(), 3);
+    EXPECT_EQ(seen[1].load(), 2);
+  }
+}
+
+TEST(ComputePoolNodes, OneWorkerACpuThatTheProcessMayUse) {
+  EXPECT_EQ(ComputePool(Workers(0), {{0, {0, 1, 2}}, {3, {5}}}).workers(), 4);
+  const ComputePool pool(Workers(0), {{0, {0}}, {3, {4, 5, 6}}});
+  EXPECT_EQ(pool.workers_of_nodes()[0], 1);
+  EXPECT_EQ(pool.workers_of_nodes()[1], 3);
+  EXPECT_EQ(ComputePool(Workers(0)).workers(), static_cast<int>(AllowedCpus().size()));
+  EXPECT_GE(ComputePool(Workers(0), OneNode({})).workers(), 1) << "not known";
+}
+
+TEST(ComputePoolNodes, WorkersOfOneNodeRunWhereTheProcessMay) {
+  ComputePool pool(Workers(1));
+  std::vector<int> cpus;
+  std::latch done(1);
+  pool.Submit([&](index::Scratch&) {
+    cpus = AllowedCpus();
+    done.count_down();
+  });
+  done.wait();
+  EXPECT_EQ(cpus, AllowedCpus());
 }
 
 TEST(StrandTest, JobsOfSeveralStrandsKeepTheOrderOfEach) {

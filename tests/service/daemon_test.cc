@@ -263,6 +263,7 @@ TEST_F(DaemonTest, ProgramTellsBadUsageFromFailure) {
   EXPECT_EQ(Program({"--no-such-option"}).Wait(), 2);
   EXPECT_EQ(Program({"--memory", "many"}).Wait(), 2);
   EXPECT_EQ(Program({"--lease", "5"}).Wait(), 2);
+  EXPECT_EQ(Program({"--numa", "2"}).Wait(), 2);
   EXPECT_EQ(Program({"--listen", "carrier:pigeon"}).Wait(), 2);
   EXPECT_EQ(Program({"--token-file", dir_.path() + "/none"}).Wait(), 2);
   EXPECT_EQ(Program({"--listen", address()}, "KVSEEK_SIMD=abacus").Wait(), 2);
@@ -274,7 +275,7 @@ TEST_F(DaemonTest, ProgramReadsItsPlan) {
   plan.heads.push_back({.mode = HeadMode::kState, .index = "ladder", .candidates = 77});
   const std::string path = dir_.path() + "/plan";
   ASSERT_TRUE(WriteHeadPlan(plan, path).ok());
-  Program program({"--listen", address(), "--plan", path, "--print-ready"});
+  Program program({"--listen", address(), "--plan", path, "--numa", "off", "--print-ready"});
   ASSERT_EQ(program.ReadLine(), "ready " + address());
   const auto client = Connect();
   const auto session = client->Open(kShape, {});

@@ -6,7 +6,9 @@
 #include <cstring>
 #include <set>
 
+#include "index/slab_memory.h"
 #include "tests/service/search_fixture.h"
+#include "tests/service/two_nodes.h"
 
 namespace kvseek::service {
 namespace {
@@ -260,6 +262,45 @@ TEST_F(QueryAnswersTest, BatchesEqualSingleCallsAndWorkersDoNotMatter) {
     add(Item(a, 0, 1, 0, {8500}), Queries(3, 1));
     add(Item(b, 0, 4, 0, {1, 2, 3, 0}), Queries(4, 4));
     EXPECT_EQ(all.bytes(), batch);
+  }
+}
+
+TEST_F(QueryAnswersTest, SameBitsOnOneNodeAndTwo) {
+  Service one(Service::SmallOptions(3));
+  Service two(Service::SmallOptions(3), TwoNodes());
+  const proto::SessionRef in_one = OpenWith(one, {9000, 5000});
+  EXPECT_EQ(index::SlabBytes(1), 0U);
+  const proto::SessionRef in_two = OpenWith(two, {9000, 5000});
+#if !defined(__SANITIZE_ADDRESS__)  // no slabs there
+  EXPECT_GT(index::SlabBytes(1), 0U);
+#endif
+  const Tensors queries = Tensors().Add(Queries(3, 4));
+  for (const proto::IndexKind index :
+       {proto::INDEX_AUTO, proto::INDEX_EXACT, proto::INDEX_LADDER}) {
+    for (const uint32_t layer : {0U, 1U}) {
+      const auto item = [&](const proto::SessionRef& session) {
+        return Item(session, layer, 4, 3, {5000, 4999, 70, 2048});
+      };
+      auto a = one.Call(Attend({item(in_one)}, index), queries);
+      auto b = two.Call(Attend({item(in_two)}, index), queries);
+      ASSERT_TRUE(a.ok() && b.ok()) << a.status << b.status;
+      EXPECT_EQ(a.tensors.bytes(), b.tensors.bytes());
+      auto c = one.Call(TopK({item(in_one)}, 50, index), queries);
+      auto d = two.Call(TopK({item(in_two)}, 50, index), queries);
+      ASSERT_TRUE(c.ok() && d.ok()) << c.status << d.status;
+      EXPECT_EQ(c.tensors.bytes(), d.tensors.bytes());
+    }
+  }
+  EXPECT_EQ(one.pool().units_other_node(), 0U);
+  EXPECT_GT(two.pool().units_own_node() + two.pool().units_other_node(), 0U);
+  std::set<std::string> names;
+  const auto stats = two.Call(proto::StatsRequest());
+  for (const proto::Counter& counter : stats.message.counters()) {
+    names.insert(counter.name());
+  }
+  for (const char* name :
+       {"units_own_node", "units_other_node", "slab_bytes_node_0", "slab_bytes_node_1"}) {
+    EXPECT_EQ(names.count(name), 1U) << name;
   }
 }
 

@@ -2,8 +2,12 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <latch>
 #include <new>
+#include <random>
+
+#include "tests/service/two_nodes.h"
 
 namespace kvseek::service {
 namespace {
@@ -13,18 +17,21 @@ namespace {
 class CountingIndex final : public index::KeyIndex {
  public:
   absl::string_view name() const override { return "counting"; }
-  std::unique_ptr<index::SearchPlan> Plan(const index::KvView&, const index::SearchQuery& query,
+  std::unique_ptr<index::SearchPlan> Plan(const index::KvView& view,
+                                          const index::SearchQuery& query,
                                           const index::SearchOptions&,
                                           index::Scratch&) const override {
     plans_.fetch_add(1);
     if (query.begin < 0) throw std::bad_alloc();
-    return std::make_unique<CountingPlan>(*this, static_cast<int>(query.end));
+    if (on_unit) on_unit(view.shape.node);
+    return std::make_unique<CountingPlan>(*this, static_cast<int>(query.end), view.shape.node);
   }
   int plans() const { return plans_.load(); }
   int plans_alive_max() const { return alive_max_.load(); }
   int runs() const { return runs_.load(); }
 
   std::function<void()> on_run;
+  std::function<void(int node)> on_unit;  ///< plans, too; with the node of its search
   int steps = 1;
   /// Of step `step`, after one of so many pieces.
   static size_t PiecesOfStep(size_t before, int step) {
@@ -34,8 +41,8 @@ class CountingIndex final : public index::KeyIndex {
  private:
   class CountingPlan final : public index::SearchPlan {
    public:
-    CountingPlan(const CountingIndex& index, int pieces)
-        : index_(index), values_(static_cast<size_t>(pieces)) {
+    CountingPlan(const CountingIndex& index, int pieces, int node)
+        : index_(index), node_(node), values_(static_cast<size_t>(pieces)) {
       const int alive = index_.alive_.fetch_add(1) + 1;
       int known = index_.alive_max_.load();
       while (known < alive && !index_.alive_max_.compare_exchange_weak(known, alive)) {
@@ -46,6 +53,7 @@ class CountingIndex final : public index::KeyIndex {
     void Run(int piece, index::Scratch&) override {
       index_.runs_.fetch_add(1);
       if (index_.on_run) index_.on_run();
+      if (index_.on_unit) index_.on_unit(node_);
       values_[static_cast<size_t>(piece)] = 100 * step_ + piece + 1;
     }
     bool NextStep(index::Scratch&) override {
@@ -62,6 +70,7 @@ class CountingIndex final : public index::KeyIndex {
 
    private:
     const CountingIndex& index_;
+    const int node_;
     int step_ = 0;
     std::vector<int> values_;  // of the step's pieces
     std::vector<int> done_;    // of the steps before
@@ -75,11 +84,12 @@ class CountingIndex final : public index::KeyIndex {
 
 class SearchExecutorTest : public testing::TestWithParam<int> {
  protected:
-  explicit SearchExecutorTest(std::chrono::microseconds worker_spin = {}) {
+  explicit SearchExecutorTest(std::chrono::microseconds worker_spin = {},
+                              const Topology& topology = OneNode()) {
     DaemonOptions options;
     options.workers = GetParam();
     options.worker_spin = worker_spin;
-    pool_ = std::make_unique<ComputePool>(options);
+    pool_ = std::make_unique<ComputePool>(options, topology);
   }
   static GiveUp In(std::chrono::milliseconds time) {
     return {std::chrono::steady_clock::now() + time, std::make_shared<std::atomic<bool>>(false),
@@ -258,6 +268,86 @@ TEST_P(LookingExecutorTest, GivesWay) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Workers, LookingExecutorTest, testing::Values(1, 4));
+
+/// Searches of two nodes.
+class NodesExecutorTest : public SearchExecutorTest {
+ protected:
+  NodesExecutorTest() : SearchExecutorTest(std::chrono::microseconds(100), TwoNodes()) {}
+
+  std::vector<SearchTask> Tasks(const std::vector<int64_t>& pieces, const std::vector<int>& nodes) {
+    std::vector<SearchTask> tasks = SearchExecutorTest::Tasks(pieces);
+    for (size_t i = 0; i < tasks.size(); ++i) tasks[i].view.shape.node = nodes[i];
+    return tasks;
+  }
+};
+
+TEST_P(NodesExecutorTest, AWorkerTakesItsOwnNodesUnitsFirstAndThenOthers) {
+  // All workers but one are kept busy.
+  const int others = GetParam() - 1;
+  std::latch busy(others);
+  std::latch release(1);
+  pool_->Submit(
+      [&](index::Scratch&) {
+        busy.count_down();
+        release.wait();
+      },
+      others);
+  busy.wait();
+  std::vector<int> order;
+  int own = -1;
+  index_.on_unit = [&](int node) {
+    own = ComputePool::CallersNode();
+    order.push_back(node);
+  };
+  index_.steps = 2;
+  const auto results =
+      Run(Tasks({3, 2, 3, 2, 3, 2}, {1, 0, 0, 1, 1, 0}), In(std::chrono::seconds(20)));
+  const uint64_t units_own = pool_->units_own_node();
+  const uint64_t units_other = pool_->units_other_node();
+  release.count_down();
+  pool_.reset();  // before the latches
+  ASSERT_TRUE(results.ok()) << results.status();
+  const auto first_other = std::find(order.begin(), order.end(), 1 - own);
+  const auto of_own = static_cast<size_t>(std::count(order.begin(), order.end(), own));
+  EXPECT_EQ(static_cast<size_t>(first_other - order.begin()), of_own)
+      << "one of the other node's units came before the last of its own";
+  EXPECT_GT(of_own, 6U);
+  EXPECT_LT(of_own, order.size()) << "nobody else would have taken the others";
+  EXPECT_EQ(units_own, of_own);
+  EXPECT_EQ(units_other, order.size() - of_own);
+}
+
+TEST_P(NodesExecutorTest, AllIsDoneWhereverItLies) {
+  index_.steps = 5;
+  std::mt19937 random(3);
+  for (int round = 0; round < 200; ++round) {
+    std::vector<int64_t> pieces;
+    std::vector<int> nodes;
+    const int ones = static_cast<int>(random() % 3);  // half of them; all; none
+    for (int i = 0; i < 40; ++i) {
+      pieces.push_back(static_cast<int64_t>(random() % 5));
+      nodes.push_back(ones == 0 ? static_cast<int>(random() % 2) : ones - 1);
+    }
+    const auto results = Run(Tasks(pieces, nodes), In(std::chrono::minutes(1)));
+    ASSERT_TRUE(results.ok()) << results.status();
+    for (size_t i = 0; i < pieces.size(); ++i) {
+      auto count = static_cast<size_t>(pieces[i]);
+      size_t all = count;
+      for (int step = 1; step < 5; ++step) {
+        all += count = CountingIndex::PiecesOfStep(count, step);
+      }
+      EXPECT_EQ((*results)[i].positions.size(), all);
+    }
+  }
+  EXPECT_GT(pool_->units_own_node(), 0U);
+  EXPECT_GT(pool_->units_other_node(), 0U);
+}
+
+TEST_P(NodesExecutorTest, ANodeThatThePoolDoesNotHaveIsOneOfIts) {
+  EXPECT_TRUE(Run(Tasks({1, 2}, {7, 2}), In(std::chrono::minutes(1))).ok());
+}
+
+INSTANTIATE_TEST_SUITE_P(Workers, NodesExecutorTest, testing::Values(1, 2, 5));
 
 }  // namespace
 }  // namespace kvseek::service

@@ -84,11 +84,11 @@ inline std::string Describe(const absl::Status& status) {
 class Service {
  public:
   Service() : Service(SmallOptions(2)) {}
-  explicit Service(DaemonOptions options)
+  explicit Service(DaemonOptions options, const Topology& topology = OneNode())
       : options_(std::move(options)),
         budget_(options_.memory_limit_bytes, options_.retry_after),
-        store_(options_, budget_),
-        pool_(options_),
+        store_(options_, budget_, static_cast<int>(topology.size())),
+        pool_(options_, topology),
         builder_(options_, budget_),
         handler_(options_, store_, pool_, builder_, {[] { return uint64_t{7}; }}) {}
 

@@ -50,6 +50,32 @@ TEST_F(SessionStoreTest, FindsByHandle) {
   EXPECT_EQ((*session)->settings().name, "name") << "who holds a session keeps it";
 }
 
+TEST_F(SessionStoreTest, HeadsAreDealtOutToTheNodes) {
+  SessionSettings settings = Settings();
+  settings.layers = 3;
+  settings.kv_heads = 3;
+  settings.query_heads = 3;
+  const auto nodes = [](const Session& session) {
+    std::vector<std::vector<int>> of_layers;
+    for (uint32_t l = 0; l < 3; ++l) {
+      const auto state = session.State(l);
+      std::vector<int>& of_heads = of_layers.emplace_back();
+      for (size_t h = 0; h < 3; ++h) of_heads.push_back(state->Head(h).shape().node);
+    }
+    return of_layers;
+  };
+  using Nodes = std::vector<std::vector<int>>;
+  const auto one = store_->Open(settings, 0, now_);
+  EXPECT_EQ(nodes(**one), Nodes(3, {0, 0, 0}));
+  SessionStore store(options_, budget_, 2);
+  const auto first = store.Open(settings, 0, now_);
+  EXPECT_EQ(nodes(**first), (Nodes{{0, 1, 0}, {1, 0, 1}, {0, 1, 0}}));
+  const auto second = store.Open(settings, 0, now_);
+  EXPECT_EQ(nodes(**second), (Nodes{{1, 0, 1}, {0, 1, 0}, {1, 0, 1}}));
+  const auto forked = store.Fork(**second, std::nullopt, seconds(0), "", now_);
+  EXPECT_EQ(nodes(**forked), nodes(**second)) << "it shares their memory";
+}
+
 TEST_F(SessionStoreTest, EveryUseRenewsTheLease) {
   const uint64_t boot = store_->boot_id();
   const uint64_t used = (*store_->Open(Settings(seconds(20)), 0, now_))->id();

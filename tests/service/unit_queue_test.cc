@@ -9,11 +9,18 @@
 namespace kvseek::service {
 namespace {
 
+/// Searches of one node, which has so many workers.
+void Prepare(UnitQueue& queue, size_t searches, int workers) {
+  queue.Prepare(searches, {workers});
+  for (size_t s = 0; s < searches; ++s) queue.Add(0);
+}
+
 TEST(UnitQueueTest, PiecesInTheOrderOfTheirSteps) {
-  UnitQueue queue(3, 2);
+  UnitQueue queue;
+  Prepare(queue, 3, 1);
   EXPECT_TRUE(queue.MayHaveUnits());
   for (const size_t search : {0U, 1U}) {
-    const auto plan = queue.Take();
+    const auto plan = queue.Take(0);
     ASSERT_TRUE(plan.has_value());
     EXPECT_EQ(plan->search, search);
     EXPECT_EQ(plan->piece, SearchUnit::kPlan);
@@ -21,7 +28,7 @@ TEST(UnitQueueTest, PiecesInTheOrderOfTheirSteps) {
   EXPECT_EQ(queue.Open(1, 2, 100), 3) << "two pieces and a plan";
   EXPECT_EQ(queue.Open(0, 3, 4), 4) << "no more are counted";
   const auto expect_piece = [&](size_t search, int piece) {
-    const auto unit = queue.Take();
+    const auto unit = queue.Take(0);
     ASSERT_TRUE(unit.has_value());
     EXPECT_EQ(unit->search, search);
     EXPECT_EQ(unit->piece, piece);
@@ -31,41 +38,68 @@ TEST(UnitQueueTest, PiecesInTheOrderOfTheirSteps) {
   expect_piece(0, 0);
   EXPECT_EQ(queue.Open(1, 1, 100), 4);  // its next step, behind the other's
   expect_piece(0, 1);
-  EXPECT_EQ(queue.Finish(), 2U);
+  EXPECT_EQ(queue.Finish(0), 2U);
   expect_piece(2, SearchUnit::kPlan);  // now there are fewer than two
   expect_piece(0, 2);
   expect_piece(1, 0);
-  EXPECT_FALSE(queue.Take().has_value());
+  EXPECT_FALSE(queue.Take(0).has_value());
   EXPECT_FALSE(queue.MayHaveUnits());
-  EXPECT_EQ(queue.Finish(), 1U);
-  EXPECT_EQ(queue.Finish(), 0U);
+  EXPECT_EQ(queue.Finish(1), 1U);
+  EXPECT_EQ(queue.Finish(2), 0U);
 }
 
 TEST(UnitQueueTest, PlansGoOnWhereNothingElseIsLeft) {
-  UnitQueue queue(4, 1);
-  EXPECT_EQ(queue.Take()->search, 0U);
-  EXPECT_EQ(queue.Take()->search, 1U) << "nobody has pieces";
+  UnitQueue queue;
+  Prepare(queue, 5, 1);
+  for (const size_t search : {0U, 1U, 2U}) {  // more than two: nobody has pieces
+    EXPECT_EQ(queue.Take(0)->search, search);
+  }
   queue.Open(0, 1, 100);
-  EXPECT_EQ(queue.Take()->piece, 0);
-  EXPECT_EQ(queue.Take()->search, 2U);
+  EXPECT_EQ(queue.Take(0)->piece, 0);
+  EXPECT_EQ(queue.Take(0)->search, 3U);
+}
+
+TEST(UnitQueueTest, OwnNodesUnitsFirst) {
+  UnitQueue queue;
+  for (int round = 0; round < 2; ++round) {  // it can be used again
+    const int workers[] = {1, 1};
+    queue.Prepare(4, workers);
+    for (const int node : {1, 0, 1, 2}) queue.Add(node);  // of two nodes, 2 is 0
+    EXPECT_EQ(queue.Take(0)->search, 1U);
+    EXPECT_EQ(queue.Take(0)->search, 3U);
+    EXPECT_EQ(queue.Take(1)->search, 0U);
+    queue.Open(0, 2, 100);
+    queue.Open(1, 1, 100);
+    const auto own = queue.Take(0);
+    EXPECT_EQ(own->search, 1U);
+    EXPECT_EQ(own->node, 0);
+    const auto stolen = queue.Take(0);
+    EXPECT_EQ(stolen->search, 2U) << "a plan before pieces, of the other node, too";
+    EXPECT_EQ(stolen->node, 1);
+    EXPECT_EQ(queue.Take(0)->search, 0U);
+    EXPECT_EQ(queue.Take(1)->search, 0U);
+    EXPECT_FALSE(queue.Take(1).has_value());
+    EXPECT_EQ(queue.Finish(0), 3U);
+  }
 }
 
 TEST(UnitQueueTest, AStepOpensWhileTheLastIsStillListed) {
-  UnitQueue queue(2, 2);
-  queue.Take();
-  queue.Take();
+  UnitQueue queue;
+  Prepare(queue, 2, 1);
+  queue.Take(0);
+  queue.Take(0);
   for (int step = 0; step < 50; ++step) {  // each empties before the next, in both orders
     queue.Open(0, 1, 100);
     queue.Open(1, 1, 100);
-    EXPECT_EQ(queue.Take()->search, 0U);
+    EXPECT_EQ(queue.Take(0)->search, 0U);
     if (step % 2 == 0) {
       EXPECT_EQ(queue.Open(0, 1, 100), 2);
-      EXPECT_EQ(queue.Take()->search, 1U);
-      EXPECT_EQ(queue.Take()->search, 0U);
+      EXPECT_EQ(queue.Take(0)->search, 1U);
+      EXPECT_EQ(queue.Take(0)->search, 0U);
     } else {
-      EXPECT_EQ(queue.Take()->search, 1U);
+      EXPECT_EQ(queue.Take(0)->search, 1U);
     }
-    EXPECT_FALSE(queue.Take().has_value());
+    EXPECT_FALSE(queue.Take(0).has_value());
   }
 }
 
@@ -83,7 +117,8 @@ TEST(UnitQueueTest, ManyWorkers) {
     std::atomic<int> left{0};
     std::atomic<int> taken[kSteps]{};
   };
-  UnitQueue queue(kSearches, kPlansMax);
+  UnitQueue queue;
+  Prepare(queue, kSearches, kPlansMax / UnitQueue::kPlansOfWorker);
   std::vector<Search> searches(kSearches);
   std::atomic<int> plans{0};
   std::atomic<int> begun{0};
@@ -93,7 +128,7 @@ TEST(UnitQueueTest, ManyWorkers) {
     Search& search = searches[s];
     if (++search.step == kSteps) {
       begun.fetch_sub(1);
-      if (queue.Finish() == 0) done.store(true);
+      if (queue.Finish(s) == 0) done.store(true);
       return;
     }
     const int pieces = pieces_of(s, search.step);
@@ -104,7 +139,7 @@ TEST(UnitQueueTest, ManyWorkers) {
   for (int w = 0; w < kWorkers; ++w) {
     workers.emplace_back([&] {
       while (!done.load()) {
-        const auto unit = queue.Take();
+        const auto unit = queue.Take(0);
         if (!unit.has_value()) continue;
         Search& search = searches[unit->search];
         if (unit->piece == SearchUnit::kPlan) {
