@@ -193,7 +193,7 @@ uint32_t MicrosSince(TimePoint begin) {
 /// The messages of both operations have the same fields.
 template <typename Message>
 std::string MakeMetadata(const CheckedSearch& search, absl::Span<const Place> places,
-                         const std::vector<SearchResult>& results, uint32_t compute_us) {
+                         absl::Span<const SearchResult> results, uint32_t compute_us) {
   Message message;
   message.set_compute_us(compute_us);
   if (search.state_dtype == kernels::DType::kFp16) message.set_state_dtype(proto::DTYPE_FP16);
@@ -235,7 +235,7 @@ void ForStripes(size_t count, size_t bytes, Worker worker, const Work& work) {
 /// Positions of each result without those whose rows the client holds; empty if it holds none.
 std::vector<std::vector<int64_t>> NotHeld(const CheckedSearch& search,
                                           absl::Span<const Place> places,
-                                          const std::vector<SearchResult>& results, Worker worker) {
+                                          absl::Span<const SearchResult> results, Worker worker) {
   size_t held = 0;
   for (const CheckedItem& item : search.items) {
     for (const auto& list : item.held) held += list.size();
@@ -362,7 +362,7 @@ absl::Status CheckAnswerFits(const CheckedSearch& search, const DaemonOptions& o
 }
 
 absl::StatusOr<Response> MakeAnswer(const CheckedSearch& search,
-                                    const std::vector<SearchResult>& results,
+                                    absl::Span<const SearchResult> results,
                                     std::optional<TimePoint> arrived, const DaemonOptions& options,
                                     Worker worker) {
   std::vector<Place> places = MakePlaces(search);

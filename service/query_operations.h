@@ -9,6 +9,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 #include "index/key_index.h"
 #include "proto/kvseek.pb.h"
 #include "service/layer_cache.h"
@@ -50,7 +51,7 @@ absl::Status CheckAnswerFits(const CheckedSearch& search, const DaemonOptions& o
 /// no `arrived`, since nobody reads it. `results` are those of MakeTasks. resource_exhausted naming
 /// "options.list_read" when the positions read, which nobody knew before, are too many.
 absl::StatusOr<Response> MakeAnswer(const CheckedSearch& search,
-                                    const std::vector<index::SearchResult>& results,
+                                    absl::Span<const index::SearchResult> results,
                                     std::optional<TimePoint> arrived, const DaemonOptions& options,
                                     Worker worker);
 

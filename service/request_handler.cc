@@ -73,6 +73,7 @@ class RequestHandler::Impl {
     Call(Impl& impl, Request request, std::function<void(Response)> done);
     ~Call();
 
+    Impl& impl() const { return impl_; }
     const Request& request() const { return request_; }
     TimePoint arrived() const { return arrived_; }
     absl::Span<const uint8_t> payload() const {
@@ -121,8 +122,12 @@ class RequestHandler::Impl {
   void Fetch(const CallPtr& call);
   template <typename Message>
   absl::StatusOr<CheckedSearch> CheckSearch(const Call& call) const;
+  struct SearchUnderWay;
   template <typename Message>
   void Search(const CallPtr& call);
+  void AnswerSearch(const SearchUnderWay& done,
+                    const absl::StatusOr<absl::Span<const index::SearchResult>>& results,
+                    Scratch& scratch);
   /// Takes queries of an answered search where indexes learn from them.
   void Learn(const CallPtr& call, const CheckedSearch& search);
 
@@ -439,6 +444,13 @@ absl::StatusOr<CheckedSearch> RequestHandler::Impl::CheckSearch(const Call& call
   return search_validator_.Check(*message, call.payload(), Clock::now());
 }
 
+/// An Attend or a TopK whose searches run.
+struct RequestHandler::Impl::SearchUnderWay {
+  CallPtr call;
+  CheckedSearch search;  ///< `tasks` point into it
+  std::vector<SearchTask> tasks;
+};
+
 template <typename Message>
 void RequestHandler::Impl::Search(const CallPtr& call) {
   if (!Admit(call)) return;
@@ -448,27 +460,35 @@ void RequestHandler::Impl::Search(const CallPtr& call) {
     if (absl::Status status = CheckAnswerFits(*checked, options_); !status.ok()) {
       return call->Finish(std::move(status));
     }
-    const auto search = std::make_shared<const CheckedSearch>(*std::move(checked));
-    std::vector<SearchTask> tasks = MakeTasks(*search);
-    AddReuse(*search, store_.budget(), tasks);
+    const auto under_way = std::make_shared<SearchUnderWay>();
+    under_way->call = call;
+    under_way->search = *std::move(checked);
+    under_way->tasks = MakeTasks(under_way->search);
+    AddReuse(under_way->search, store_.budget(), under_way->tasks);
     RunSearches(
-        pool_, std::move(tasks), call->give_up(),
-        [this, call, search](auto results, Scratch& own) {
-          if (!results.ok()) return call->Finish(results.status());
-          counters_.CountSearches(*results);
-          try {
-            std::optional<TimePoint> arrived;
-            if (call->request().attend == nullptr) arrived = call->arrived();
-            auto answer = MakeAnswer(*search, *results, arrived, options_, {pool_, own});
-            Learn(call, *search);  // before the step after this one can
-            call->Finish(std::move(answer));
-            audits_.Offer(*search);
-          } catch (...) {
-            call->Finish(StatusOfException());
-          }
+        pool_, under_way->tasks, call->give_up(),
+        [under_way](auto results, Scratch& own) {
+          under_way->call->impl().AnswerSearch(*under_way, results, own);
         },
         scratch);
   }));
+}
+
+void RequestHandler::Impl::AnswerSearch(
+    const SearchUnderWay& done,
+    const absl::StatusOr<absl::Span<const index::SearchResult>>& results, Scratch& scratch) {
+  if (!results.ok()) return done.call->Finish(results.status());
+  counters_.CountSearches(*results);
+  try {
+    std::optional<TimePoint> arrived;
+    if (done.call->request().attend == nullptr) arrived = done.call->arrived();
+    auto answer = MakeAnswer(done.search, *results, arrived, options_, {pool_, scratch});
+    Learn(done.call, done.search);  // before the step after this one can
+    done.call->Finish(std::move(answer));
+    audits_.Offer(done.search);
+  } catch (...) {
+    done.call->Finish(StatusOfException());
+  }
 }
 
 void RequestHandler::Impl::Learn(const CallPtr& call, const CheckedSearch& search) {

@@ -1,14 +1,16 @@
 #include "service/search_executor.h"
 
 #include <algorithm>
-#include <deque>
 #include <exception>
 #include <mutex>
 #include <new>
+#include <optional>
 #include <utility>
+#include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/strings/str_cat.h"
+#include "index/spares.h"
 #include "proto/status_code.h"
 #include "service/short_lock.h"
 #include "transport/pause.h"
@@ -21,31 +23,30 @@ using index::Scratch;
 // How long a worker looks for the next step of a run before it looks for other work.
 constexpr std::chrono::microseconds kLookMax{200};
 
+struct RunMemory;
+
 /// The searches of one request under way. Runners (jobs on the pool) take units from it until there
 /// are none.
 class SearchRun {
  public:
-  SearchRun(ComputePool& pool, std::vector<SearchTask> tasks, GiveUp give_up, SearchDone done)
-      : pool_(pool),
-        tasks_(std::move(tasks)),
-        give_up_(std::move(give_up)),
-        done_(std::move(done)),
-        searches_(tasks_.size()),
-        results_(tasks_.size()) {}
+  /// Makes the caller one of a run's runners, and submits as many as there is work for.
+  static void Start(ComputePool& pool, absl::Span<const SearchTask> tasks, GiveUp give_up,
+                    SearchDone done, Scratch& scratch);
 
-  /// Makes the caller one of the run's runners, and submits as many as there is work for.
-  static void Start(const std::shared_ptr<SearchRun>& run, Scratch& scratch);
+  SearchRun(RunMemory& memory, ComputePool& pool, absl::Span<const SearchTask> tasks,
+            GiveUp give_up, SearchDone done, int runners);
 
- private:
+  /// One of its searches.
   struct Search {
-    std::unique_ptr<index::SearchPlan> plan;
-    int pieces = 0;      ///< of the step
-    int next_piece = 0;  ///< to be given out
-    std::atomic<int> pieces_left{0};
+    index::PlanPtr plan;
+    int pieces = 0;           ///< of the step
+    int next_piece = 0;       ///< to be given out
+    int pieces_left = 0;      ///< to be done; atomic
     bool distrusted = false;  ///< answered from an earlier search, but not to be trusted ...
     int64_t wasted = 0;       ///< ... after so many bytes
   };
 
+ private:
   struct Unit {
     bool none = true;
     size_t task = 0;
@@ -54,8 +55,12 @@ class SearchRun {
 
   /// So many searches are planned before any piece is run.
   int plans_wanted() const { return 2 * pool_.workers(); }
-  /// Works as a runner.
-  static void Work(const std::shared_ptr<SearchRun>& run, Scratch& scratch);
+  /// Submits `count` runners.
+  void SubmitRunners(int count);
+  /// Works as a runner, which holds the run until it is gone: the last one destroys it.
+  void Work(Scratch& scratch);
+  /// Until there are no units, or other requests want the worker.
+  void TakeUnits(Scratch& scratch);
   /// Takes the next unit for a runner; without one, the runner is gone.
   Unit Next() ABSL_LOCKS_EXCLUDED(mutex_);
   /// For a runner that has gone: looks for units that another runner's unit makes ready, as long as
@@ -63,7 +68,7 @@ class SearchRun {
   bool ComeBack() ABSL_LOCKS_EXCLUDED(mutex_);
   /// Whether there are units to be given out.
   bool HasUnits() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    return failure_.ok() && (!open_.empty() || next_task_ < tasks_.size());
+    return failure_.ok() && (next_open_ < open_.size() || next_task_ < tasks_.size());
   }
   /// What came of a unit.
   struct Outcome {
@@ -72,8 +77,7 @@ class SearchRun {
     bool finished = false;  ///< its search is
   };
   Outcome Run(const Unit& unit, Scratch& scratch);
-  std::unique_ptr<index::SearchPlan> Plan(const SearchTask& task, bool distrusted,
-                                          Scratch& scratch) const;
+  index::PlanPtr Plan(const SearchTask& task, bool distrusted, Scratch& scratch) const;
   /// Plans a search. Returns the pieces of its first step; 0: it is finished.
   int Begin(size_t task, Scratch& scratch);
   /// Makes the pieces of the plan's step ready to be given out; returns how many there are.
@@ -93,18 +97,22 @@ class SearchRun {
   /// that still wait for a worker are not waited for; they will find nothing.
   bool FinishIfComplete(Scratch& scratch) ABSL_LOCKS_EXCLUDED(mutex_);
 
+  RunMemory& memory_;
   ComputePool& pool_;
-  const std::vector<SearchTask> tasks_;
+  const absl::Span<const SearchTask> tasks_;
   const GiveUp give_up_;
   SearchDone done_;
-  std::vector<Search> searches_;  ///< a slot belongs to the unit that works on it
-  std::vector<index::SearchResult> results_;
+  std::vector<Search>& searches_;  ///< a slot belongs to the unit that works on it
+  std::vector<index::SearchResult>& results_;
+  std::atomic<int> holders_;  ///< runners that are queued or not gone for good
 
   std::mutex mutex_;
   size_t next_task_ ABSL_GUARDED_BY(mutex_) = 0;
   int plans_ ABSL_GUARDED_BY(mutex_) = 0;  ///< searches begun and not finished
-  std::deque<size_t> open_
-      ABSL_GUARDED_BY(mutex_);  ///< planned searches with pieces left to give out
+  /// Searches of which a step was opened, in that order: from next_open_ on with pieces left to
+  /// give out.
+  std::vector<size_t>& open_ ABSL_GUARDED_BY(mutex_);
+  size_t next_open_ ABSL_GUARDED_BY(mutex_) = 0;
   int64_t open_pieces_ ABSL_GUARDED_BY(mutex_) = 0;
   int runners_ ABSL_GUARDED_BY(mutex_) = 0;    ///< jobs queued or running
   int lookers_ ABSL_GUARDED_BY(mutex_) = 0;    ///< runners gone that may come back
@@ -114,21 +122,61 @@ class SearchRun {
   std::atomic<bool> changed_{false};  ///< since a looker has last looked; set with the lock
 };
 
+/// A run with the arrays that it works in, which the next one uses again.
+struct RunMemory {
+  std::vector<SearchRun::Search> searches;
+  std::vector<index::SearchResult> results;  ///< as many as a run ever had
+  std::vector<size_t> open;
+  std::optional<SearchRun> run;
+
+  size_t Bytes() const {
+    size_t bytes = searches.capacity() * sizeof(SearchRun::Search);
+    for (const index::SearchResult& result : results) bytes += sizeof(result) + result.Bytes();
+    return bytes;
+  }
+};
+
+constexpr size_t kSpareRuns = 64;
+constexpr size_t kSpareRunBytes = size_t{4} << 20;  // of each
+
+index::Spares<RunMemory>& TheSpares() {
+  static auto* const spares = new index::Spares<RunMemory>(kSpareRuns);  // outlives what is in use
+  return *spares;
+}
+
+SearchRun::SearchRun(RunMemory& memory, ComputePool& pool, absl::Span<const SearchTask> tasks,
+                     GiveUp give_up, SearchDone done, int runners)
+    : memory_(memory),
+      pool_(pool),
+      tasks_(tasks),
+      give_up_(std::move(give_up)),
+      done_(std::move(done)),
+      searches_(memory.searches),
+      results_(memory.results),
+      holders_(1),
+      open_(memory.open),
+      runners_(runners) {
+  searches_.resize(tasks.size());
+  if (results_.size() < tasks.size()) results_.resize(tasks.size());
+  open_.clear();
+}
+
 SearchRun::Unit SearchRun::Next() {
   absl::Status give_up = give_up_.Check();
   const auto lock = LockShortly(mutex_);
   if (failure_.ok()) failure_ = std::move(give_up);
-  if (failure_.ok() && next_task_ < tasks_.size() && (open_.empty() || plans_ < plans_wanted())) {
+  if (failure_.ok() && next_task_ < tasks_.size() &&
+      (next_open_ == open_.size() || plans_ < plans_wanted())) {
     ++under_way_;
     ++plans_;
     return {false, next_task_++, -1};
   }
-  if (failure_.ok() && !open_.empty()) {
-    const size_t task = open_.front();
+  if (failure_.ok() && next_open_ < open_.size()) {
+    const size_t task = open_[next_open_];
     Search& search = searches_[task];
     const int piece = search.next_piece++;
     --open_pieces_;
-    if (search.next_piece == search.pieces) open_.pop_front();
+    if (search.next_piece == search.pieces) ++next_open_;
     ++under_way_;
     return {false, task, piece};
   }
@@ -157,8 +205,7 @@ bool SearchRun::ComeBack() {
   }
 }
 
-std::unique_ptr<index::SearchPlan> SearchRun::Plan(const SearchTask& task, bool distrusted,
-                                                   Scratch& scratch) const {
+index::PlanPtr SearchRun::Plan(const SearchTask& task, bool distrusted, Scratch& scratch) const {
   if (task.last != nullptr && !distrusted) {
     index::SearchOptions options = task.options;
     options.keep = 0;
@@ -178,7 +225,7 @@ SearchRun::Outcome SearchRun::Run(const Unit& unit, Scratch& scratch) {
       opened = Begin(unit.task, scratch);
     } else {
       search.plan->Run(unit.piece, scratch);
-      if (search.pieces_left.fetch_sub(1) > 1) return {};
+      if (std::atomic_ref(search.pieces_left).fetch_sub(1) > 1) return {};
       opened = GoOn(unit.task, scratch);
     }
     return {absl::OkStatus(), opened, opened == 0};
@@ -197,7 +244,7 @@ int SearchRun::Begin(size_t task, Scratch& scratch) {
 int SearchRun::OpenStep(Search& search) {
   search.pieces = search.plan->pieces();
   search.next_piece = 0;
-  search.pieces_left.store(search.pieces);
+  search.pieces_left = search.pieces;
   return search.pieces;
 }
 
@@ -216,7 +263,9 @@ int SearchRun::GoOn(size_t task, Scratch& scratch) {
 
 bool SearchRun::Finish(size_t task, Scratch& scratch) {
   Search& search = searches_[task];
-  index::SearchResult result = search.plan->Finish(scratch);
+  index::SearchResult& result = results_[task];
+  result.Clear();
+  search.plan->Finish(result, scratch);
   search.plan.reset();
   if (!result.report.trusted) {
     search.distrusted = true;
@@ -229,7 +278,6 @@ bool SearchRun::Finish(size_t task, Scratch& scratch) {
     tasks_[task].remember(std::move(result.last));
   }
   result.last = nullptr;
-  results_[task] = std::move(result);
   return true;
 }
 
@@ -256,7 +304,7 @@ bool SearchRun::FinishIfComplete(Scratch& scratch) {
   absl::Status failure;
   {
     const std::lock_guard lock(mutex_);
-    const bool nothing_left = open_.empty() && next_task_ == tasks_.size();
+    const bool nothing_left = next_open_ == open_.size() && next_task_ == tasks_.size();
     if (under_way_ > 0 || (failure_.ok() && !nothing_left)) return false;
     if (std::exchange(done_called_, true)) return true;
     changed_.store(true);
@@ -265,7 +313,7 @@ bool SearchRun::FinishIfComplete(Scratch& scratch) {
   scratch.Reset();
   searches_.clear();
   if (failure.ok()) {
-    done_(std::move(results_), scratch);
+    done_(absl::MakeConstSpan(results_).first(tasks_.size()), scratch);
   } else {
     done_(std::move(failure), scratch);
   }
@@ -273,30 +321,41 @@ bool SearchRun::FinishIfComplete(Scratch& scratch) {
   return true;
 }
 
-void SearchRun::Start(const std::shared_ptr<SearchRun>& run, Scratch& scratch) {
-  const int runners = std::clamp(static_cast<int>(run->tasks_.size()), 1, run->pool_.workers());
-  {
-    const std::lock_guard lock(run->mutex_);
-    run->runners_ = runners;
-  }
-  run->pool_.Submit([run](Scratch& own) { Work(run, own); }, runners - 1);
-  Work(run, scratch);
+void SearchRun::Start(ComputePool& pool, absl::Span<const SearchTask> tasks, GiveUp give_up,
+                      SearchDone done, Scratch& scratch) {
+  const int runners = std::clamp(static_cast<int>(tasks.size()), 1, pool.workers());
+  std::unique_ptr<RunMemory> memory = TheSpares().Take();
+  SearchRun& run =
+      memory->run.emplace(*memory, pool, tasks, std::move(give_up), std::move(done), runners);
+  memory.release();  // the last runner takes it
+  run.SubmitRunners(runners - 1);
+  run.Work(scratch);
 }
 
-void SearchRun::Work(const std::shared_ptr<SearchRun>& run, Scratch& scratch) {
+void SearchRun::SubmitRunners(int count) {
+  holders_.fetch_add(count, std::memory_order_relaxed);
+  pool_.Submit([this](Scratch& own) { Work(own); }, count);
+}
+
+void SearchRun::Work(Scratch& scratch) {
+  TakeUnits(scratch);
+  if (holders_.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+  std::unique_ptr<RunMemory> memory(&memory_);
+  memory->run.reset();
+  if (memory->Bytes() <= kSpareRunBytes) TheSpares().Give(std::move(memory));
+}
+
+void SearchRun::TakeUnits(Scratch& scratch) {
   for (;;) {
-    const Unit unit = run->Next();
+    const Unit unit = Next();
     Booked booked = {0, true};
     if (!unit.none) {
-      booked = run->Book(unit, run->Run(unit, scratch));
-      if (booked.more > 0) run->pool_.Submit([run](Scratch& own) { Work(run, own); }, booked.more);
+      booked = Book(unit, Run(unit, scratch));
+      if (booked.more > 0) SubmitRunners(booked.more);
     }
-    if (booked.last && run->FinishIfComplete(scratch)) return;
-    if (unit.none && !run->ComeBack()) return;
-    if (run->pool_.Crowded()) {
-      run->pool_.Submit([run](Scratch& own) { Work(run, own); });
-      return;
-    }
+    if (booked.last && FinishIfComplete(scratch)) return;
+    if (unit.none && !ComeBack()) return;
+    if (pool_.Crowded()) return SubmitRunners(1);
   }
 }
 
@@ -315,11 +374,9 @@ absl::Status GiveUp::Check() const {
   return absl::OkStatus();
 }
 
-void RunSearches(ComputePool& pool, std::vector<SearchTask> tasks, GiveUp give_up, SearchDone done,
-                 Scratch& scratch) {
-  const auto run =
-      std::make_shared<SearchRun>(pool, std::move(tasks), std::move(give_up), std::move(done));
-  SearchRun::Start(run, scratch);
+void RunSearches(ComputePool& pool, absl::Span<const SearchTask> tasks, GiveUp give_up,
+                 SearchDone done, Scratch& scratch) {
+  SearchRun::Start(pool, tasks, std::move(give_up), std::move(done), scratch);
 }
 
 absl::Status StatusOfException() {
