@@ -65,6 +65,8 @@ class Scratch final : public std::pmr::memory_resource {
   }
 
  private:
+  // A request's lists need the first only.
+  static constexpr size_t kFirstBlockBytes = size_t{16} << 10;
   static constexpr size_t kBlockBytes = size_t{1} << 20;
 
   struct Block {
@@ -80,7 +82,8 @@ class Scratch final : public std::pmr::memory_resource {
       used_ = 0;
     }
     if (block_ == blocks_.size()) {
-      const size_t block_bytes = bytes > kBlockBytes ? bytes : kBlockBytes;
+      const size_t least = blocks_.empty() ? kFirstBlockBytes : kBlockBytes;
+      const size_t block_bytes = bytes > least ? bytes : least;
       blocks_.push_back({MakeAligned<std::byte>(block_bytes), block_bytes});
     }
     void* pointer = blocks_[block_].data.get() + used_;

@@ -4,6 +4,7 @@
 #define KVSEEK_SERVICE_QUERY_OPERATIONS_H_
 
 #include <cstdint>
+#include <memory_resource>
 #include <optional>
 #include <vector>
 
@@ -30,14 +31,14 @@ proto::IndexKind ChooseIndex(const CheckedItem& item, size_t head, int64_t range
 const index::KeyIndex* FindIndex(const LayerState& layer, size_t kv_head, proto::IndexKind kind);
 
 /// Searches of all items, in the order of results: (item, token, KV head). They point into
-/// `search`, which must outlive them.
-std::vector<SearchTask> MakeTasks(const CheckedSearch& search);
+/// `search`, which must outlive them, and stand in its memory.
+std::pmr::vector<SearchTask> MakeTasks(const CheckedSearch& search);
 
 /// Where the request asks for it, lets the last query token of each item be answered from what an
 /// earlier step's search left, and leave what its own finds. That is a step of its KV heads: to be
 /// called once a request. The tasks are those of MakeTasks; `search` and `budget` must outlive
 /// them.
-void AddReuse(const CheckedSearch& search, MemoryBudget& budget, std::vector<SearchTask>& tasks);
+void AddReuse(const CheckedSearch& search, MemoryBudget& budget, absl::Span<SearchTask> tasks);
 
 /// Queries of an item's last token, for the indexes of a session that learn from queries and whose
 /// client sends none with its appends. What is to be given to Session::Learn, now and then.

@@ -20,6 +20,7 @@
 #include "service/compute_pool.h"
 #include "service/field_checks.h"
 #include "service/index_builder.h"
+#include "service/message_memory.h"
 #include "service/query_operations.h"
 #include "service/request_audits.h"
 #include "service/request_counters.h"
@@ -66,6 +67,15 @@ class RequestHandler::Impl {
   void Handle(Request request, std::function<void(Response)> done);
 
  private:
+  /// Of an Attend or a TopK.
+  struct Searches {
+    explicit Searches(CheckedSearch checked)
+        : search(std::move(checked)), tasks(MakeTasks(search)) {}
+
+    CheckedSearch search;
+    std::pmr::vector<SearchTask> tasks;
+  };
+
   /// A request under way. Whoever works on it holds it; it is answered once, at the latest when the
   /// last one lets go.
   class Call {
@@ -81,6 +91,9 @@ class RequestHandler::Impl {
     }
     GiveUp give_up() const { return {request_.deadline, request_.cancelled, impl_.stopping_}; }
     void Hold(ComputePool::Admission admission) { admission_ = std::move(admission); }
+    /// An Attend's or a TopK's searches, which the call then holds.
+    const Searches& Begin(CheckedSearch checked);
+    const Searches& searches() const { return *searches_; }
 
     void Finish(absl::StatusOr<Response> outcome);
 
@@ -90,6 +103,7 @@ class RequestHandler::Impl {
     Request request_;
     std::function<void(Response)> done_;
     ComputePool::Admission admission_;
+    std::optional<Searches> searches_;
     std::atomic<bool> finished_{false};
   };
   using CallPtr = std::shared_ptr<Call>;
@@ -121,11 +135,10 @@ class RequestHandler::Impl {
   void Close(const CallPtr& call);
   void Fetch(const CallPtr& call);
   template <typename Message>
-  absl::StatusOr<CheckedSearch> CheckSearch(const Call& call) const;
-  struct SearchUnderWay;
+  absl::StatusOr<CheckedSearch> CheckSearch(const Call& call, Scratch& scratch) const;
   template <typename Message>
   void Search(const CallPtr& call);
-  void AnswerSearch(const SearchUnderWay& done,
+  void AnswerSearch(const CallPtr& call,
                     const absl::StatusOr<absl::Span<const index::SearchResult>>& results,
                     Scratch& scratch);
   /// Takes queries of an answered search where indexes learn from them.
@@ -159,6 +172,12 @@ RequestHandler::Impl::Call::~Call() {
   done_ = nullptr;
   const std::lock_guard lock(impl_.mutex_);
   if (--impl_.calls_ == 0) impl_.all_left_.notify_all();
+}
+
+const RequestHandler::Impl::Searches& RequestHandler::Impl::Call::Begin(CheckedSearch checked) {
+  Searches& searches = searches_.emplace(std::move(checked));
+  AddReuse(searches.search, impl_.store_.budget(), absl::MakeSpan(searches.tasks));
+  return searches;
 }
 
 void RequestHandler::Impl::Call::Finish(absl::StatusOr<Response> outcome) {
@@ -227,9 +246,10 @@ void RequestHandler::Impl::Dispatch(const CallPtr& call) {
 
 template <typename Message>
 absl::StatusOr<Message> RequestHandler::Impl::ParseAlone(const Request& request) {
-  auto message = ParseMetadata<Message>(request.metadata);
-  absl::Status status = RequestValidator::CheckNoPayload(request.payload.bytes);
-  if (message.ok() && !status.ok()) return status;
+  Message message;
+  absl::Status status = ParseMetadata(request.metadata, message);
+  status.Update(RequestValidator::CheckNoPayload(request.payload.bytes));
+  if (!status.ok()) return status;
   return message;
 }
 
@@ -373,10 +393,9 @@ struct RequestHandler::Impl::LayersToAppend {
 
 void RequestHandler::Impl::Append(const CallPtr& call) {
   if (!Admit(call)) return;
-  auto parsed = ParseMetadata<proto::AppendRequest>(call->request().metadata);
-  if (!parsed.ok()) return call->Finish(parsed.status());
   const auto append = std::make_shared<LayersToAppend>();
-  append->message = *std::move(parsed);
+  absl::Status status = ParseMetadata(call->request().metadata, append->message);
+  if (!status.ok()) return call->Finish(std::move(status));
   auto checked = validator_.Check(append->message, call->payload(), Clock::now());
   if (!checked.ok()) return call->Finish(checked.status());
   append->checked = *std::move(checked);
@@ -425,69 +444,62 @@ void RequestHandler::Impl::Close(const CallPtr& call) {
 void RequestHandler::Impl::Fetch(const CallPtr& call) {
   if (!Admit(call)) return;
   pool_.Submit(MakeJob(call, [this, call](Scratch& scratch) {
-    const auto message = ParseMetadata<proto::FetchRowsRequest>(call->request().metadata);
-    if (!message.ok()) return call->Finish(message.status());
-    const auto fetch = validator_.Check(*message, call->payload(), Clock::now());
+    MessageMemory memory(scratch);
+    auto& message = memory.New<proto::FetchRowsRequest>();
+    absl::Status status = ParseMetadata(call->request().metadata, message);
+    if (!status.ok()) return call->Finish(std::move(status));
+    const auto fetch = validator_.Check(message, call->payload(), Clock::now());
     if (!fetch.ok()) return call->Finish(fetch.status());
     call->Finish(FetchRows(*fetch, options_, {pool_, scratch}));
   }));
 }
 
 template <typename Message>
-absl::StatusOr<CheckedSearch> RequestHandler::Impl::CheckSearch(const Call& call) const {
+absl::StatusOr<CheckedSearch> RequestHandler::Impl::CheckSearch(const Call& call,
+                                                                Scratch& scratch) const {
   if constexpr (std::is_same_v<Message, proto::AttendRequest>) {
     const proto::AttendRequest* const attend = call.request().attend.get();
     if (attend != nullptr) return search_validator_.Check(*attend, call.payload(), Clock::now());
   }
-  auto message = ParseMetadata<Message>(call.request().metadata);
-  if (!message.ok()) return message.status();
-  return search_validator_.Check(*message, call.payload(), Clock::now());
+  MessageMemory memory(scratch);
+  auto& message = memory.New<Message>();
+  absl::Status status = ParseMetadata(call.request().metadata, message);
+  if (!status.ok()) return status;
+  return search_validator_.Check(message, call.payload(), Clock::now());
 }
-
-/// An Attend or a TopK whose searches run.
-struct RequestHandler::Impl::SearchUnderWay {
-  CallPtr call;
-  CheckedSearch search;  ///< `tasks` point into it
-  std::vector<SearchTask> tasks;
-};
 
 template <typename Message>
 void RequestHandler::Impl::Search(const CallPtr& call) {
   if (!Admit(call)) return;
   pool_.Submit(MakeJob(call, [this, call](Scratch& scratch) {
-    auto checked = CheckSearch<Message>(*call);
+    auto checked = CheckSearch<Message>(*call, scratch);
     if (!checked.ok()) return call->Finish(checked.status());
     if (absl::Status status = CheckAnswerFits(*checked, options_); !status.ok()) {
       return call->Finish(std::move(status));
     }
-    const auto under_way = std::make_shared<SearchUnderWay>();
-    under_way->call = call;
-    under_way->search = *std::move(checked);
-    under_way->tasks = MakeTasks(under_way->search);
-    AddReuse(under_way->search, store_.budget(), under_way->tasks);
+    const Searches& searches = call->Begin(*std::move(checked));
     RunSearches(
-        pool_, under_way->tasks, call->give_up(),
-        [under_way](auto results, Scratch& own) {
-          under_way->call->impl().AnswerSearch(*under_way, results, own);
-        },
+        pool_, searches.tasks, call->give_up(),
+        [call](auto results, Scratch& own) { call->impl().AnswerSearch(call, results, own); },
         scratch);
   }));
 }
 
 void RequestHandler::Impl::AnswerSearch(
-    const SearchUnderWay& done,
-    const absl::StatusOr<absl::Span<const index::SearchResult>>& results, Scratch& scratch) {
-  if (!results.ok()) return done.call->Finish(results.status());
+    const CallPtr& call, const absl::StatusOr<absl::Span<const index::SearchResult>>& results,
+    Scratch& scratch) {
+  if (!results.ok()) return call->Finish(results.status());
   counters_.CountSearches(*results);
+  const CheckedSearch& search = call->searches().search;
   try {
     std::optional<TimePoint> arrived;
-    if (done.call->request().attend == nullptr) arrived = done.call->arrived();
-    auto answer = MakeAnswer(done.search, *results, arrived, options_, {pool_, scratch});
-    Learn(done.call, done.search);  // before the step after this one can
-    done.call->Finish(std::move(answer));
-    audits_.Offer(done.search);
+    if (call->request().attend == nullptr) arrived = call->arrived();
+    auto answer = MakeAnswer(search, *results, arrived, options_, {pool_, scratch});
+    Learn(call, search);  // before the step after this one can
+    call->Finish(std::move(answer));
+    audits_.Offer(search);
   } catch (...) {
-    done.call->Finish(StatusOfException());
+    call->Finish(StatusOfException());
   }
 }
 

@@ -117,6 +117,11 @@ absl::Status CheckLandmarkPositions(const proto::AppendRequest& message,
 
 }  // namespace
 
+absl::Status ParseMetadata(const std::string& metadata, google::protobuf::MessageLite& message) {
+  if (message.ParseFromString(metadata)) return absl::OkStatus();
+  return Invalid("metadata", "is not the message that the operation asks for");
+}
+
 absl::StatusOr<std::shared_ptr<Session>> RequestValidator::TakeSession(
     const proto::CloseSessionRequest& message, TimePoint now) const {
   if (!message.has_session()) return Invalid("session", "is missing");

@@ -76,16 +76,8 @@ class RequestValidator {
   SessionStore& store_;
 };
 
-/// A message out of a request's metadata; invalid_argument naming "metadata".
-template <typename Message>
-absl::StatusOr<Message> ParseMetadata(const std::string& metadata) {
-  Message message;
-  if (!message.ParseFromString(metadata)) {
-    return proto::FieldError(absl::StatusCode::kInvalidArgument, "metadata",
-                             "is not the message that the operation asks for");
-  }
-  return message;
-}
+/// Fills a message from a request's metadata; invalid_argument naming "metadata".
+absl::Status ParseMetadata(const std::string& metadata, google::protobuf::MessageLite& message);
 
 }  // namespace kvseek::service
 
