@@ -76,6 +76,18 @@ class RequestHandler::Impl {
     std::pmr::vector<SearchTask> tasks;
   };
 
+  /// Of an Append. Each layer is a job of its own, in its own order; the last one to be done
+  /// answers.
+  struct LayersToAppend {
+    index::SearchMemory memory = index::TakeSearchMemory();
+    MessageMemory messages{*memory};
+    proto::AppendRequest& message = messages.New<proto::AppendRequest>();
+    CheckedAppend checked;  ///< points into `message`
+    std::atomic<size_t> left{0};
+    std::atomic<int64_t> held{
+        std::numeric_limits<int64_t>::max()};  ///< by the layer that has least
+  };
+
   /// A request under way. Whoever works on it holds it; it is answered once, at the latest when the
   /// last one lets go.
   class Call {
@@ -94,6 +106,8 @@ class RequestHandler::Impl {
     /// An Attend's or a TopK's searches, which the call then holds.
     const Searches& Begin(CheckedSearch checked);
     const Searches& searches() const { return *searches_; }
+    LayersToAppend& BeginAppend() { return append_.emplace(); }
+    LayersToAppend& append() { return *append_; }
 
     void Finish(absl::StatusOr<Response> outcome);
 
@@ -104,6 +118,7 @@ class RequestHandler::Impl {
     std::function<void(Response)> done_;
     ComputePool::Admission admission_;
     std::optional<Searches> searches_;
+    std::optional<LayersToAppend> append_;
     std::atomic<bool> finished_{false};
   };
   using CallPtr = std::shared_ptr<Call>;
@@ -129,9 +144,9 @@ class RequestHandler::Impl {
   absl::StatusOr<Response> Truncate(const proto::TruncateRequest& message);
   absl::StatusOr<Response> Stats(const proto::StatsRequest& message);
   absl::StatusOr<Response> Health(const proto::HealthRequest& message);
-  struct LayersToAppend;
   void Append(const CallPtr& call);
-  void AppendLayer(const CallPtr& call, LayersToAppend& append, uint32_t layer, Scratch& scratch);
+  /// The append's layer i.
+  void AppendLayer(const CallPtr& call, uint32_t i, Scratch& scratch);
   void Close(const CallPtr& call);
   void Fetch(const CallPtr& call);
   template <typename Message>
@@ -382,41 +397,30 @@ absl::StatusOr<Response> RequestHandler::Impl::Health(const proto::HealthRequest
   return MakeResponse(response);
 }
 
-/// An append under way. Each layer is a job of its own, in its own order; the last one to be done
-/// answers.
-struct RequestHandler::Impl::LayersToAppend {
-  proto::AppendRequest message;  ///< `checked` points into it
-  CheckedAppend checked;
-  std::atomic<size_t> left{0};
-  std::atomic<int64_t> held{std::numeric_limits<int64_t>::max()};  ///< by the layer that has least
-};
-
 void RequestHandler::Impl::Append(const CallPtr& call) {
   if (!Admit(call)) return;
-  const auto append = std::make_shared<LayersToAppend>();
-  absl::Status status = ParseMetadata(call->request().metadata, append->message);
+  LayersToAppend& append = call->BeginAppend();
+  absl::Status status = ParseMetadata(call->request().metadata, append.message);
   if (!status.ok()) return call->Finish(std::move(status));
-  auto checked = validator_.Check(append->message, call->payload(), Clock::now());
+  auto checked = validator_.Check(append.message, call->payload(), Clock::now());
   if (!checked.ok()) return call->Finish(checked.status());
-  append->checked = *std::move(checked);
-  const size_t layers = append->checked.layers.size();
-  append->left.store(layers);
+  append.checked = *std::move(checked);
+  const uint32_t layers = append.checked.layers;
+  append.left.store(layers);
   const size_t together = kAppendTogether / std::max<size_t>(1, call->payload().size() / layers);
   StrandJobs jobs;
-  for (size_t i = 0; i < layers; ++i) {
-    const uint32_t layer = append->checked.layer + static_cast<uint32_t>(i);
-    jobs.Add(append->checked.session->AppendStrand(layer),
-             MakeJob(call, [this, call, append, layer](Scratch& scratch) {
-               AppendLayer(call, *append, layer, scratch);
-             }));
+  for (uint32_t i = 0; i < layers; ++i) {
+    jobs.Add(append.checked.session->AppendStrand(append.checked.layer + i),
+             MakeJob(call, [this, call, i](Scratch& scratch) { AppendLayer(call, i, scratch); }));
     if (jobs.size() >= together || i + 1 == layers) jobs.RunOn(pool_);
   }
 }
 
-void RequestHandler::Impl::AppendLayer(const CallPtr& call, LayersToAppend& append, uint32_t layer,
-                                       Scratch& scratch) {
+void RequestHandler::Impl::AppendLayer(const CallPtr& call, uint32_t i, Scratch& scratch) {
+  LayersToAppend& append = call->append();
   const std::shared_ptr<Session>& session = append.checked.session;
-  const LayerRows& rows = append.checked.layers[layer - append.checked.layer];
+  const uint32_t layer = append.checked.layer + i;
+  const LayerRows rows = append.checked.Rows(i);
   const auto held = session->Append(layer, rows, store_.budget(), {pool_, scratch});
   if (!held.ok()) return call->Finish(held.status());
   counters_.CountAppended(static_cast<uint64_t>(rows.tokens));

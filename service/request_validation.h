@@ -30,8 +30,13 @@ inline constexpr size_t kSessionNameBytesMax = 256;  ///< of a model's, too
 /// and of landmarks into its message.
 struct CheckedAppend {
   std::shared_ptr<Session> session;
-  uint32_t layer = 0;             ///< the first
-  std::vector<LayerRows> layers;  ///< one or more
+  uint32_t layer = 0;       ///< the first
+  uint32_t layers = 1;      ///< one or more
+  LayerRows rows;           ///< of the first
+  size_t layer_stride = 0;  ///< bytes from a layer's rows to the next one's
+
+  /// Of `layer` + i.
+  LayerRows Rows(uint32_t i) const;
 };
 
 /// A checked FetchRows.
