@@ -17,7 +17,7 @@ using kernels::kScanBlock;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr size_t kCentresAhead = 16;       // fetched before any is scored
-constexpr int64_t kExactPartTokens = 512;  // an exact part of more is cut, if others can help
+constexpr int64_t kExactPartTokens = 128;  // a part has no fewer, unless it is all
 
 }  // namespace
 
@@ -199,13 +199,17 @@ void LadderPlan::PlanExactParts(bool may_cut) {
   }
   exact_part_count_ = 1;
   exact_parts_[0] = {0, tokens, exact_state_};
-  if (!may_cut || tokens <= kExactPartTokens) return;
-  // At a whole chunk of the tail.
-  const int64_t half = tokens / 2 / kTailChunkTokens * kTailChunkTokens;
-  const int64_t cut = first_block_ * kScanBlock - query_.begin + half;
-  exact_part_count_ = 2;
-  exact_parts_[0].end = cut;
-  exact_parts_[1] = {cut, tokens, MakeState(group_, view_.shape.value_dim, memory_)};
+  if (!may_cut) return;
+  // At whole chunks of the tail.
+  const int64_t before = first_block_ * kScanBlock - query_.begin;
+  const int64_t chunks = (tokens - before) / kTailChunkTokens;
+  const int64_t parts = std::clamp<int64_t>(tokens / kExactPartTokens, 1, kExactPartsMax);
+  for (int64_t p = 1; p < parts; ++p) {
+    const int64_t cut = before + chunks * p / parts * kTailChunkTokens;
+    exact_parts_[exact_part_count_ - 1].end = cut;
+    exact_parts_[exact_part_count_++] = {cut, tokens,
+                                         MakeState(group_, view_.shape.value_dim, memory_)};
+  }
 }
 
 void LadderPlan::AttendExactPart(const ExactPart& part, Scratch& scratch) {

@@ -8,7 +8,7 @@
 // either end, and the tail, is read exactly. For a group of heads, the queries are rotated and
 // their tables made; then in steps
 //
-//   sample   attend to the exact part, in two halves if it is long; estimate a fixed sample of
+//   sample   attend to the exact part, in pieces if it is long; estimate a fixed sample of
 //            blocks; from both each head's lse, and from the sample thresholds that about
 //            `candidates` keys of the group exceed (docs/adr/0004)
 //   scan     scan all codes; keys over a threshold are candidates, read at 4 bits; all others add
@@ -68,6 +68,7 @@ class LadderPlan final : public SearchPlan {
   static constexpr int64_t kPieces = 12;
   static constexpr int64_t kPieceSegmentsMin = 4;
   static constexpr int64_t kPieceSegmentsMax = 16;
+  static constexpr size_t kExactPartsMax = 8;
 
   enum class Step { kSample, kScan, kRefine };
 
@@ -117,7 +118,7 @@ class LadderPlan final : public SearchPlan {
   void PrepareQueries(const ProductIndex* product);
   /// Of segments [first, last).
   void ScoreCentres(int64_t first, int64_t last, Scratch& scratch);
-  /// One or, if it `may_cut` and there is enough, two halves.
+  /// One or, if it `may_cut`, as many as there is enough for.
   void PlanExactParts(bool may_cut);
   void AttendExactPart(const ExactPart& part, Scratch& scratch);
   /// Of the whole exact part, for searches that have no sample.
@@ -247,7 +248,7 @@ class LadderPlan final : public SearchPlan {
   const ScanCode* codes_ = nullptr;  ///< scan_'s
 
   kernels::GroupState exact_state_;  ///< of the exact part, once its parts are merged
-  std::array<ExactPart, 2> exact_parts_;
+  std::array<ExactPart, kExactPartsMax> exact_parts_;
   size_t exact_part_count_ = 0;
   /// TopK: the exact part's keys; its size is set before parts write it.
   ScoredKeys exact_keys_{memory_};

@@ -184,6 +184,9 @@ RequestHandler::Impl::Call::Call(Impl& impl, Request request, std::function<void
 
 RequestHandler::Impl::Call::~Call() {
   if (!finished_.load()) Finish(absl::InternalError("the request was lost"));
+  // The handler, and with it sessions' memory budget, may go with the last call.
+  searches_.reset();
+  append_.reset();
   done_ = nullptr;
   const std::lock_guard lock(impl_.mutex_);
   if (--impl_.calls_ == 0) impl_.all_left_.notify_all();

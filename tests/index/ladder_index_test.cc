@@ -1,6 +1,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -88,8 +89,8 @@ TEST(LadderIndexTest, AllRowsExactIsExact) {
   EXPECT_EQ(ladder.report.keys_exact, 2300);
 }
 
-// An exact part of more than 512 tokens is attended to in two halves, whose keys are each there
-// once.
+// A long exact part is attended to in up to eight parts of 128 tokens or more, whose keys are each
+// there once.
 TEST(LadderIndexTest, LongExactPartsAreCut) {
   const cli::HeadTrace trace = RandomTrace({.tokens = 3060, .key_dim = 64, .group = 3});
   const cli::StoredHead head(trace, 2);
@@ -106,7 +107,7 @@ TEST(LadderIndexTest, LongExactPartsAreCut) {
     const int units = plan->pieces();
     const SearchResult result = RunAll(*plan, scratch);
     const int64_t blocks = 2048 - (begin + 63) / 64 * 64;
-    const int parts = exact_tokens > 512 ? 2 : exact_tokens > 0 ? 1 : 0;
+    const int64_t parts = exact_tokens == 0 ? 0 : std::clamp<int64_t>(exact_tokens / 128, 1, 8);
     const SearchQuery inner{trace.StepQueries(0), trace.group, 2048 - blocks, 2048};
     EXPECT_EQ(units - LadderIndex().Plan(view, inner, options, scratch)->pieces(), parts);
     const SearchResult exact = ExactIndex().Search(view, query, {}, scratch);

@@ -1,0 +1,136 @@
+#include "service/unit_queue.h"
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <thread>
+#include <vector>
+
+namespace kvseek::service {
+namespace {
+
+TEST(UnitQueueTest, PiecesInTheOrderOfTheirSteps) {
+  UnitQueue queue(3, 2);
+  EXPECT_TRUE(queue.MayHaveUnits());
+  for (const size_t search : {0U, 1U}) {
+    const auto plan = queue.Take();
+    ASSERT_TRUE(plan.has_value());
+    EXPECT_EQ(plan->search, search);
+    EXPECT_EQ(plan->piece, SearchUnit::kPlan);
+  }
+  EXPECT_EQ(queue.Open(1, 2, 100), 3) << "two pieces and a plan";
+  EXPECT_EQ(queue.Open(0, 3, 4), 4) << "no more are counted";
+  const auto expect_piece = [&](size_t search, int piece) {
+    const auto unit = queue.Take();
+    ASSERT_TRUE(unit.has_value());
+    EXPECT_EQ(unit->search, search);
+    EXPECT_EQ(unit->piece, piece);
+  };
+  expect_piece(1, 0);
+  expect_piece(1, 1);
+  expect_piece(0, 0);
+  EXPECT_EQ(queue.Open(1, 1, 100), 4);  // its next step, behind the other's
+  expect_piece(0, 1);
+  EXPECT_EQ(queue.Finish(), 2U);
+  expect_piece(2, SearchUnit::kPlan);  // now there are fewer than two
+  expect_piece(0, 2);
+  expect_piece(1, 0);
+  EXPECT_FALSE(queue.Take().has_value());
+  EXPECT_FALSE(queue.MayHaveUnits());
+  EXPECT_EQ(queue.Finish(), 1U);
+  EXPECT_EQ(queue.Finish(), 0U);
+}
+
+TEST(UnitQueueTest, PlansGoOnWhereNothingElseIsLeft) {
+  UnitQueue queue(4, 1);
+  EXPECT_EQ(queue.Take()->search, 0U);
+  EXPECT_EQ(queue.Take()->search, 1U) << "nobody has pieces";
+  queue.Open(0, 1, 100);
+  EXPECT_EQ(queue.Take()->piece, 0);
+  EXPECT_EQ(queue.Take()->search, 2U);
+}
+
+TEST(UnitQueueTest, AStepOpensWhileTheLastIsStillListed) {
+  UnitQueue queue(2, 2);
+  queue.Take();
+  queue.Take();
+  for (int step = 0; step < 50; ++step) {  // each empties before the next, in both orders
+    queue.Open(0, 1, 100);
+    queue.Open(1, 1, 100);
+    EXPECT_EQ(queue.Take()->search, 0U);
+    if (step % 2 == 0) {
+      EXPECT_EQ(queue.Open(0, 1, 100), 2);
+      EXPECT_EQ(queue.Take()->search, 1U);
+      EXPECT_EQ(queue.Take()->search, 0U);
+    } else {
+      EXPECT_EQ(queue.Take()->search, 1U);
+    }
+    EXPECT_FALSE(queue.Take().has_value());
+  }
+}
+
+// Whoever runs a step's last piece opens the next. Each unit is taken once, and plans are bounded.
+TEST(UnitQueueTest, ManyWorkers) {
+  constexpr size_t kSearches = 200;
+  constexpr int kSteps = 6;
+  constexpr int kWorkers = 8;
+  constexpr int kPlansMax = 10;
+  const auto pieces_of = [](size_t search, int step) {
+    return 1 + static_cast<int>(search * 7 + static_cast<size_t>(step) * 3) % 5;
+  };
+  struct Search {
+    int step = -1;
+    std::atomic<int> left{0};
+    std::atomic<int> taken[kSteps]{};
+  };
+  UnitQueue queue(kSearches, kPlansMax);
+  std::vector<Search> searches(kSearches);
+  std::atomic<int> plans{0};
+  std::atomic<int> begun{0};
+  std::atomic<int> begun_max{0};
+  std::atomic<bool> done{false};
+  const auto next_step = [&](size_t s) {
+    Search& search = searches[s];
+    if (++search.step == kSteps) {
+      begun.fetch_sub(1);
+      if (queue.Finish() == 0) done.store(true);
+      return;
+    }
+    const int pieces = pieces_of(s, search.step);
+    search.left.store(pieces);
+    EXPECT_GE(queue.Open(s, pieces, 1), 1);
+  };
+  std::vector<std::thread> workers;
+  for (int w = 0; w < kWorkers; ++w) {
+    workers.emplace_back([&] {
+      while (!done.load()) {
+        const auto unit = queue.Take();
+        if (!unit.has_value()) continue;
+        Search& search = searches[unit->search];
+        if (unit->piece == SearchUnit::kPlan) {
+          plans.fetch_add(1);
+          const int now = begun.fetch_add(1) + 1;
+          int known = begun_max.load();
+          while (known < now && !begun_max.compare_exchange_weak(known, now)) {
+          }
+          next_step(unit->search);
+          continue;
+        }
+        EXPECT_LT(unit->piece, pieces_of(unit->search, search.step));
+        EXPECT_EQ(search.taken[search.step].fetch_or(1 << unit->piece) >> unit->piece & 1, 0);
+        if (search.left.fetch_sub(1) == 1) next_step(unit->search);
+      }
+    });
+  }
+  for (std::thread& worker : workers) worker.join();
+  EXPECT_EQ(plans.load(), static_cast<int>(kSearches));
+  EXPECT_LE(begun_max.load(), kPlansMax);
+  for (size_t s = 0; s < kSearches; ++s) {
+    for (int step = 0; step < kSteps; ++step) {
+      EXPECT_EQ(searches[s].taken[step].load(), (1 << pieces_of(s, step)) - 1);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace kvseek::service
