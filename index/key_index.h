@@ -8,6 +8,7 @@
 //   do {
 //     for (int i = 0; i < plan->pieces(); ++i) plan->Run(i, scratch);  // in parallel, each with
 //   } while (plan->NextStep(scratch));                                 // its worker's scratch
+//   SearchResult result;
 //   plan->Finish(result, scratch);
 //
 // The cut depends on the range and the options only, and results of pieces are merged in their
