@@ -61,12 +61,10 @@ class SleepingIndex final : public kvseek::index::KeyIndex {
  public:
   explicit SleepingIndex(double scale) : scale_(scale) {}
   absl::string_view name() const override { return "sleeping"; }
-  std::unique_ptr<kvseek::index::SearchPlan> Plan(const kvseek::index::KvView&,
-                                                  const kvseek::index::SearchQuery&,
-                                                  const kvseek::index::SearchOptions&,
-                                                  Scratch&) const override {
+  kvseek::index::PlanPtr Plan(const kvseek::index::KvView&, const kvseek::index::SearchQuery&,
+                              const kvseek::index::SearchOptions&, Scratch&) const override {
     Sleep(kPlanUs);
-    return std::make_unique<SleepingPlan>(*this);
+    return kvseek::index::MakePlan<SleepingPlan>(*this);
   }
   /// Since the last call: time slept, in unscaled us.
   double TakeBusyUs() { return static_cast<double>(busy_ns_.exchange(0)) * 1e-3 / scale_; }
@@ -74,17 +72,14 @@ class SleepingIndex final : public kvseek::index::KeyIndex {
  private:
   class SleepingPlan final : public kvseek::index::SearchPlan {
    public:
-    explicit SleepingPlan(const SleepingIndex& index) : index_(index) {}
+    SleepingPlan(Scratch&, const SleepingIndex& index) : index_(index) {}
     int pieces() const override { return step_->pieces; }
     void Run(int, Scratch&) override { index_.Sleep(step_->piece_us); }
     bool NextStep(Scratch&) override {
       index_.Sleep(step_->end_us);
       return ++step_ != std::end(kSteps);
     }
-    kvseek::index::SearchResult Finish(Scratch&) override {
-      index_.Sleep(kFinishUs);
-      return {};
-    }
+    void Finish(kvseek::index::SearchResult&, Scratch&) override { index_.Sleep(kFinishUs); }
 
    private:
     const SleepingIndex& index_;
@@ -111,7 +106,7 @@ bool Ask(kvseek::service::ComputePool& pool, const SleepingIndex& index, int sea
   std::latch done(1);
   pool.Submit([&](Scratch& scratch) {
     kvseek::service::RunSearches(
-        pool, std::move(tasks), give_up,
+        pool, tasks, give_up,
         [&](auto results, Scratch&) {
           all = results.ok() && results->size() == static_cast<size_t>(searches);
           done.count_down();

@@ -47,7 +47,7 @@ index::SearchResult SearchSteps::Search(const index::KeyIndex& index, const inde
                                         index::Scratch& scratch) {
   Clock clock;
   scratch.Reset();
-  const std::unique_ptr<index::SearchPlan> plan = index.Plan(view, query, options, scratch);
+  const index::PlanPtr plan = index.Plan(view, query, options, scratch);
   size_t step = 0;
   const auto add_one = [&] {
     const double micros = clock.Lap();
@@ -71,7 +71,8 @@ index::SearchResult SearchSteps::Search(const index::KeyIndex& index, const inde
     add_one();
   }
   scratch.Reset();
-  index::SearchResult result = plan->Finish(scratch);
+  index::SearchResult result;
+  plan->Finish(result, scratch);
   add_one();
   return result;
 }

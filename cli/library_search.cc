@@ -50,7 +50,7 @@ index::SearchResult PieceRunner::Search(const index::KeyIndex& index, const inde
   return Run(index.Plan(view, query, options, scratch_));
 }
 
-index::SearchResult PieceRunner::Run(std::unique_ptr<index::SearchPlan> plan) {
+index::SearchResult PieceRunner::Run(index::PlanPtr plan) {
   if (threads_.empty()) return index::RunAll(*plan, scratch_);
   do {
     std::unique_lock lock(mutex_);
@@ -61,7 +61,9 @@ index::SearchResult PieceRunner::Run(std::unique_ptr<index::SearchPlan> plan) {
     done_.wait(lock, [&] { return running_ == 0; });
     plan_ = nullptr;
   } while (plan->NextStep(scratch_));
-  return plan->Finish(scratch_);
+  index::SearchResult result;
+  plan->Finish(result, scratch_);
+  return result;
 }
 
 SearchFunction SearchLibrary(const HeadTrace& trace, const StoredHead& head,

@@ -27,7 +27,7 @@ class PieceRunner {
 
   index::SearchResult Search(const index::KeyIndex& index, const index::KvView& view,
                              const index::SearchQuery& query, const index::SearchOptions& options);
-  index::SearchResult Run(std::unique_ptr<index::SearchPlan> plan);
+  index::SearchResult Run(index::PlanPtr plan);
   index::Scratch& scratch() { return scratch_; }
 
  private:

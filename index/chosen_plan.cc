@@ -28,13 +28,13 @@ float LogAdd(float a, float b) {
 
 class ChosenPlan final : public SearchPlan {
  public:
-  ChosenPlan(const KvView& view, const SearchQuery& query, const SearchOptions& options,
-             ChosenKeys chosen)
+  ChosenPlan(Scratch& memory, const KvView& view, const SearchQuery& query,
+             const SearchOptions& options, ChosenKeys chosen)
       : view_(view),
         query_(query),
         options_(options),
         chosen_(std::move(chosen)),
-        queries_(ScaleQueries(query, view.shape)) {
+        queries_(ScaleQueries(query, view.shape, memory)) {
     for (size_t i = 0; i < chosen_.positions.size(); i += kPieceRows) {
       AddPiece({.first = i, .last = std::min(i + kPieceRows, chosen_.positions.size())});
     }
@@ -47,7 +47,7 @@ class ChosenPlan final : public SearchPlan {
 
   int pieces() const override { return static_cast<int>(pieces_.size()); }
   void Run(int index, Scratch& scratch) override;
-  SearchResult Finish(Scratch& scratch) override;
+  void Finish(SearchResult& result, Scratch& scratch) override;
 
  private:
   /// Either chosen keys [first, last) or consecutive ones [begin, end).
@@ -75,13 +75,13 @@ class ChosenPlan final : public SearchPlan {
   std::shared_ptr<const LastSearch> MakeLast(absl::Span<const float> read,
                                              absl::Span<const float> rest) const;
   void TakeTopK(const ScoredKeys& kept, absl::Span<const float> read, absl::Span<const float> rest,
-                OwnedState& state, SearchResult& result) const;
+                OwnedState& state, SearchResult& result, Scratch& scratch) const;
 
   const KvView view_;
   const SearchQuery query_;
   const SearchOptions options_;
   const ChosenKeys chosen_;
-  const AlignedArray<float> queries_;  ///< times softmax_scale
+  const float* const queries_;  ///< (group, key_dim), times softmax_scale
   std::vector<Piece> pieces_;
 };
 
@@ -106,8 +106,8 @@ void ChosenPlan::ReadChosen(Piece& piece, Scratch& scratch) const {
     values[i] = row.value;
   }
   const auto rows = static_cast<int>(count);
-  kernels::ScoreGathered(queries_.get(), query_.group, keys, view_.shape.dtype, rows,
-                         view_.shape.key_dim, scores, rows);
+  kernels::ScoreGathered(queries_, query_.group, keys, view_.shape.dtype, rows, view_.shape.key_dim,
+                         scores, rows);
   kernels::AccumulateScoredGathered(scores, rows, values, view_.shape.dtype, rows,
                                     piece.state.view());
   if (options_.k < 0) return;
@@ -124,12 +124,12 @@ void ChosenPlan::ReadRun(Piece& piece, Scratch& scratch) const {
   VisitRows(view_, piece.range.begin, piece.range.end,
             [&](const uint16_t* keys, const uint16_t* values, int64_t first, int count) {
               if (scores == nullptr) {
-                kernels::AttendRows(queries_.get(), keys, values, view_.shape.dtype, count,
+                kernels::AttendRows(queries_, keys, values, view_.shape.dtype, count,
                                     view_.shape.key_dim, piece.state.view());
                 return;
               }
               float* const part = scores + (first - piece.range.begin);
-              kernels::ScoreRows(queries_.get(), group, keys, view_.shape.dtype, count,
+              kernels::ScoreRows(queries_, group, keys, view_.shape.dtype, count,
                                  view_.shape.key_dim, part, tokens);
               kernels::AccumulateScored(part, tokens, values, view_.shape.dtype, count,
                                         piece.state.view());
@@ -153,7 +153,7 @@ OwnedState ChosenPlan::RestState() const {
   return rest;
 }
 
-SearchResult ChosenPlan::Finish(Scratch& scratch) {
+void ChosenPlan::Finish(SearchResult& result, Scratch& scratch) {
   OwnedState state(query_.group, view_.shape.value_dim);
   ScoredKeys kept;
   for (const Piece& piece : pieces_) {
@@ -167,7 +167,6 @@ SearchResult ChosenPlan::Finish(Scratch& scratch) {
   if (options_.keep > 0) last = MakeLast(read_lse, rest_lse);
   if (options_.estimate_rest) kernels::MergeState(state.view(), rest.view());
 
-  SearchResult result;
   result.last = std::move(last);
   const int64_t run = query_.end - std::min(query_.end, std::max(query_.begin, chosen_.covered));
   const auto chosen = static_cast<int64_t>(chosen_.positions.size());
@@ -180,7 +179,8 @@ SearchResult ChosenPlan::Finish(Scratch& scratch) {
           static_cast<int64_t>(view_.shape.KeyRowBytes() + view_.shape.ValueRowBytes()) +
       static_cast<int64_t>(chosen_.unread.size() * view_.shape.ValueRowBytes());
   if (options_.k >= 0) {
-    TakeTopK(kept, read_lse, rest_lse, state, result);
+    scratch.Reset();
+    TakeTopK(kept, read_lse, rest_lse, state, result, scratch);
   } else {
     ReportMissed(read_lse, rest_lse, result.report, scratch);
     if (options_.list_read) {
@@ -191,7 +191,6 @@ SearchResult ChosenPlan::Finish(Scratch& scratch) {
   result.out.resize(static_cast<size_t>(query_.group) * view_.shape.value_dim);
   result.lse.resize(static_cast<size_t>(query_.group));
   kernels::FinishState(state.view(), result.out.data(), result.lse.data());
-  return result;
 }
 
 /// `read` and `rest`: (group), logarithms of the masses.
@@ -199,7 +198,7 @@ void ChosenPlan::ReportMissed(absl::Span<const float> read, absl::Span<const flo
                               SearchReport& report, Scratch& scratch) const {
   std::vector<RestRatio> ratios(read.size());
   if (options_.audit_samples > 0 && !chosen_.unread.empty()) {
-    ratios = AuditChosen(view_, query_, options_, chosen_, queries_.get(), scratch);
+    ratios = AuditChosen(view_, query_, options_, chosen_, queries_, scratch);
   }
   for (size_t h = 0; h < read.size(); ++h) {
     const bool has_rest = std::isfinite(rest[h]);
@@ -254,13 +253,13 @@ std::shared_ptr<const LastSearch> ChosenPlan::MakeLast(absl::Span<const float> r
 /// The parts that were read and are not returned stay in the state. They are summed anew: a
 /// difference of nearly equal sums is noise.
 void ChosenPlan::TakeTopK(const ScoredKeys& kept, absl::Span<const float> read,
-                          absl::Span<const float> rest, OwnedState& state,
-                          SearchResult& result) const {
+                          absl::Span<const float> rest, OwnedState& state, SearchResult& result,
+                          Scratch& scratch) const {
   std::vector<float> all;
   for (size_t h = 0; h < read.size(); ++h) all.push_back(LogAdd(read[h], rest[h]));
   const size_t keys = kept.positions.size();
   std::vector<bool> returned(keys);
-  for (const uint32_t i : BestIndices(GroupScores(kept, all), options_.k)) {
+  for (const uint32_t i : BestIndices(GroupScores(kept, all, scratch), options_.k, scratch)) {
     returned[i] = true;
     result.positions.push_back(kept.positions[i]);
   }
@@ -306,9 +305,9 @@ std::vector<int64_t> UnreadKeys(const UnreadPart& part, const ChosenKeys& chosen
   return keys;
 }
 
-std::unique_ptr<SearchPlan> PlanChosen(const KvView& view, const SearchQuery& query,
-                                       const SearchOptions& options, ChosenKeys chosen) {
-  return std::make_unique<ChosenPlan>(view, query, options, std::move(chosen));
+PlanPtr PlanChosen(const KvView& view, const SearchQuery& query, const SearchOptions& options,
+                   ChosenKeys chosen) {
+  return MakePlan<ChosenPlan>(view, query, options, std::move(chosen));
 }
 
 }  // namespace kvseek::index

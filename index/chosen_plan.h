@@ -52,8 +52,8 @@ std::vector<int64_t> UnreadKeys(const UnreadPart& part, const ChosenKeys& chosen
 
 /// Reads what was chosen. `view` must hold every member of the unread parts; what view, query and
 /// the parts point at must outlive the plan.
-std::unique_ptr<SearchPlan> PlanChosen(const KvView& view, const SearchQuery& query,
-                                       const SearchOptions& options, ChosenKeys chosen);
+PlanPtr PlanChosen(const KvView& view, const SearchQuery& query, const SearchOptions& options,
+                   ChosenKeys chosen);
 
 }  // namespace kvseek::index
 

@@ -15,15 +15,21 @@ constexpr int64_t kPieceTokens = 8 * kSegmentTokens;
 
 class ExactPlan final : public SearchPlan {
  public:
-  ExactPlan(const KvView& view, const SearchQuery& query, const SearchOptions& options)
-      : view_(view), query_(query), options_(options), queries_(ScaleQueries(query, view.shape)) {
+  ExactPlan(Scratch& memory, const KvView& view, const SearchQuery& query,
+            const SearchOptions& options)
+      : memory_(memory),
+        view_(view),
+        query_(query),
+        options_(options),
+        queries_(ScaleQueries(query, view.shape, memory)) {
     const int64_t first = query.begin / kPieceTokens;
     const int64_t last = (query.end + kPieceTokens - 1) / kPieceTokens;
     const int64_t pieces = query.begin < query.end ? last - first : 0;
+    pieces_.reserve(static_cast<size_t>(pieces));
     for (int64_t i = 0; i < pieces; ++i) {
       pieces_.push_back({std::max(query.begin, (first + i) * kPieceTokens),
                          std::min(query.end, (first + i + 1) * kPieceTokens),
-                         OwnedState(query.group, view.shape.value_dim),
+                         MakeState(query.group, view.shape.value_dim, memory),
                          {}});
     }
   }
@@ -35,22 +41,21 @@ class ExactPlan final : public SearchPlan {
     if (options_.k < 0) {
       VisitRows(view_, piece.begin, piece.end,
                 [&](const uint16_t* keys, const uint16_t* values, int64_t, int tokens) {
-                  kernels::AttendRows(queries_.get(), keys, values, view_.shape.dtype, tokens,
-                                      view_.shape.key_dim, piece.state.view());
+                  kernels::AttendRows(queries_, keys, values, view_.shape.dtype, tokens,
+                                      view_.shape.key_dim, piece.state);
                 });
     } else {
       RunTopK(piece, scratch);
     }
   }
 
-  SearchResult Finish(Scratch& scratch) override {
-    OwnedState state(query_.group, view_.shape.value_dim);
+  void Finish(SearchResult& result, Scratch& scratch) override {
+    const kernels::GroupState state = MakeState(query_.group, view_.shape.value_dim, memory_);
     ScoredKeys kept;
     for (const Piece& piece : pieces_) {
-      kernels::MergeState(state.view(), piece.state.view());
+      kernels::MergeState(state, piece.state);
       kept.Append(piece.kept);
     }
-    SearchResult result;
     const int64_t range = query_.end - query_.begin;
     FillReport(range, result.report);
     if (options_.k >= 0) {
@@ -62,15 +67,14 @@ class ExactPlan final : public SearchPlan {
     }
     result.out.resize(static_cast<size_t>(query_.group) * view_.shape.value_dim);
     result.lse.resize(static_cast<size_t>(query_.group));
-    kernels::FinishState(state.view(), result.out.data(), result.lse.data());
-    return result;
+    kernels::FinishState(state, result.out.data(), result.lse.data());
   }
 
  private:
   struct Piece {
     int64_t begin;
     int64_t end;
-    OwnedState state;
+    kernels::GroupState state;
     ScoredKeys kept;  ///< TopK: a superset of the piece's share of the answer
   };
 
@@ -82,10 +86,10 @@ class ExactPlan final : public SearchPlan {
     VisitRows(view_, piece.begin, piece.end,
               [&](const uint16_t* keys, const uint16_t* values, int64_t first, int count) {
                 float* part = scores + (first - piece.begin);
-                kernels::ScoreRows(queries_.get(), group, keys, view_.shape.dtype, count,
+                kernels::ScoreRows(queries_, group, keys, view_.shape.dtype, count,
                                    view_.shape.key_dim, part, tokens);
                 kernels::AccumulateScored(part, tokens, values, view_.shape.dtype, count,
-                                          piece.state.view());
+                                          piece.state);
               });
     auto* work = scratch.Take<int32_t>(static_cast<size_t>(tokens));
     auto* thresholds = scratch.Take<float>(static_cast<size_t>(group));
@@ -102,12 +106,12 @@ class ExactPlan final : public SearchPlan {
     }
   }
 
-  void TakeTopK(const ScoredKeys& kept, int64_t range, OwnedState& state, SearchResult& result,
-                Scratch& scratch) const {
+  void TakeTopK(const ScoredKeys& kept, int64_t range, const kernels::GroupState& state,
+                SearchResult& result, Scratch& scratch) const {
     scratch.Reset();
     const int group = query_.group;
-    const std::vector<float> lse = state.Lse();
-    const std::vector<uint32_t> best = BestIndices(GroupScores(kept, lse), options_.k);
+    const auto lse = LseOf(state, scratch);
+    const auto best = BestIndices(GroupScores(kept, lse, scratch), options_.k, scratch);
     auto* scores = scratch.Take<float>(static_cast<size_t>(group) * best.size());
     auto* values = scratch.Take<const uint16_t*>(best.size());
     for (size_t i = 0; i < best.size(); ++i) {
@@ -117,16 +121,15 @@ class ExactPlan final : public SearchPlan {
         scores[static_cast<size_t>(h) * best.size() + i] = kept.Scores(best[i], group)[h];
       }
     }
-    OwnedState returned(group, view_.shape.value_dim);
+    const kernels::GroupState returned = MakeState(group, view_.shape.value_dim, scratch);
     const auto count = static_cast<int>(best.size());
-    kernels::AccumulateScoredGathered(scores, count, values, view_.shape.dtype, count,
-                                      returned.view());
+    kernels::AccumulateScoredGathered(scores, count, values, view_.shape.dtype, count, returned);
     if (count == range) {
-      kernels::ResetState(state.view());
+      kernels::ResetState(state);
     } else {
-      SubtractState(state.view(), returned.view());
+      SubtractState(state, returned);
     }
-    const std::vector<float> rest = state.Lse();
+    const auto rest = LseOf(state, scratch);
     for (size_t h = 0; h < rest.size(); ++h) {
       const float missed = range > 0 ? std::exp(rest[h] - lse[h]) : 0.0F;
       result.report.missed_mass[h] = missed;
@@ -145,19 +148,20 @@ class ExactPlan final : public SearchPlan {
     report.missed_high = report.missed_mass;
   }
 
+  Scratch& memory_;
   KvView view_;
   SearchQuery query_;
   SearchOptions options_;
-  AlignedArray<float> queries_;
-  std::vector<Piece> pieces_;
+  const float* queries_;  ///< (group, key_dim), times softmax_scale
+  std::pmr::vector<Piece> pieces_{&memory_};
 };
 
 class Exact final : public KeyIndex {
  public:
   absl::string_view name() const override { return "exact"; }
-  std::unique_ptr<SearchPlan> Plan(const KvView& view, const SearchQuery& query,
-                                   const SearchOptions& options, Scratch&) const override {
-    return std::make_unique<ExactPlan>(view, query, options);
+  PlanPtr Plan(const KvView& view, const SearchQuery& query, const SearchOptions& options,
+               Scratch&) const override {
+    return MakePlan<ExactPlan>(view, query, options);
   }
 };
 

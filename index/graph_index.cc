@@ -45,8 +45,8 @@ size_t GraphIndex::Bytes() const {
   return bytes;
 }
 
-std::unique_ptr<SearchPlan> GraphIndex::Plan(const KvView& view, const SearchQuery& query,
-                                             const SearchOptions& options, Scratch& scratch) const {
+PlanPtr GraphIndex::Plan(const KvView& view, const SearchQuery& query, const SearchOptions& options,
+                         Scratch& scratch) const {
   return PlanChosen(view, query, options,
                     SearchGraph(graph_, parts_, view, query, options, scratch));
 }

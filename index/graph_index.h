@@ -39,8 +39,8 @@ class GraphIndex final : public BuiltIndex {
     return times_.queries + times_.neighbours + times_.edges + times_.parts;
   }
   const GraphBuildTimes& times() const { return times_; }
-  std::unique_ptr<SearchPlan> Plan(const KvView& view, const SearchQuery& query,
-                                   const SearchOptions& options, Scratch& scratch) const override;
+  PlanPtr Plan(const KvView& view, const SearchQuery& query, const SearchOptions& options,
+               Scratch& scratch) const override;
 
   const KeyGraph& graph() const { return graph_; }
   const std::vector<std::shared_ptr<const KeyParts>>& parts() const { return parts_; }

@@ -218,7 +218,7 @@ void GraphSearch::Enter() {
     }
   }
   const int parts = std::max(options_.candidates / kKeysPerPart, 1);
-  for (const uint32_t p : BestIndices(ranks, parts)) {
+  for (const uint32_t p : BestIndices(ranks, parts, scratch_)) {
     const size_t part = static_cast<size_t>(first_part_) + p;
     size_t entered = keys.size();
     for (size_t i = 0; i < kGraphPartEntries; ++i) {
@@ -407,7 +407,7 @@ void GraphSearch::Choose(ChosenKeys& chosen) const {
     }
   }
   const auto pass = std::count_if(above.begin(), above.end(), [](float x) { return x >= 0.0F; });
-  for (const uint32_t i : BestIndices(above, std::max<int64_t>(pass, options_.k))) {
+  for (const uint32_t i : BestIndices(above, std::max<int64_t>(pass, options_.k), scratch_)) {
     chosen.positions.push_back(keys_[i]);
   }
   std::sort(chosen.positions.begin(), chosen.positions.end());

@@ -4,11 +4,12 @@
 // it reads them through a KvView. One search is one query token of one KV head. It is planned once,
 // done in steps, each cut into pieces that any threads may run in any order, and finished once:
 //
-//   std::unique_ptr<SearchPlan> plan = index.Plan(view, query, options, scratch);
+//   PlanPtr plan = index.Plan(view, query, options, scratch);
 //   do {
 //     for (int i = 0; i < plan->pieces(); ++i) plan->Run(i, scratch);  // in parallel, each with
 //   } while (plan->NextStep(scratch));                                 // its worker's scratch
-//   SearchResult result = plan->Finish(scratch);
+//   SearchResult result;
+//   plan->Finish(result, scratch);
 //
 // The cut depends on the range and the options only, and results of pieces are merged in their
 // order: the same search gives the same bits at the same SIMD level, however many threads run it.
@@ -19,6 +20,8 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <new>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/string_view.h"
@@ -142,9 +145,15 @@ struct SearchResult {
   std::vector<int64_t> positions;  ///< ascending; TopK: the keys chosen; Attend: see list_read
   SearchReport report;
   std::shared_ptr<const LastSearch> last;  ///< see SearchOptions::keep; null if not kept
+
+  /// Makes it as new, but for the memory of its arrays.
+  void Clear();
+  /// Of its arrays, as far as they may grow before they allocate.
+  size_t Bytes() const;
 };
 
-/// One search under way. Thread-safe as described at the top of the file.
+/// One search under way, in memory of its own (MakePlan). Thread-safe as described at the top of
+/// the file. Thread-safe as described at the top of the file.
 class SearchPlan {
  public:
   virtual ~SearchPlan() = default;
@@ -158,9 +167,30 @@ class SearchPlan {
     (void)scratch;
     return false;
   }
-  /// After the last step, exactly once.
-  virtual SearchResult Finish(Scratch& scratch) = 0;
+  /// After the last step, exactly once. REQUIRES: `result` is as new.
+  virtual void Finish(SearchResult& result, Scratch& scratch) = 0;
 };
+
+/// Ends a plan, and gives back the memory that it stands in.
+struct EndPlan {
+  SearchMemory memory;
+  void operator()(SearchPlan* plan) {
+    std::destroy_at(plan);
+    memory.reset();
+  }
+};
+using PlanPtr = std::unique_ptr<SearchPlan, EndPlan>;
+
+/// A plan made as T(memory, args...): with memory that lasts as long as it does. It stands there
+/// itself.
+template <typename T, typename... Args>
+PlanPtr MakePlan(Args&&... args) {
+  static_assert(alignof(T) <= kCacheLine);
+  SearchMemory memory = TakeSearchMemory();
+  void* const place = memory->allocate(sizeof(T), alignof(T));
+  SearchPlan* const plan = new (place) T(*memory, std::forward<Args>(args)...);
+  return PlanPtr(plan, EndPlan{std::move(memory)});
+}
 
 /// Runs what is left of a plan in the calling thread.
 SearchResult RunAll(SearchPlan& plan, Scratch& scratch);
@@ -172,9 +202,8 @@ class KeyIndex {
   virtual absl::string_view name() const = 0;
   /// REQUIRES: view, query and options within the limits above; the service checks what comes from
   /// outside. view's targets and query.queries must outlive the plan.
-  virtual std::unique_ptr<SearchPlan> Plan(const KvView& view, const SearchQuery& query,
-                                           const SearchOptions& options,
-                                           Scratch& scratch) const = 0;
+  virtual PlanPtr Plan(const KvView& view, const SearchQuery& query, const SearchOptions& options,
+                       Scratch& scratch) const = 0;
   /// Plans, runs and finishes in the calling thread.
   SearchResult Search(const KvView& view, const SearchQuery& query, const SearchOptions& options,
                       Scratch& scratch) const;

@@ -17,8 +17,11 @@ using kernels::kScanBlock;
 
 void LadderPlan::MergePieces(Scratch& scratch) {
   step_ = Step::kRefine;
-  const bool refines = options_.k < 0 && options_.exact_rows > 0 && CandidateCount() > 0;
+  const int64_t exact_rows =
+      options_.k < 0 ? std::min<int64_t>(options_.exact_rows, CandidateCount()) : 0;
+  const bool refines = exact_rows > 0;
   picks_.resize(refines ? static_cast<size_t>(group_) : 0);
+  for (auto& picks : picks_) picks.reserve(static_cast<size_t>(exact_rows));
   // Else each head's worker does it.
   merged_ = !refines || recall_.last != nullptr || options_.keep > 0;
   for (int h = 0; h < group_ && merged_; ++h) MergeHead(h);
@@ -27,9 +30,9 @@ void LadderPlan::MergePieces(Scratch& scratch) {
     candidates_ = AllCandidates();
   }
   if (recall_.last != nullptr) {
-    recall_ratios_ = CheckRecall(LseOf(state_), candidates_, result_.report, scratch);
+    recall_ratios_ = CheckRecall(LseOf(state_, memory_), candidates_, scratch);
   } else if (options_.keep > 0 && !pieces_.empty()) {
-    result_.last = MakeLast(LseOf(state_));
+    last_ = MakeLast(LseOf(state_, memory_));
   }
 }
 
@@ -46,7 +49,7 @@ int64_t LadderPlan::CandidateCount() const {
 }
 
 ScoredKeys LadderPlan::AllCandidates() const {
-  ScoredKeys all;
+  ScoredKeys all(memory_);
   all.Reserve(static_cast<size_t>(CandidateCount()), group_);
   for (const Piece& piece : pieces_) {
     const Candidates& candidates = piece.candidates;
@@ -57,22 +60,23 @@ ScoredKeys LadderPlan::AllCandidates() const {
   return all;
 }
 
-SearchResult LadderPlan::Finish(Scratch& scratch) {
+void LadderPlan::Finish(SearchResult& result, Scratch& scratch) {
   if (options_.k >= 0) {
-    TakeTopK(candidates_, result_, scratch);
+    TakeTopK(candidates_, result, scratch);
   } else {
-    ReportMissed(LseOf(state_), candidates_, recall_ratios_, result_.report, scratch);
-    if (options_.list_read) ListRead();
+    ReportMissed(LseOf(state_, memory_), candidates_, recall_ratios_, result.report, scratch);
+    if (options_.list_read) ListRead(result.positions);
   }
-  ReportReads(result_.report, scratch);
-  result_.out.resize(static_cast<size_t>(group_) * static_cast<size_t>(view_.shape.value_dim));
-  result_.lse.resize(static_cast<size_t>(group_));
-  kernels::FinishState(state_, result_.out.data(), result_.lse.data());
-  return std::move(result_);
+  ReportReads(result.report, scratch);
+  result.report.reused = recall_.last != nullptr;
+  result.report.trusted = trusted_;
+  result.last = std::move(last_);
+  result.out.resize(static_cast<size_t>(group_) * static_cast<size_t>(view_.shape.value_dim));
+  result.lse.resize(static_cast<size_t>(group_));
+  kernels::FinishState(state_, result.out.data(), result.lse.data());
 }
 
-void LadderPlan::ListRead() {
-  std::vector<int64_t>& positions = result_.positions;
+void LadderPlan::ListRead(std::vector<int64_t>& positions) const {
   for (int64_t p = query_.begin; p < first_block_ * kScanBlock && p < query_.end; ++p) {
     positions.push_back(p);
   }
@@ -95,8 +99,8 @@ void LadderPlan::RefineBest(int head, Scratch& scratch) {
     std::copy_n(scores_of(piece.candidates), piece.candidates.count, head_scores + passed);
     passed += static_cast<size_t>(piece.candidates.count);
   }
-  std::vector<uint32_t>& picks = picks_[static_cast<size_t>(head)];
-  picks = BestIndices({head_scores, all}, options_.exact_rows, scratch);
+  const auto picks = BestIndices({head_scores, all}, options_.exact_rows, scratch);
+  picks_[static_cast<size_t>(head)].assign(picks.begin(), picks.end());
   const auto count = static_cast<int>(picks.size());
   auto* const fine_rows = scratch.Take<kernels::FineRow>(picks.size());
   auto* const fine_scores = scratch.Take<float>(picks.size());
@@ -140,15 +144,15 @@ void LadderPlan::RefineBest(int head, Scratch& scratch) {
 }
 
 void LadderPlan::TakeTopK(const ScoredKeys& candidates, SearchResult& result, Scratch& scratch) {
-  const std::vector<float> lse = LseOf(state_);
-  ScoredKeys keys;
+  scratch.Reset();
+  const auto lse = LseOf(state_, scratch);
+  ScoredKeys keys(scratch);
   keys.Reserve(candidates.positions.size() + exact_keys_.positions.size(), group_);
   keys.Append(candidates);
   keys.Append(exact_keys_);
-  scratch.Reset();
-  const std::vector<uint32_t> best = BestIndices(GroupScores(keys, lse), options_.k, scratch);
-  std::vector<uint32_t> fine;   // indices into candidates
-  std::vector<uint32_t> exact;  // indices into exact_keys_
+  const auto best = BestIndices(GroupScores(keys, lse, scratch), options_.k, scratch);
+  std::pmr::vector<uint32_t> fine(&scratch);   // indices into candidates
+  std::pmr::vector<uint32_t> exact(&scratch);  // indices into exact_keys_
   result.positions.reserve(best.size());
   fine.reserve(best.size());
   exact.reserve(best.size());
@@ -163,7 +167,6 @@ void LadderPlan::TakeTopK(const ScoredKeys& candidates, SearchResult& result, Sc
   }
   std::sort(result.positions.begin(), result.positions.end());
 
-  scratch.Reset();
   const kernels::GroupState returned = MakeState(group_, view_.shape.value_dim, scratch);
   AddFine(candidates, fine, returned, scratch);
   const auto count = static_cast<int>(exact.size());
@@ -181,7 +184,7 @@ void LadderPlan::TakeTopK(const ScoredKeys& candidates, SearchResult& result, Sc
   } else {
     SubtractState(state_, returned);
   }
-  const std::vector<float> rest = LseOf(state_);
+  const auto rest = LseOf(state_, scratch);
   result.report.missed_mass.resize(rest.size());
   for (size_t h = 0; h < rest.size(); ++h) {
     const float missed = std::isfinite(lse[h]) ? std::exp(rest[h] - lse[h]) : 0.0F;
@@ -206,8 +209,8 @@ void LadderPlan::AddFine(const ScoredKeys& candidates, absl::Span<const uint32_t
   kernels::AccumulateFine(rows, count, kernels::FineValueOffset(padded_dim_), scores, count, state);
 }
 
-std::vector<float> LadderPlan::RestMass() const {
-  std::vector<float> masses(static_cast<size_t>(group_), 0.0F);
+std::pmr::vector<float> LadderPlan::RestMass() const {
+  std::pmr::vector<float> masses(static_cast<size_t>(group_), 0.0F, &memory_);
   for (const Piece& piece : pieces_) {
     for (size_t h = 0; h < masses.size(); ++h) masses[h] += piece.rest[h];
   }
@@ -217,7 +220,7 @@ std::vector<float> LadderPlan::RestMass() const {
 void LadderPlan::ReportMissed(absl::Span<const float> lse, const ScoredKeys& candidates,
                               absl::Span<const RestRatio> ratios, SearchReport& report,
                               Scratch& scratch) const {
-  const std::vector<float> masses = RestMass();
+  const auto masses = RestMass();
   for (auto* const missed : {&report.missed_mass, &report.missed_low, &report.missed_high}) {
     missed->reserve(masses.size());
   }

@@ -6,9 +6,9 @@ namespace {
 class Ladder final : public KeyIndex {
  public:
   absl::string_view name() const override { return "ladder"; }
-  std::unique_ptr<SearchPlan> Plan(const KvView& view, const SearchQuery& query,
-                                   const SearchOptions& options, Scratch& scratch) const override {
-    return std::make_unique<LadderPlan>(view, query, options, scratch);
+  PlanPtr Plan(const KvView& view, const SearchQuery& query, const SearchOptions& options,
+               Scratch& scratch) const override {
+    return MakePlan<LadderPlan>(view, query, options, scratch);
   }
 };
 

@@ -4,8 +4,6 @@
 #include <cmath>
 #include <limits>
 
-#include "index/product_scan.h"
-#include "index/sign_scan.h"
 #include "kernels/cpu/attention.h"
 #include "kernels/cpu/prefetch.h"
 #include "kernels/cpu/reduce.h"
@@ -23,17 +21,19 @@ constexpr int64_t kExactPartTokens = 128;  // a part has no fewer, unless it is 
 
 }  // namespace
 
-LadderPlan::LadderPlan(const KvView& view, const SearchQuery& query, const SearchOptions& options,
-                       Scratch& scratch, Recall recall, const ProductIndex* product)
-    : view_(view),
+LadderPlan::LadderPlan(Scratch& memory, const KvView& view, const SearchQuery& query,
+                       const SearchOptions& options, Scratch& scratch, Recall recall,
+                       const ProductIndex* product)
+    : memory_(memory),
+      view_(view),
       query_(query),
       options_(options),
       group_(query.group),
       padded_dim_(kernels::PaddedDim(view.shape.key_dim)),
-      scaled_(ScaleQueries(query, view.shape, *memory_)),
-      exact_state_(MakeState(query.group, view.shape.value_dim, *memory_)),
+      scaled_(ScaleQueries(query, view.shape, memory)),
+      exact_state_(MakeState(query.group, view.shape.value_dim, memory)),
       recall_(std::move(recall)),
-      state_(MakeState(query.group, view.shape.value_dim, *memory_)) {
+      state_(MakeState(query.group, view.shape.value_dim, memory)) {
   first_block_ = (query.begin + kScanBlock - 1) / kScanBlock;
   const int64_t coded = product == nullptr ? view.SealedTokens() : product->covered();
   last_block_ = std::min(query.end, coded) / kScanBlock;
@@ -41,7 +41,7 @@ LadderPlan::LadderPlan(const KvView& view, const SearchQuery& query, const Searc
   if (recall_.last != nullptr) last_block_ = recall_.last->last_block;
   if (first_block_ == last_block_) {
     AttendExactPart(scratch);
-    reference_ = LseOf(exact_state_);
+    reference_ = LseOf(exact_state_, memory_);
     MergePieces(scratch);
     return;
   }
@@ -52,7 +52,7 @@ LadderPlan::LadderPlan(const KvView& view, const SearchQuery& query, const Searc
     return;
   }
   AttendExactPart(scratch);
-  reference_ = LseOf(exact_state_);
+  reference_ = LseOf(exact_state_, memory_);
   ScoreCentres(FirstSegment(), LastSegment(), scratch);
   PrepareRecall();
   PlanScan();
@@ -119,15 +119,15 @@ void LadderPlan::PlanScan() {
   for (int64_t block = first_block_; block < last_block_;) {
     const int64_t end = std::min(last_block_, (block / piece_blocks + 1) * piece_blocks);
     const int floats = kernels::GroupStateFloats(group_, view_.shape.value_dim);
-    float* const state = memory_->Take<float>(static_cast<size_t>(floats));
+    float* const state = memory_.Take<float>(static_cast<size_t>(floats));
     Piece piece = {block, end, kernels::BindState(state, group_, view_.shape.value_dim)};
-    piece.rest = memory_->Take<float>(group);
+    piece.rest = memory_.Take<float>(group);
     // Room for half as many again as the budget's even share.
     const int64_t share = (end - block) * budget / all;
     const int64_t room = std::min(share + share / 2 + kScanBlock, (end - block) * kScanBlock);
     piece.candidates.capacity = static_cast<int>(room);
-    piece.candidates.positions = memory_->Take<int64_t>(static_cast<size_t>(room));
-    piece.candidates.scores = memory_->Take<float>(static_cast<size_t>(room) * group);
+    piece.candidates.positions = memory_.Take<int64_t>(static_cast<size_t>(room));
+    piece.candidates.scores = memory_.Take<float>(static_cast<size_t>(room) * group);
     pieces_.push_back(std::move(piece));
     block = end;
   }
@@ -155,20 +155,19 @@ void LadderPlan::Candidates::Reserve(int more, int group) {
 void LadderPlan::PrepareQueries(const ProductIndex* product) {
   const auto group = static_cast<size_t>(group_);
   if (product != nullptr) ProductScan::FetchFirst(*product, FirstSegment());
-  auto* const rotated = memory_->Take<float>(group * padded_dim_);
+  auto* const rotated = memory_.Take<float>(group * padded_dim_);
   kernels::Rotate(query_.queries, group_, view_.shape.key_dim, rotated);
-  quantised_ = memory_->Take<int8_t>(group * padded_dim_);
-  fine_slopes_ = memory_->Take<float>(group);
+  quantised_ = memory_.Take<int8_t>(group * padded_dim_);
+  fine_slopes_ = memory_.Take<float>(group);
   kernels::QuantiseQueries(rotated, group_, padded_dim_, quantised_, fine_slopes_);
   const float scale = view_.shape.softmax_scale * kernels::kFourBitStep / 2.0F;
   for (int h = 0; h < group_; ++h) fine_slopes_[h] *= scale;
-  centre_scores_ = memory_->Take<float>(Segments() * group);
+  centre_scores_ = memory_.Take<float>(Segments() * group);
   const ScanQueries queries = {group_, scaled_, rotated, centre_scores_, FirstSegment()};
   if (product != nullptr) {
-    codes_ =
-        std::make_unique<const ProductScan>(*product, view_, queries, LastSegment() - 1, *memory_);
+    codes_ = &scan_.emplace<ProductScan>(*product, view_, queries, LastSegment() - 1, memory_);
   } else {
-    codes_ = std::make_unique<const SignScan>(view_, queries, *memory_);
+    codes_ = &scan_.emplace<SignScan>(view_, queries, memory_);
   }
 }
 
@@ -209,7 +208,7 @@ void LadderPlan::PlanExactParts(bool may_cut) {
     const int64_t cut = before + chunks * p / parts * kTailChunkTokens;
     exact_parts_[exact_part_count_ - 1].end = cut;
     exact_parts_[exact_part_count_++] = {cut, tokens,
-                                         MakeState(group_, view_.shape.value_dim, *memory_)};
+                                         MakeState(group_, view_.shape.value_dim, memory_)};
   }
 }
 

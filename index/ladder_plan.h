@@ -22,16 +22,20 @@
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <memory_resource>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "absl/types/span.h"
 #include "index/key_index.h"
 #include "index/product_index.h"
+#include "index/product_scan.h"
 #include "index/rest_audit.h"
 #include "index/reuse.h"
 #include "index/scan_code.h"
 #include "index/selection.h"
+#include "index/sign_scan.h"
 #include "kernels/cpu/ladder_fine.h"
 
 namespace kvseek::index {
@@ -46,14 +50,15 @@ struct Recall {
 class LadderPlan final : public SearchPlan {
  public:
   /// `product`: whose codes are scanned, and whose covered keys are the ladder's; null: the
-  /// segments' sign codes. It must outlive the plan.
-  LadderPlan(const KvView& view, const SearchQuery& query, const SearchOptions& options,
-             Scratch& scratch, Recall recall = {}, const ProductIndex* product = nullptr);
+  /// segments' sign codes. It must outlive the plan. `memory`: see MakePlan.
+  LadderPlan(Scratch& memory, const KvView& view, const SearchQuery& query,
+             const SearchOptions& options, Scratch& scratch, Recall recall = {},
+             const ProductIndex* product = nullptr);
 
   int pieces() const override;
   void Run(int index, Scratch& scratch) override;
   bool NextStep(Scratch& scratch) override;
-  SearchResult Finish(Scratch& scratch) override;
+  void Finish(SearchResult& result, Scratch& scratch) override;
 
  private:
   friend struct LadderAudit;
@@ -139,8 +144,8 @@ class LadderPlan final : public SearchPlan {
   void EstimateReference();
   void ChooseThreshold(Scratch& scratch);
   /// (group): what about `wanted` keys of the range exceed, from estimates (group, keys).
-  std::vector<float> Thresholds(const float* estimates, int keys, int64_t wanted,
-                                Scratch& scratch) const;
+  std::pmr::vector<float> Thresholds(const float* estimates, int keys, int64_t wanted,
+                                     Scratch& scratch) const;
   /// How many keys of the range the options' mass and beta ask for, at most `wanted`.
   int64_t WantedKeys(const float* estimates, int keys, int64_t wanted, Scratch& scratch) const;
   /// How many of the `count` sampled keys hold all but options_.mass of every head's mass.
@@ -194,16 +199,16 @@ class LadderPlan final : public SearchPlan {
   void RecallSegmentPart(int64_t begin_block, int64_t end_block, const ScanBuffers& buffers,
                          Chosen& chosen) const;
   /// (group) mass of the unread keys over its estimate, from a sample of them.
-  std::vector<RestRatio> SampleUnread(const ScoredKeys& candidates, absl::Span<const float> rest,
-                                      Scratch& scratch) const;
-  /// Says in the report whether the answer is to be trusted; returns the sample's ratios.
-  std::vector<RestRatio> CheckRecall(absl::Span<const float> lse, const ScoredKeys& candidates,
-                                     SearchReport& report, Scratch& scratch) const;
+  std::pmr::vector<RestRatio> SampleUnread(const ScoredKeys& candidates,
+                                           absl::Span<const float> rest, Scratch& scratch) const;
+  /// Sets trusted_; returns the sample's ratios.
+  std::pmr::vector<RestRatio> CheckRecall(absl::Span<const float> lse, const ScoredKeys& candidates,
+                                          Scratch& scratch);
   std::shared_ptr<const LastSearch> MakeLast(absl::Span<const float> lse) const;
 
   // ---- finish (ladder_finish.cc)
   /// (group): the unread keys' mass over exp(reference).
-  std::vector<float> RestMass() const;
+  std::pmr::vector<float> RestMass() const;
   /// Puts all pieces' states into state_, unless that is left to RefineBest, and what was asked for
   /// into candidates_.
   void MergePieces(Scratch& scratch);
@@ -212,7 +217,7 @@ class LadderPlan final : public SearchPlan {
   int64_t CandidateCount() const;
   ScoredKeys AllCandidates() const;
   /// SearchOptions::list_read.
-  void ListRead();
+  void ListRead(std::vector<int64_t>& positions) const;
   /// Merges a head, if that was left to it, and replaces the 4-bit parts of its best candidates by
   /// exact ones.
   void RefineBest(int head, Scratch& scratch);
@@ -227,7 +232,7 @@ class LadderPlan final : public SearchPlan {
                     Scratch& scratch) const;
   void ReportReads(SearchReport& report, Scratch& scratch) const;
 
-  SearchMemory memory_;  ///< of what is taken while one thread plans or goes on to a next step
+  Scratch& memory_;  ///< of what is taken while one thread plans or goes on to a next step
   KvView view_;
   SearchQuery query_;
   SearchOptions options_;
@@ -240,31 +245,36 @@ class LadderPlan final : public SearchPlan {
   int8_t* quantised_ = nullptr;     ///< (group, padded_dim), rotated
   float* fine_slopes_ = nullptr;    ///< (group), for kernels::ScoreFine
   float* centre_scores_ = nullptr;  ///< (segments of the range, group)
-  std::unique_ptr<const ScanCode> codes_;
+  std::variant<std::monostate, SignScan, ProductScan> scan_;
+  const ScanCode* codes_ = nullptr;  ///< scan_'s
 
   kernels::GroupState exact_state_;  ///< of the exact part, once its parts are merged
   std::array<ExactPart, kExactPartsMax> exact_parts_;
   size_t exact_part_count_ = 0;
-  ScoredKeys exact_keys_;  ///< TopK: the exact part's keys; its size is set before parts write it
-  std::vector<float> reference_;        ///< (group): estimated lse of the whole range
-  std::vector<float> sampled_mass_;     ///< (group): share of it that is not the exact part's
-  std::vector<float> thresholds_;       ///< (group), on estimates
-  std::vector<float> keep_thresholds_;  ///< (group), none higher
+  /// TopK: the exact part's keys; its size is set before parts write it.
+  ScoredKeys exact_keys_{memory_};
+  std::pmr::vector<float> reference_{&memory_};  ///< (group): estimated lse of the whole range
+  /// (group): share of it that is not the exact part's.
+  std::pmr::vector<float> sampled_mass_{&memory_};
+  std::pmr::vector<float> thresholds_{&memory_};       ///< (group), on estimates
+  std::pmr::vector<float> keep_thresholds_{&memory_};  ///< (group), none higher
 
   const Recall recall_;
-  std::vector<float> recalled_weights_;  ///< (group, blocks), over exp(reference)
+  std::pmr::vector<float> recalled_weights_{&memory_};  ///< (group, blocks), over exp(reference)
 
   Step step_ = Step::kRefine;
-  std::vector<int64_t> sample_;  ///< blocks, ascending
-  float* estimates_ = nullptr;   ///< (group, keys of the sample)
-  std::vector<SamplePart> sample_parts_;
-  std::vector<Piece> pieces_;
+  std::pmr::vector<int64_t> sample_{&memory_};  ///< blocks, ascending
+  float* estimates_ = nullptr;                  ///< (group, keys of the sample)
+  std::pmr::vector<SamplePart> sample_parts_{&memory_};
+  std::pmr::vector<Piece> pieces_{&memory_};
   kernels::GroupState state_;
-  bool merged_ = false;                       ///< state_ is all heads'
-  ScoredKeys candidates_;                     ///< all pieces'; empty unless it is asked for
-  std::vector<std::vector<uint32_t>> picks_;  ///< (group): numbers of a head's exact candidates
-  std::vector<RestRatio> recall_ratios_;      ///< CheckRecall's
-  SearchResult result_;
+  bool merged_ = false;             ///< state_ is all heads'
+  ScoredKeys candidates_{memory_};  ///< all pieces'; empty unless it is asked for
+  /// (group): numbers of a head's exact candidates; made with room, since heads fill them at once.
+  std::pmr::vector<std::pmr::vector<uint32_t>> picks_{&memory_};
+  std::pmr::vector<RestRatio> recall_ratios_{&memory_};  ///< CheckRecall's
+  bool trusted_ = true;                                  ///< see SearchReport
+  std::shared_ptr<const LastSearch> last_;               ///< see SearchResult
 };
 
 }  // namespace kvseek::index

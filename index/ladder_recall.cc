@@ -64,15 +64,15 @@ void LadderPlan::PrepareRecall() {
   const LastSearch& last = *recall_.last;
   const int dim = view_.shape.key_dim;
   const auto group = static_cast<size_t>(group_);
-  auto change = MakeAligned<float>(group * static_cast<size_t>(dim));
+  auto* const change = memory_.Take<float>(group * static_cast<size_t>(dim));
   for (size_t i = 0; i < group * static_cast<size_t>(dim); ++i) {
     change[i] = scaled_[i] - view_.shape.softmax_scale * last.queries[i];
   }
   const int64_t first = first_block_ / kSegmentBlocks;
   const auto segments = static_cast<size_t>((last_block_ - 1) / kSegmentBlocks - first + 1);
-  std::vector<float> shifts(group * segments);
+  std::pmr::vector<float> shifts(group * segments, &memory_);
   for (size_t s = 0; s < segments; ++s) {
-    kernels::ScoreFloatRows(change.get(), group_,
+    kernels::ScoreFloatRows(change, group_,
                             view_.segments[static_cast<size_t>(first) + s]->centre(), 1, dim,
                             shifts.data() + s, static_cast<int>(segments));
   }
@@ -111,16 +111,16 @@ void LadderPlan::RecallSegmentPart(int64_t begin_block, int64_t end_block,
 
 /// Half of the draws go where the weights are, the other half anywhere: a key that has become heavy
 /// since is found there or not at all.
-std::vector<RestRatio> LadderPlan::SampleUnread(const ScoredKeys& candidates,
-                                                absl::Span<const float> rest,
-                                                Scratch& scratch) const {
+std::pmr::vector<RestRatio> LadderPlan::SampleUnread(const ScoredKeys& candidates,
+                                                     absl::Span<const float> rest,
+                                                     Scratch& scratch) const {
   const auto group = static_cast<size_t>(group_);
   const auto all = static_cast<size_t>(last_block_ - first_block_);
   const int64_t unread =
       static_cast<int64_t>(all) * kScanBlock - static_cast<int64_t>(candidates.positions.size());
-  std::vector<RestRatio> ratios(group);
+  std::pmr::vector<RestRatio> ratios(group, &memory_);
   if (unread <= 0 || recall_.samples <= 0) return ratios;
-  std::vector<UnreadBlock> blocks;
+  std::pmr::vector<UnreadBlock> blocks(&memory_);
   auto next = candidates.positions.begin();
   for (size_t b = 0; b < all; ++b) {
     const int64_t block = first_block_ + static_cast<int64_t>(b);
@@ -162,11 +162,11 @@ std::vector<RestRatio> LadderPlan::SampleUnread(const ScoredKeys& candidates,
   return ratios;
 }
 
-std::vector<RestRatio> LadderPlan::CheckRecall(absl::Span<const float> lse,
-                                               const ScoredKeys& candidates, SearchReport& report,
-                                               Scratch& scratch) const {
-  const std::vector<float> rest = RestMass();
-  std::vector<RestRatio> ratios = SampleUnread(candidates, rest, scratch);
+std::pmr::vector<RestRatio> LadderPlan::CheckRecall(absl::Span<const float> lse,
+                                                    const ScoredKeys& candidates,
+                                                    Scratch& scratch) {
+  const auto rest = RestMass();
+  std::pmr::vector<RestRatio> ratios = SampleUnread(candidates, rest, scratch);
   double missed = 0.0;
   double allowed = 0.0;
   for (size_t h = 0; h < lse.size(); ++h) {
@@ -176,8 +176,7 @@ std::vector<RestRatio> LadderPlan::CheckRecall(absl::Span<const float> lse,
     allowed += double{recall_.last->missed[h] * recall_.tolerance};
     if (options_.audit_samples == 0) ratios[h].low = ratios[h].high = ratios[h].mean;
   }
-  report.reused = true;
-  report.trusted = missed <= allowed;
+  trusted_ = missed <= allowed;
   return ratios;
 }
 
@@ -187,10 +186,10 @@ std::shared_ptr<const LastSearch> LadderPlan::MakeLast(absl::Span<const float> l
   last->begin = query_.begin;
   last->first_block = first_block_;
   last->last_block = last_block_;
-  last->reference = reference_;
+  last->reference.assign(reference_.begin(), reference_.end());
   last->queries.assign(query_.queries,
                        query_.queries + static_cast<ptrdiff_t>(group_) * view_.shape.key_dim);
-  const std::vector<float> rest = RestMass();
+  const auto rest = RestMass();
   for (size_t h = 0; h < lse.size(); ++h) {
     last->missed.push_back(std::min(1.0F, rest[h] * std::exp(reference_[h] - lse[h])));
   }

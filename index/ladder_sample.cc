@@ -25,10 +25,10 @@ constexpr size_t kPartsMax = 4;
 constexpr size_t kPartBlocksMin = 8;
 
 /// Block numbers of the sample: evenly spread, the first and the last always among them.
-std::vector<int64_t> SampleBlocks(int64_t first, int64_t last) {
+std::pmr::vector<int64_t> SampleBlocks(int64_t first, int64_t last, Scratch& memory) {
   const int64_t blocks = last - first;
   const int64_t wanted = std::min(blocks, std::max(kSampleBlocksMin, blocks / kSampleStride));
-  std::vector<int64_t> sample;
+  std::pmr::vector<int64_t> sample(&memory);
   sample.reserve(static_cast<size_t>(wanted));
   for (int64_t i = 0; i < wanted; ++i) {
     sample.push_back(wanted == 1 ? first : first + i * (blocks - 1) / (wanted - 1));
@@ -40,9 +40,9 @@ std::vector<int64_t> SampleBlocks(int64_t first, int64_t last) {
 
 void LadderPlan::PlanSample() {
   step_ = Step::kSample;
-  sample_ = SampleBlocks(first_block_, last_block_);
+  sample_ = SampleBlocks(first_block_, last_block_, memory_);
   const auto group = static_cast<size_t>(group_);
-  estimates_ = memory_->Take<float>(group * sample_.size() * kScanBlock);
+  estimates_ = memory_.Take<float>(group * sample_.size() * kScanBlock);
   // A part ends where a segment does, since it scores the centres of its own.
   const size_t parts = std::clamp<size_t>(sample_.size() / kPartBlocksMin, 1, kPartsMax);
   sample_parts_.reserve(parts);
@@ -54,7 +54,7 @@ void LadderPlan::PlanSample() {
                                                           static_cast<int64_t>(p) /
                                                           static_cast<int64_t>(parts);
     SamplePart part = {
-        segment, end, block, block, memory_->Take<float>(group), memory_->Take<float>(group)};
+        segment, end, block, block, memory_.Take<float>(group), memory_.Take<float>(group)};
     while (block < sample_.size() && sample_[block] / kSegmentBlocks < end) ++block;
     part.last_block = block;
     segment = end;
@@ -85,7 +85,7 @@ void LadderPlan::RunSample(SamplePart& part, Scratch& scratch) {
 }
 
 void LadderPlan::EstimateReference() {
-  reference_ = LseOf(exact_state_);
+  reference_ = LseOf(exact_state_, memory_);
   sampled_mass_.reserve(reference_.size());
   // The sample's share beside the exact part's.
   for (size_t h = 0; h < reference_.size(); ++h) {
@@ -120,7 +120,7 @@ void LadderPlan::ChooseThreshold(Scratch& scratch) {
 }
 
 void LadderPlan::RaiseThresholds(const float* estimates, int keys, Scratch& scratch) {
-  std::vector<float> highest(thresholds_.size(), kInfinity);
+  std::pmr::vector<float> highest(thresholds_.size(), kInfinity, &memory_);
   if (options_.k > 0) highest = Thresholds(estimates, keys, options_.k, scratch);
   for (size_t h = 0; h < thresholds_.size(); ++h) {
     const float passes = std::min(reference_[h] + options_.threshold, highest[h]);
@@ -128,10 +128,10 @@ void LadderPlan::RaiseThresholds(const float* estimates, int keys, Scratch& scra
   }
 }
 
-std::vector<float> LadderPlan::Thresholds(const float* estimates, int keys, int64_t wanted,
-                                          Scratch& scratch) const {
+std::pmr::vector<float> LadderPlan::Thresholds(const float* estimates, int keys, int64_t wanted,
+                                               Scratch& scratch) const {
   const int64_t all = (last_block_ - first_block_) * kScanBlock;
-  std::vector<float> thresholds(static_cast<size_t>(group_), -kInfinity);
+  std::pmr::vector<float> thresholds(static_cast<size_t>(group_), -kInfinity, &memory_);
   if (wanted >= all) return thresholds;
   const auto sample_rank = [&](int64_t of_all) {
     return std::max<int64_t>((of_all * keys + all / 2) / all, 1) + 1;
@@ -160,13 +160,13 @@ int64_t LadderPlan::WantedKeys(const float* estimates, int keys, int64_t wanted,
   size_t needed = count;
   if (options_.mass > 0.0F) needed = KeysForMass(estimates, count, scratch);
   if (options_.beta > 0.0F) {
-    std::vector<bool> near(count);
+    std::pmr::vector<uint8_t> near(count, 0, &scratch);
     for (int h = 0; h < group_; ++h) {
       const float* const head = estimates + static_cast<size_t>(h) * count;
       const float bar = kernels::MaxElement(head, keys) - options_.beta;
-      for (size_t i = 0; i < count; ++i) near[i] = near[i] || head[i] >= bar;
+      for (size_t i = 0; i < count; ++i) near[i] |= static_cast<uint8_t>(head[i] >= bar);
     }
-    needed = std::min(needed, static_cast<size_t>(std::count(near.begin(), near.end(), true)));
+    needed = std::min(needed, static_cast<size_t>(std::count(near.begin(), near.end(), 1)));
   }
   if (needed == count) return wanted;
   const int64_t all = (last_block_ - first_block_) * kScanBlock;
@@ -176,7 +176,7 @@ int64_t LadderPlan::WantedKeys(const float* estimates, int keys, int64_t wanted,
 size_t LadderPlan::KeysForMass(const float* estimates, size_t count, Scratch& scratch) const {
   const auto group = static_cast<size_t>(group_);
   auto* shares = scratch.Take<float>(group * count);
-  std::vector<std::pair<float, uint32_t>> ranked(count, {-kInfinity, 0});
+  std::pmr::vector<std::pair<float, uint32_t>> ranked(count, {-kInfinity, 0}, &scratch);
   for (size_t h = 0; h < group; ++h) {
     float sum = 0.0F;
     for (size_t i = 0; i < count; ++i) {
@@ -190,7 +190,7 @@ size_t LadderPlan::KeysForMass(const float* estimates, size_t count, Scratch& sc
     for (size_t i = 0; i < count; ++i) shares[h * count + i] *= factor;
   }
   std::sort(ranked.begin(), ranked.end());
-  std::vector<float> left(group, 0.0F);
+  std::pmr::vector<float> left(group, 0.0F, &scratch);
   for (size_t passed = 0; passed < count; ++passed) {
     for (size_t h = 0; h < group; ++h) {
       left[h] += shares[h * count + ranked[passed].second];

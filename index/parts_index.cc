@@ -36,8 +36,8 @@ size_t PartsIndex::Bytes() const {
   return bytes;
 }
 
-std::unique_ptr<SearchPlan> PartsIndex::Plan(const KvView& view, const SearchQuery& query,
-                                             const SearchOptions& options, Scratch& scratch) const {
+PlanPtr PartsIndex::Plan(const KvView& view, const SearchQuery& query, const SearchOptions& options,
+                         Scratch& scratch) const {
   scratch.Reset();
   return PlanChosen(view, query, options,
                     PartsSearch(runs_, rank_, view, query, options, scratch).Choose());

@@ -51,8 +51,8 @@ class PartsIndex final : public BuiltIndex {
   int64_t covered() const override { return runs_.back()->parts->end(); }
   size_t Bytes() const override;
   double build_core_seconds() const override { return build_core_seconds_; }
-  std::unique_ptr<SearchPlan> Plan(const KvView& view, const SearchQuery& query,
-                                   const SearchOptions& options, Scratch& scratch) const override;
+  PlanPtr Plan(const KvView& view, const SearchQuery& query, const SearchOptions& options,
+               Scratch& scratch) const override;
   PartRank rank() const { return rank_; }
   const std::vector<std::shared_ptr<const PartsRun>>& runs() const { return runs_; }
 

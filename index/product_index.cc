@@ -140,10 +140,9 @@ size_t ProductIndex::Bytes() const {
   return bytes;
 }
 
-std::unique_ptr<SearchPlan> ProductIndex::Plan(const KvView& view, const SearchQuery& query,
-                                               const SearchOptions& options,
-                                               Scratch& scratch) const {
-  return std::make_unique<LadderPlan>(view, query, options, scratch, Recall{}, this);
+PlanPtr ProductIndex::Plan(const KvView& view, const SearchQuery& query,
+                           const SearchOptions& options, Scratch& scratch) const {
+  return MakePlan<LadderPlan>(view, query, options, scratch, Recall{}, this);
 }
 
 }  // namespace kvseek::index

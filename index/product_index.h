@@ -57,8 +57,8 @@ class ProductIndex final : public BuiltIndex {
   int64_t covered() const override;
   size_t Bytes() const override;
   double build_core_seconds() const override { return build_core_seconds_; }
-  std::unique_ptr<SearchPlan> Plan(const KvView& view, const SearchQuery& query,
-                                   const SearchOptions& options, Scratch& scratch) const override;
+  PlanPtr Plan(const KvView& view, const SearchQuery& query, const SearchOptions& options,
+               Scratch& scratch) const override;
 
   const kernels::ProductLayout& layout() const { return stretches_.front()->codebook->layout; }
   int value_dim() const { return value_dim_; }

@@ -32,16 +32,21 @@ ProductScan::ProductScan(const ProductIndex& index, const KvView& view, const Sc
       view_(view),
       queries_(queries),
       layout_(index.layout()),
-      first_stretch_(queries.first_segment / kStretchSegments) {
+      first_stretch_(queries.first_segment / kStretchSegments),
+      tables_(&memory),
+      tables_of_(&memory) {
   const auto group = static_cast<size_t>(queries.group);
   const auto dim = static_cast<size_t>(view.shape.key_dim);
   auto* const seen = memory.Take<float>(group * dim);
-  std::vector<const ProductCodebook*> books;
-  for (int64_t s = first_stretch_; s <= last_segment / kStretchSegments; ++s) {
+  std::pmr::vector<const ProductCodebook*> books(&memory);
+  const int64_t last_stretch = last_segment / kStretchSegments;
+  tables_of_.reserve(static_cast<size_t>(last_stretch - first_stretch_ + 1));
+  for (int64_t s = first_stretch_; s <= last_stretch; ++s) {
     const ProductCodebook* const book = index.stretches()[static_cast<size_t>(s)]->codebook.get();
     if (books.empty() || books.back() != book) books.push_back(book);
     tables_of_.push_back(books.size() - 1);
   }
+  tables_.reserve(books.size());
   for (size_t b = 0; b < books.size(); ++b) {
     const ProductCodebook& book = *books[b];
     FetchRows(book.search_centroids(), book.centroids.size());

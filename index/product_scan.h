@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory_resource>
 #include <vector>
 
 #include "index/key_index.h"
@@ -57,8 +58,8 @@ class ProductScan final : public ScanCode {
   ScanQueries queries_;
   kernels::ProductLayout layout_;
   int64_t first_stretch_;
-  std::vector<Tables> tables_;     ///< of each codebook
-  std::vector<size_t> tables_of_;  ///< (stretches): which
+  std::pmr::vector<Tables> tables_;     ///< of each codebook
+  std::pmr::vector<size_t> tables_of_;  ///< (stretches): which
 };
 
 }  // namespace kvseek::index

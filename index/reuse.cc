@@ -12,20 +12,19 @@ uint64_t LastSearch::Bytes() const {
   return sizeof(LastSearch) + positions.capacity() * sizeof(int64_t) + floats * sizeof(float);
 }
 
-std::unique_ptr<SearchPlan> PlanReuse(std::shared_ptr<const LastSearch> last,
-                                      const ReuseOptions& reuse, const KvView& view,
-                                      const SearchQuery& query, const SearchOptions& options,
-                                      Scratch& scratch) {
+PlanPtr PlanReuse(std::shared_ptr<const LastSearch> last, const ReuseOptions& reuse,
+                  const KvView& view, const SearchQuery& query, const SearchOptions& options,
+                  Scratch& scratch) {
   if (last->begin != query.begin || last->group != query.group ||
       query.end < last->last_block * kernels::kScanBlock) {
     return nullptr;
   }
-  return std::make_unique<LadderPlan>(view, query, options, scratch,
-                                      Recall{std::move(last), reuse.samples, reuse.tolerance});
+  return MakePlan<LadderPlan>(view, query, options, scratch,
+                              Recall{std::move(last), reuse.samples, reuse.tolerance});
 }
 
-std::unique_ptr<SearchPlan> SelectionReuse::Plan(const KvView& view, const SearchQuery& query,
-                                                 const SearchOptions& options, Scratch& scratch) {
+PlanPtr SelectionReuse::Plan(const KvView& view, const SearchQuery& query,
+                             const SearchOptions& options, Scratch& scratch) {
   ++steps_since_;
   if (last_ == nullptr || steps_since_ >= options_.every) return nullptr;
   return PlanReuse(last_, options_, view, query, options, scratch);
@@ -45,7 +44,7 @@ SearchResult SelectionReuse::Search(const KeyIndex& index, const KvView& view,
                                     const SearchQuery& query, const SearchOptions& options,
                                     Scratch& scratch) {
   int64_t wasted = 0;
-  if (const std::unique_ptr<SearchPlan> plan = Plan(view, query, options, scratch)) {
+  if (const PlanPtr plan = Plan(view, query, options, scratch)) {
     SearchResult result = RunAll(*plan, scratch);
     if (result.report.trusted) return result;
     wasted = result.report.bytes_touched;

@@ -53,10 +53,9 @@ struct ReuseOptions {
 /// A step that is answered from `last`; it may prove not to be trusted. Null where it cannot be:
 /// the range does not begin where that of the search did, or ends before keys that it chose from.
 /// The head cache may have grown since, but `last` must be of its keys.
-std::unique_ptr<SearchPlan> PlanReuse(std::shared_ptr<const LastSearch> last,
-                                      const ReuseOptions& reuse, const KvView& view,
-                                      const SearchQuery& query, const SearchOptions& options,
-                                      Scratch& scratch);
+PlanPtr PlanReuse(std::shared_ptr<const LastSearch> last, const ReuseOptions& reuse,
+                  const KvView& view, const SearchQuery& query, const SearchOptions& options,
+                  Scratch& scratch);
 
 /// The reuse of one head cache's selection from step to step. Not thread-safe. A step is
 ///
@@ -74,8 +73,8 @@ class SelectionReuse {
 
   /// Null where a search is due: `every` steps are over, nothing is remembered, or the range does
   /// not begin where it did.
-  std::unique_ptr<SearchPlan> Plan(const KvView& view, const SearchQuery& query,
-                                   const SearchOptions& options, Scratch& scratch);
+  PlanPtr Plan(const KvView& view, const SearchQuery& query, const SearchOptions& options,
+               Scratch& scratch);
   SearchOptions ForSearch(SearchOptions options) const;
   void Remember(const SearchResult& result);
   void Forget() { last_ = nullptr; }

@@ -1,11 +1,13 @@
 // Aligned memory: arrays that live as long as their owner, a worker's scratch for one piece of
-// work, and a search's own.
+// work, and a search's own. Arrays of what is trivial are taken from a scratch as they are; lists
+// that grow are std::pmr::vectors over it.
 #ifndef KVSEEK_INDEX_SCRATCH_H_
 #define KVSEEK_INDEX_SCRATCH_H_
 
 #include <cstddef>
 #include <cstdlib>
 #include <memory>
+#include <memory_resource>
 #include <new>
 #include <type_traits>
 #include <utility>
@@ -34,7 +36,9 @@ AlignedArray<T> MakeAligned(size_t count) {
 
 /// Memory for one piece of work, handed out in order and taken back all at once. Blocks are kept,
 /// so that a warm scratch allocates nothing. Not thread-safe: each worker has its own.
-class Scratch {
+///
+/// What a list over it outgrows is lost until Reset, which must not come before the list is gone.
+class Scratch final : public std::pmr::memory_resource {
  public:
   Scratch() = default;
   Scratch(const Scratch&) = delete;
@@ -44,7 +48,7 @@ class Scratch {
   template <typename T>
   T* Take(size_t count) {
     static_assert(std::is_trivially_copyable_v<T>);
-    return static_cast<T*>(TakeBytes(count * sizeof(T)));
+    return static_cast<T*>(allocate(count * sizeof(T), kCacheLine));
   }
 
   /// Takes everything back.
@@ -61,6 +65,8 @@ class Scratch {
   }
 
  private:
+  // A request's lists need the first only.
+  static constexpr size_t kFirstBlockBytes = size_t{16} << 10;
   static constexpr size_t kBlockBytes = size_t{1} << 20;
 
   struct Block {
@@ -68,19 +74,25 @@ class Scratch {
     size_t bytes = 0;
   };
 
-  void* TakeBytes(size_t bytes) {
+  /// Any alignment up to a cache line.
+  void* do_allocate(size_t bytes, size_t /*alignment*/) override {
     bytes = (bytes + kCacheLine - 1) / kCacheLine * kCacheLine;
     while (block_ < blocks_.size() && used_ + bytes > blocks_[block_].bytes) {
       ++block_;
       used_ = 0;
     }
     if (block_ == blocks_.size()) {
-      const size_t block_bytes = bytes > kBlockBytes ? bytes : kBlockBytes;
+      const size_t least = blocks_.empty() ? kFirstBlockBytes : kBlockBytes;
+      const size_t block_bytes = bytes > least ? bytes : least;
       blocks_.push_back({MakeAligned<std::byte>(block_bytes), block_bytes});
     }
     void* pointer = blocks_[block_].data.get() + used_;
     used_ += bytes;
     return pointer;
+  }
+  void do_deallocate(void*, size_t, size_t) override {}
+  bool do_is_equal(const std::pmr::memory_resource& other) const noexcept override {
+    return this == &other;
   }
 
   std::vector<Block> blocks_;
@@ -88,26 +100,21 @@ class Scratch {
   size_t used_ = 0;
 };
 
-/// A scratch that a search has for as long as it lives. It is one that an earlier search left, if
-/// there is one: large arrays that come and go with each search would be returned to the system and
-/// faulted in again. The process keeps kSpareSearches of at most kSpareBytes each. The scratch is
-/// not thread-safe; making and destroying one is.
-class SearchMemory {
- public:
-  static constexpr size_t kSpareSearches = 64;
-  static constexpr size_t kSpareBytes = size_t{4} << 20;
-
-  SearchMemory();
-  ~SearchMemory();
-  SearchMemory(const SearchMemory&) = delete;
-  SearchMemory& operator=(const SearchMemory&) = delete;
-
-  Scratch& operator*() const { return *scratch_; }
-  Scratch* operator->() const { return scratch_.get(); }
-
- private:
-  std::unique_ptr<Scratch> scratch_;
+/// Gives a scratch back to those that are kept. Thread-safe.
+struct KeepScratch {
+  void operator()(Scratch* scratch) const noexcept;
 };
+
+/// A scratch that one search has, or one request. It is one that an earlier one left, if there is
+/// one: large arrays that come and go with each search would be returned to the system and faulted
+/// in again. The process keeps kSpareScratches of at most kSpareBytes each.
+using SearchMemory = std::unique_ptr<Scratch, KeepScratch>;
+
+inline constexpr size_t kSpareScratches = 64;
+inline constexpr size_t kSpareBytes = size_t{4} << 20;
+
+/// Thread-safe.
+SearchMemory TakeSearchMemory();
 
 }  // namespace kvseek::index
 

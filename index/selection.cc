@@ -38,12 +38,8 @@ void ScoredKeys::Reserve(size_t keys, int group) {
   scores.reserve(keys * static_cast<size_t>(group));
 }
 
-std::vector<uint32_t> BestIndices(absl::Span<const float> values, int64_t count) {
-  Scratch scratch;
-  return BestIndices(values, count, scratch);
-}
-
-std::vector<uint32_t> BestIndices(absl::Span<const float> values, int64_t count, Scratch& scratch) {
+absl::Span<const uint32_t> BestIndices(absl::Span<const float> values, int64_t count,
+                                       Scratch& scratch) {
   const auto size = static_cast<int64_t>(values.size());
   count = std::clamp<int64_t>(count, 0, size);
   auto* const work = scratch.Take<int32_t>(values.size());
@@ -51,17 +47,18 @@ std::vector<uint32_t> BestIndices(absl::Span<const float> values, int64_t count,
   if (count == 0) return {};
   auto* const indices = scratch.Take<uint32_t>(values.size());
   const int64_t found = kernels::IndicesFrom(values.data(), size, threshold, indices);
-  std::vector<uint32_t> best(indices, indices + found);
-  if (found == count) return best;
-  const auto is_tie = [&](uint32_t i) { return values[i] == threshold; };
-  int64_t ties = count - found + std::count_if(best.begin(), best.end(), is_tie);
-  std::erase_if(best, [&](uint32_t i) { return is_tie(i) && ties-- <= 0; });
-  return best;
+  if (found > count) {
+    const auto is_tie = [&](uint32_t i) { return values[i] == threshold; };
+    int64_t ties = count - found + std::count_if(indices, indices + found, is_tie);
+    std::remove_if(indices, indices + found, [&](uint32_t i) { return is_tie(i) && ties-- <= 0; });
+  }
+  return {indices, static_cast<size_t>(count)};
 }
 
-std::vector<float> GroupScores(const ScoredKeys& keys, absl::Span<const float> lse) {
+std::pmr::vector<float> GroupScores(const ScoredKeys& keys, absl::Span<const float> lse,
+                                    Scratch& scratch) {
   const int group = static_cast<int>(lse.size());
-  std::vector<float> best(keys.positions.size());
+  std::pmr::vector<float> best(keys.positions.size(), &scratch);
   for (size_t i = 0; i < best.size(); ++i) {
     const float* scores = keys.Scores(i, group);
     float largest = -std::numeric_limits<float>::infinity();
@@ -88,12 +85,21 @@ kernels::GroupState MakeState(int group, int value_dim, Scratch& scratch) {
   return state;
 }
 
-std::vector<float> LseOf(const kernels::GroupState& state) {
-  std::vector<float> lse(static_cast<size_t>(state.group));
-  for (int h = 0; h < state.group; ++h) {
-    lse[static_cast<size_t>(h)] = state.sum[h] > 0.0F ? state.max[h] + std::log(state.sum[h])
-                                                      : -std::numeric_limits<float>::infinity();
-  }
+float LseOf(const kernels::GroupState& state, int head) {
+  return state.sum[head] > 0.0F ? state.max[head] + std::log(state.sum[head])
+                                : -std::numeric_limits<float>::infinity();
+}
+
+std::pmr::vector<float> LseOf(const kernels::GroupState& state, Scratch& scratch) {
+  std::pmr::vector<float> lse(&scratch);
+  lse.reserve(static_cast<size_t>(state.group));
+  for (int h = 0; h < state.group; ++h) lse.push_back(LseOf(state, h));
+  return lse;
+}
+
+std::vector<float> OwnedState::Lse() const {
+  std::vector<float> lse;
+  for (int h = 0; h < view_.group; ++h) lse.push_back(LseOf(view_, h));
   return lse;
 }
 

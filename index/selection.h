@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory_resource>
 #include <vector>
 
 #include "absl/types/span.h"
@@ -14,8 +15,12 @@ namespace kvseek::index {
 
 /// Keys of one piece of work: scores is (positions, group), natural-log units.
 struct ScoredKeys {
-  std::vector<int64_t> positions;
-  std::vector<float> scores;
+  std::pmr::vector<int64_t> positions;
+  std::pmr::vector<float> scores;
+
+  ScoredKeys() = default;
+  /// In the scratch's memory.
+  explicit ScoredKeys(Scratch& scratch) : positions(&scratch), scores(&scratch) {}
 
   /// Appends key `position`, whose score for head h stands at scores[h * stride].
   void Add(int64_t position, const float* head_scores, int stride, int group);
@@ -25,25 +30,29 @@ struct ScoredKeys {
 };
 
 /// Indices, ascending, of the (at most) `count` entries with the largest value; ties go to the
-/// lower index. `scratch` lends memory; it is not reset.
-std::vector<uint32_t> BestIndices(absl::Span<const float> values, int64_t count, Scratch& scratch);
-std::vector<uint32_t> BestIndices(absl::Span<const float> values, int64_t count);
+/// lower index. They stand in the scratch's memory, as does what the functions below are given a
+/// scratch for; none resets it.
+absl::Span<const uint32_t> BestIndices(absl::Span<const float> values, int64_t count,
+                                       Scratch& scratch);
 
 /// Each key's largest softmax weight in any head, as a logarithm: max_h(score_h - lse_h).
-std::vector<float> GroupScores(const ScoredKeys& keys, absl::Span<const float> lse);
+std::pmr::vector<float> GroupScores(const ScoredKeys& keys, absl::Span<const float> lse,
+                                    Scratch& scratch);
 
-/// An empty state in the scratch's memory.
+/// An empty state.
 kernels::GroupState MakeState(int group, int value_dim, Scratch& scratch);
 
-/// ln of the sum of exponentials of each head, -infinity where it is empty.
-std::vector<float> LseOf(const kernels::GroupState& state);
+/// ln of the sum of exponentials of a head, -infinity where it is empty.
+float LseOf(const kernels::GroupState& state, int head);
+/// Of each head.
+std::pmr::vector<float> LseOf(const kernels::GroupState& state, Scratch& scratch);
 
 /// A running state that owns its storage.
 class OwnedState {
  public:
   OwnedState(int group, int value_dim);
   const kernels::GroupState& view() const { return view_; }
-  std::vector<float> Lse() const { return LseOf(view_); }
+  std::vector<float> Lse() const;
 
  private:
   AlignedArray<float> storage_;

@@ -23,7 +23,8 @@ SignScan::SignScan(const KvView& view, const ScanQueries& queries, Scratch& memo
     : view_(view),
       queries_(queries),
       symbols_(kernels::Symbols(kernels::PaddedDim(view.shape.key_dim))),
-      table_units_(static_cast<size_t>(queries.group)) {
+      table_units_(static_cast<size_t>(queries.group), &memory),
+      query_norms_(&memory) {
   const int padded_dim = kernels::PaddedDim(view.shape.key_dim);
   tables_ =
       memory.Take<int8_t>(static_cast<size_t>(queries.group) * symbols_ * kernels::kTableSize);

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory_resource>
 #include <vector>
 
 #include "index/key_index.h"
@@ -46,9 +47,9 @@ class SignScan final : public ScanCode {
   const KvView& view_;
   ScanQueries queries_;
   int symbols_;
-  int8_t* tables_;                  ///< (group, symbols, 64)
-  std::vector<float> table_units_;  ///< (group)
-  std::vector<float> query_norms_;  ///< (group)
+  int8_t* tables_;                       ///< (group, symbols, 64)
+  std::pmr::vector<float> table_units_;  ///< (group)
+  std::pmr::vector<float> query_norms_;  ///< (group)
 };
 
 }  // namespace kvseek::index

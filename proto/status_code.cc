@@ -76,6 +76,14 @@ absl::Status Exhausted(absl::string_view field, absl::string_view message,
   return status;
 }
 
+absl::Status PrefixField(absl::string_view prefix, const absl::Status& status) {
+  const std::string field = ErrorField(status);
+  if (field.empty()) return status;
+  absl::Status prefixed(status.code(), absl::StrCat(prefix, status.message()));
+  SetDetails(absl::StrCat(prefix, field), RetryAfterMs(status), prefixed);
+  return prefixed;
+}
+
 std::string ErrorField(const absl::Status& status) { return GetText(kFieldUrl, status); }
 
 uint64_t RetryAfterMs(const absl::Status& status) {

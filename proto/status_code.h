@@ -22,6 +22,9 @@ absl::Status FieldError(absl::StatusCode code, absl::string_view field, absl::st
 /// resource_exhausted that tells the caller when to come again.
 absl::Status Exhausted(absl::string_view field, absl::string_view message, uint64_t retry_after_ms);
 
+/// `status` with `prefix` before the field that it names; as it is if it names none.
+absl::Status PrefixField(absl::string_view prefix, const absl::Status& status);
+
 /// The field that a status names, "" if none.
 std::string ErrorField(const absl::Status& status);
 /// Milliseconds after which to come again, 0 if the status does not tell.

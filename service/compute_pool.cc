@@ -52,11 +52,11 @@ void PinTo(const std::vector<int>& cpus) {
 /// What the threads of one ForEach share. Helpers that come late find no index left and touch
 /// `work` no more.
 struct Sharing {
-  Sharing(int all, const std::function<void(int, index::Scratch&)>& each)
-      : count(all), work(&each), unfinished(all) {}
+  Sharing(int all, absl::FunctionRef<void(int, index::Scratch&)> each)
+      : count(all), work(each), unfinished(all) {}
 
   const int count;
-  const std::function<void(int, index::Scratch&)>* work;
+  const absl::FunctionRef<void(int, index::Scratch&)> work;
   std::atomic<int> next{0};
   std::mutex mutex;
   std::condition_variable finished;
@@ -68,7 +68,7 @@ struct Sharing {
       std::exception_ptr thrown;
       scratch.Reset();
       try {
-        (*work)(i, scratch);
+        work(i, scratch);
       } catch (...) {
         thrown = std::current_exception();
       }
@@ -149,7 +149,7 @@ void ComputePool::Submit(Job job, int count) {
   Wake(wakeup);  // without the lock, which they want first of all
 }
 
-void ComputePool::ForEach(int count, const std::function<void(int, index::Scratch&)>& work,
+void ComputePool::ForEach(int count, absl::FunctionRef<void(int, index::Scratch&)> work,
                           index::Scratch& scratch) {
   if (count <= 0) return;
   if (count == 1) {

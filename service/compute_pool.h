@@ -27,6 +27,7 @@
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
+#include "absl/functional/function_ref.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "index/scratch.h"
@@ -78,7 +79,7 @@ class ComputePool {
   /// idle now, and returns when all are done. Waits only for work that another worker has begun.
   /// `scratch` is the caller's and is emptied before each call; the first exception is rethrown
   /// after the others are done.
-  void ForEach(int count, const std::function<void(int, index::Scratch&)>& work,
+  void ForEach(int count, absl::FunctionRef<void(int, index::Scratch&)> work,
                index::Scratch& scratch) ABSL_LOCKS_EXCLUDED(mutex_);
 
   /// Whether more jobs are waiting than workers are there to take them, or on their way: a long job

@@ -249,9 +249,10 @@ absl::StatusOr<std::shared_ptr<Doorbell>> Connection::MakeDoorbell(const Request
   if (request.payload.bytes != 0) {
     return FieldError(absl::StatusCode::kInvalidArgument, "payload", "there must be none");
   }
-  const auto message = ParseMetadata<proto::OpenDoorbellRequest>(request.metadata);
-  if (!message.ok()) return message.status();
-  return context_.doorbells->Open(*message, *context_.shared_memory);
+  proto::OpenDoorbellRequest message;
+  absl::Status status = ParseMetadata(request.metadata, message);
+  if (!status.ok()) return status;
+  return context_.doorbells->Open(message, *context_.shared_memory);
 }
 
 Connection::Awaitable<bool> Connection::OpenDoorbell(FrameHeader header, Request request) {

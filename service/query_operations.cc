@@ -13,6 +13,7 @@
 #include "kernels/cpu/convert.h"
 #include "proto/frame.h"
 #include "proto/status_code.h"
+#include "service/message_memory.h"
 
 namespace kvseek::service {
 namespace {
@@ -27,6 +28,8 @@ constexpr int kKeepFactor = 3;
 /// A payload laid out part by part, then allocated with zeros between the parts.
 class PayloadBuilder {
  public:
+  explicit PayloadBuilder(index::Scratch& memory) : gaps_(&memory) {}
+
   size_t Add(size_t bytes) {
     const size_t end = layout_.bytes();
     const size_t offset = layout_.Add(bytes);
@@ -42,7 +45,7 @@ class PayloadBuilder {
 
  private:
   proto::PayloadLayout layout_;
-  std::vector<std::pair<size_t, size_t>> gaps_;
+  std::pmr::vector<std::pair<size_t, size_t>> gaps_;
 };
 
 /// Where the parts of an answer to Attend or TopK stand (proto/kvseek.proto).
@@ -54,7 +57,7 @@ struct AnswerLayout {
     size_t lse = 0;
   };
   size_t positions = 0;
-  std::vector<Item> items;
+  std::pmr::vector<Item> items;
   PayloadBuilder payload;
 };
 
@@ -69,9 +72,16 @@ struct Place {
   size_t rows_before = 0;       ///< of the results of its item
 };
 
+size_t Results(const CheckedSearch& search) {
+  size_t results = 0;
+  for (const CheckedItem& item : search.items) results += item.Results();
+  return results;
+}
+
 /// Places of all results, whose sizes are not known yet.
-std::vector<Place> MakePlaces(const CheckedSearch& search) {
-  std::vector<Place> places;
+std::pmr::vector<Place> MakePlaces(const CheckedSearch& search) {
+  std::pmr::vector<Place> places(search.memory.get());
+  places.reserve(Results(search));
   for (size_t i = 0; i < search.items.size(); ++i) {
     for (size_t t = 0; t < search.items[i].tokens; ++t) {
       for (size_t h = 0; h < search.items[i].kv_heads.size(); ++h) {
@@ -84,10 +94,11 @@ std::vector<Place> MakePlaces(const CheckedSearch& search) {
 
 /// Lays out results of these sizes, and finds what stands before each.
 AnswerLayout LayOut(const CheckedSearch& search, absl::Span<Place> places) {
-  AnswerLayout layout;
-  layout.items.resize(search.items.size());
+  index::Scratch& memory = *search.memory;
+  AnswerLayout layout = {0, std::pmr::vector<AnswerLayout::Item>(search.items.size(), &memory),
+                         PayloadBuilder(memory)};
   size_t positions = 0;
-  std::vector<size_t> rows(search.items.size());
+  std::pmr::vector<size_t> rows(search.items.size(), &memory);
   for (Place& place : places) {
     place.positions_before = positions;
     place.rows_before = rows[place.item];
@@ -193,8 +204,9 @@ uint32_t MicrosSince(TimePoint begin) {
 /// The messages of both operations have the same fields.
 template <typename Message>
 std::string MakeMetadata(const CheckedSearch& search, absl::Span<const Place> places,
-                         const std::vector<SearchResult>& results, uint32_t compute_us) {
-  Message message;
+                         absl::Span<const SearchResult> results, uint32_t compute_us) {
+  MessageMemory memory(*search.memory);
+  auto& message = memory.New<Message>();
   message.set_compute_us(compute_us);
   if (search.state_dtype == kernels::DType::kFp16) message.set_state_dtype(proto::DTYPE_FP16);
   for (size_t r = 0; r < results.size(); ++r) {
@@ -235,7 +247,7 @@ void ForStripes(size_t count, size_t bytes, Worker worker, const Work& work) {
 /// Positions of each result without those whose rows the client holds; empty if it holds none.
 std::vector<std::vector<int64_t>> NotHeld(const CheckedSearch& search,
                                           absl::Span<const Place> places,
-                                          const std::vector<SearchResult>& results, Worker worker) {
+                                          absl::Span<const SearchResult> results, Worker worker) {
   size_t held = 0;
   for (const CheckedItem& item : search.items) {
     for (const auto& list : item.held) held += list.size();
@@ -278,8 +290,9 @@ const index::KeyIndex* FindIndex(const LayerState& layer, size_t kv_head, proto:
   return layer.Built(kv_head, *BuiltKindOf(kind));
 }
 
-std::vector<SearchTask> MakeTasks(const CheckedSearch& search) {
-  std::vector<SearchTask> tasks;
+std::pmr::vector<SearchTask> MakeTasks(const CheckedSearch& search) {
+  std::pmr::vector<SearchTask> tasks(search.memory.get());
+  tasks.reserve(Results(search));
   for (const CheckedItem& item : search.items) {
     const SessionSettings& settings = item.settings();
     const int group = settings.Group();
@@ -302,7 +315,7 @@ std::vector<SearchTask> MakeTasks(const CheckedSearch& search) {
   return tasks;
 }
 
-void AddReuse(const CheckedSearch& search, MemoryBudget& budget, std::vector<SearchTask>& tasks) {
+void AddReuse(const CheckedSearch& search, MemoryBudget& budget, absl::Span<SearchTask> tasks) {
   // A reused answer proves nothing of the best keys, and has the estimate of the rest in it.
   if (search.reuse.every == 0 || search.options.exact_top > 0 || !search.options.estimate_rest) {
     return;
@@ -346,7 +359,7 @@ absl::Status CheckAnswerFits(const CheckedSearch& search, const DaemonOptions& o
   if (metadata_bytes > options.metadata_bytes_max) {
     return TooLarge("items", "metadata", metadata_bytes, options.metadata_bytes_max);
   }
-  std::vector<Place> places = MakePlaces(search);
+  auto places = MakePlaces(search);
   for (Place& place : places) {
     const CheckedItem& item = search.items[place.item];
     const int64_t range = item.ends[place.token] - item.begin;
@@ -362,10 +375,10 @@ absl::Status CheckAnswerFits(const CheckedSearch& search, const DaemonOptions& o
 }
 
 absl::StatusOr<Response> MakeAnswer(const CheckedSearch& search,
-                                    const std::vector<SearchResult>& results,
+                                    absl::Span<const SearchResult> results,
                                     std::optional<TimePoint> arrived, const DaemonOptions& options,
                                     Worker worker) {
-  std::vector<Place> places = MakePlaces(search);
+  auto places = MakePlaces(search);
   const std::vector<std::vector<int64_t>> not_held = NotHeld(search, places, results, worker);
   const auto rows = [&](size_t r) -> absl::Span<const int64_t> {
     return not_held.empty() ? results[r].positions : not_held[r];
@@ -398,7 +411,8 @@ absl::StatusOr<Response> FetchRows(const CheckedFetch& fetch, const DaemonOption
                                    Worker worker) {
   const HeadCache& cache = fetch.layer->Head(fetch.kv_head);
   const size_t count = fetch.positions.size();
-  PayloadBuilder payload;
+  const index::SearchMemory memory = index::TakeSearchMemory();
+  PayloadBuilder payload(*memory);
   const size_t keys = payload.Add(count * cache.shape().KeyRowBytes());
   const size_t values = payload.Add(count * cache.shape().ValueRowBytes());
   if (payload.bytes() > options.payload_bytes_max) {

@@ -4,11 +4,13 @@
 #define KVSEEK_SERVICE_QUERY_OPERATIONS_H_
 
 #include <cstdint>
+#include <memory_resource>
 #include <optional>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 #include "index/key_index.h"
 #include "proto/kvseek.pb.h"
 #include "service/layer_cache.h"
@@ -29,14 +31,14 @@ proto::IndexKind ChooseIndex(const CheckedItem& item, size_t head, int64_t range
 const index::KeyIndex* FindIndex(const LayerState& layer, size_t kv_head, proto::IndexKind kind);
 
 /// Searches of all items, in the order of results: (item, token, KV head). They point into
-/// `search`, which must outlive them.
-std::vector<SearchTask> MakeTasks(const CheckedSearch& search);
+/// `search`, which must outlive them, and stand in its memory.
+std::pmr::vector<SearchTask> MakeTasks(const CheckedSearch& search);
 
 /// Where the request asks for it, lets the last query token of each item be answered from what an
 /// earlier step's search left, and leave what its own finds. That is a step of its KV heads: to be
 /// called once a request. The tasks are those of MakeTasks; `search` and `budget` must outlive
 /// them.
-void AddReuse(const CheckedSearch& search, MemoryBudget& budget, std::vector<SearchTask>& tasks);
+void AddReuse(const CheckedSearch& search, MemoryBudget& budget, absl::Span<SearchTask> tasks);
 
 /// Queries of an item's last token, for the indexes of a session that learn from queries and whose
 /// client sends none with its appends. What is to be given to Session::Learn, now and then.
@@ -50,7 +52,7 @@ absl::Status CheckAnswerFits(const CheckedSearch& search, const DaemonOptions& o
 /// no `arrived`, since nobody reads it. `results` are those of MakeTasks. resource_exhausted naming
 /// "options.list_read" when the positions read, which nobody knew before, are too many.
 absl::StatusOr<Response> MakeAnswer(const CheckedSearch& search,
-                                    const std::vector<index::SearchResult>& results,
+                                    absl::Span<const index::SearchResult> results,
                                     std::optional<TimePoint> arrived, const DaemonOptions& options,
                                     Worker worker);
 

@@ -66,7 +66,7 @@ void RequestAudits::Offer(const CheckedSearch& search) {
   if (share_ <= 0.0) return;
   constexpr uint64_t kGrain = uint64_t{1} << 32;
   if (static_cast<double>(Draw(kGrain)) >= share_ * static_cast<double>(kGrain)) return;
-  const std::vector<SearchTask> tasks = MakeTasks(search);
+  const auto tasks = MakeTasks(search);
   if (tasks.empty()) return;
   const size_t chosen = Draw(tasks.size());
   const SearchTask& task = tasks[chosen];

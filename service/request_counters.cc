@@ -16,7 +16,7 @@ void RequestCounters::CountError(absl::StatusCode code) {
   Add(errors_[number < errors_.size() ? number : unknown], 1);
 }
 
-void RequestCounters::CountSearches(const std::vector<index::SearchResult>& results) {
+void RequestCounters::CountSearches(absl::Span<const index::SearchResult> results) {
   index::SearchReport sum;
   uint64_t reused = 0;
   uint64_t distrusted = 0;

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/types/span.h"
 #include "index/key_index.h"
 #include "proto/frame.h"
 
@@ -24,7 +25,7 @@ class RequestCounters {
   void CountError(absl::StatusCode code);
   void CountAppended(uint64_t tokens) { Add(tokens_appended_, tokens); }
   void CountSampled(uint64_t tokens) { Add(queries_sampled_, tokens); }
-  void CountSearches(const std::vector<index::SearchResult>& results);
+  void CountSearches(absl::Span<const index::SearchResult> results);
 
   /// All counters that are not zero, by name.
   std::map<std::string, uint64_t> Values() const;

@@ -21,6 +21,7 @@
 #include "service/compute_pool.h"
 #include "service/field_checks.h"
 #include "service/index_builder.h"
+#include "service/message_memory.h"
 #include "service/query_operations.h"
 #include "service/request_audits.h"
 #include "service/request_counters.h"
@@ -67,6 +68,27 @@ class RequestHandler::Impl {
   void Handle(Request request, std::function<void(Response)> done);
 
  private:
+  /// Of an Attend or a TopK.
+  struct Searches {
+    explicit Searches(CheckedSearch checked)
+        : search(std::move(checked)), tasks(MakeTasks(search)) {}
+
+    CheckedSearch search;
+    std::pmr::vector<SearchTask> tasks;
+  };
+
+  /// Of an Append. Each layer is a job of its own, in its own order; the last one to be done
+  /// answers.
+  struct LayersToAppend {
+    index::SearchMemory memory = index::TakeSearchMemory();
+    MessageMemory messages{*memory};
+    proto::AppendRequest& message = messages.New<proto::AppendRequest>();
+    CheckedAppend checked;  ///< points into `message`
+    std::atomic<size_t> left{0};
+    std::atomic<int64_t> held{
+        std::numeric_limits<int64_t>::max()};  ///< by the layer that has least
+  };
+
   /// A request under way. Whoever works on it holds it; it is answered once, at the latest when the
   /// last one lets go.
   class Call {
@@ -74,6 +96,7 @@ class RequestHandler::Impl {
     Call(Impl& impl, Request request, std::function<void(Response)> done);
     ~Call();
 
+    Impl& impl() const { return impl_; }
     const Request& request() const { return request_; }
     TimePoint arrived() const { return arrived_; }
     absl::Span<const uint8_t> payload() const {
@@ -81,6 +104,11 @@ class RequestHandler::Impl {
     }
     GiveUp give_up() const { return {request_.deadline, request_.cancelled, impl_.stopping_}; }
     void Hold(ComputePool::Admission admission) { admission_ = std::move(admission); }
+    /// An Attend's or a TopK's searches, which the call then holds.
+    const Searches& Begin(CheckedSearch checked);
+    const Searches& searches() const { return *searches_; }
+    LayersToAppend& BeginAppend() { return append_.emplace(); }
+    LayersToAppend& append() { return *append_; }
 
     void Finish(absl::StatusOr<Response> outcome);
 
@@ -90,6 +118,8 @@ class RequestHandler::Impl {
     Request request_;
     std::function<void(Response)> done_;
     ComputePool::Admission admission_;
+    std::optional<Searches> searches_;
+    std::optional<LayersToAppend> append_;
     std::atomic<bool> finished_{false};
   };
   using CallPtr = std::shared_ptr<Call>;
@@ -115,15 +145,18 @@ class RequestHandler::Impl {
   absl::StatusOr<Response> Truncate(const proto::TruncateRequest& message);
   absl::StatusOr<Response> Stats(const proto::StatsRequest& message);
   absl::StatusOr<Response> Health(const proto::HealthRequest& message);
-  struct LayersToAppend;
   void Append(const CallPtr& call);
-  void AppendLayer(const CallPtr& call, LayersToAppend& append, uint32_t layer, Scratch& scratch);
+  /// The append's layer i.
+  void AppendLayer(const CallPtr& call, uint32_t i, Scratch& scratch);
   void Close(const CallPtr& call);
   void Fetch(const CallPtr& call);
   template <typename Message>
-  absl::StatusOr<CheckedSearch> CheckSearch(const Call& call) const;
+  absl::StatusOr<CheckedSearch> CheckSearch(const Call& call, Scratch& scratch) const;
   template <typename Message>
   void Search(const CallPtr& call);
+  void AnswerSearch(const CallPtr& call,
+                    const absl::StatusOr<absl::Span<const index::SearchResult>>& results,
+                    Scratch& scratch);
   /// Takes queries of an answered search where indexes learn from them.
   void Learn(const CallPtr& call, const CheckedSearch& search);
 
@@ -152,9 +185,18 @@ RequestHandler::Impl::Call::Call(Impl& impl, Request request, std::function<void
 
 RequestHandler::Impl::Call::~Call() {
   if (!finished_.load()) Finish(absl::InternalError("the request was lost"));
+  // The handler, and with it sessions' memory budget, may go with the last call.
+  searches_.reset();
+  append_.reset();
   done_ = nullptr;
   const std::lock_guard lock(impl_.mutex_);
   if (--impl_.calls_ == 0) impl_.all_left_.notify_all();
+}
+
+const RequestHandler::Impl::Searches& RequestHandler::Impl::Call::Begin(CheckedSearch checked) {
+  Searches& searches = searches_.emplace(std::move(checked));
+  AddReuse(searches.search, impl_.store_.budget(), absl::MakeSpan(searches.tasks));
+  return searches;
 }
 
 void RequestHandler::Impl::Call::Finish(absl::StatusOr<Response> outcome) {
@@ -223,9 +265,10 @@ void RequestHandler::Impl::Dispatch(const CallPtr& call) {
 
 template <typename Message>
 absl::StatusOr<Message> RequestHandler::Impl::ParseAlone(const Request& request) {
-  auto message = ParseMetadata<Message>(request.metadata);
-  absl::Status status = RequestValidator::CheckNoPayload(request.payload.bytes);
-  if (message.ok() && !status.ok()) return status;
+  Message message;
+  absl::Status status = ParseMetadata(request.metadata, message);
+  status.Update(RequestValidator::CheckNoPayload(request.payload.bytes));
+  if (!status.ok()) return status;
   return message;
 }
 
@@ -364,42 +407,30 @@ absl::StatusOr<Response> RequestHandler::Impl::Health(const proto::HealthRequest
   return MakeResponse(response);
 }
 
-/// An append under way. Each layer is a job of its own, in its own order; the last one to be done
-/// answers.
-struct RequestHandler::Impl::LayersToAppend {
-  proto::AppendRequest message;  ///< `checked` points into it
-  CheckedAppend checked;
-  std::atomic<size_t> left{0};
-  std::atomic<int64_t> held{std::numeric_limits<int64_t>::max()};  ///< by the layer that has least
-};
-
 void RequestHandler::Impl::Append(const CallPtr& call) {
   if (!Admit(call)) return;
-  auto parsed = ParseMetadata<proto::AppendRequest>(call->request().metadata);
-  if (!parsed.ok()) return call->Finish(parsed.status());
-  const auto append = std::make_shared<LayersToAppend>();
-  append->message = *std::move(parsed);
-  auto checked = validator_.Check(append->message, call->payload(), Clock::now());
+  LayersToAppend& append = call->BeginAppend();
+  absl::Status status = ParseMetadata(call->request().metadata, append.message);
+  if (!status.ok()) return call->Finish(std::move(status));
+  auto checked = validator_.Check(append.message, call->payload(), Clock::now());
   if (!checked.ok()) return call->Finish(checked.status());
-  append->checked = *std::move(checked);
-  const size_t layers = append->checked.layers.size();
-  append->left.store(layers);
+  append.checked = *std::move(checked);
+  const uint32_t layers = append.checked.layers;
+  append.left.store(layers);
   const size_t together = kAppendTogether / std::max<size_t>(1, call->payload().size() / layers);
   StrandJobs jobs;
-  for (size_t i = 0; i < layers; ++i) {
-    const uint32_t layer = append->checked.layer + static_cast<uint32_t>(i);
-    jobs.Add(append->checked.session->AppendStrand(layer),
-             MakeJob(call, [this, call, append, layer](Scratch& scratch) {
-               AppendLayer(call, *append, layer, scratch);
-             }));
+  for (uint32_t i = 0; i < layers; ++i) {
+    jobs.Add(append.checked.session->AppendStrand(append.checked.layer + i),
+             MakeJob(call, [this, call, i](Scratch& scratch) { AppendLayer(call, i, scratch); }));
     if (jobs.size() >= together || i + 1 == layers) jobs.RunOn(pool_);
   }
 }
 
-void RequestHandler::Impl::AppendLayer(const CallPtr& call, LayersToAppend& append, uint32_t layer,
-                                       Scratch& scratch) {
+void RequestHandler::Impl::AppendLayer(const CallPtr& call, uint32_t i, Scratch& scratch) {
+  LayersToAppend& append = call->append();
   const std::shared_ptr<Session>& session = append.checked.session;
-  const LayerRows& rows = append.checked.layers[layer - append.checked.layer];
+  const uint32_t layer = append.checked.layer + i;
+  const LayerRows rows = append.checked.Rows(i);
   const auto held = session->Append(layer, rows, store_.budget(), {pool_, scratch});
   if (!held.ok()) return call->Finish(held.status());
   counters_.CountAppended(static_cast<uint64_t>(rows.tokens));
@@ -427,55 +458,63 @@ void RequestHandler::Impl::Close(const CallPtr& call) {
 void RequestHandler::Impl::Fetch(const CallPtr& call) {
   if (!Admit(call)) return;
   pool_.Submit(MakeJob(call, [this, call](Scratch& scratch) {
-    const auto message = ParseMetadata<proto::FetchRowsRequest>(call->request().metadata);
-    if (!message.ok()) return call->Finish(message.status());
-    const auto fetch = validator_.Check(*message, call->payload(), Clock::now());
+    MessageMemory memory(scratch);
+    auto& message = memory.New<proto::FetchRowsRequest>();
+    absl::Status status = ParseMetadata(call->request().metadata, message);
+    if (!status.ok()) return call->Finish(std::move(status));
+    const auto fetch = validator_.Check(message, call->payload(), Clock::now());
     if (!fetch.ok()) return call->Finish(fetch.status());
     call->Finish(FetchRows(*fetch, options_, {pool_, scratch}));
   }));
 }
 
 template <typename Message>
-absl::StatusOr<CheckedSearch> RequestHandler::Impl::CheckSearch(const Call& call) const {
+absl::StatusOr<CheckedSearch> RequestHandler::Impl::CheckSearch(const Call& call,
+                                                                Scratch& scratch) const {
   if constexpr (std::is_same_v<Message, proto::AttendRequest>) {
     const proto::AttendRequest* const attend = call.request().attend.get();
     if (attend != nullptr) return search_validator_.Check(*attend, call.payload(), Clock::now());
   }
-  auto message = ParseMetadata<Message>(call.request().metadata);
-  if (!message.ok()) return message.status();
-  return search_validator_.Check(*message, call.payload(), Clock::now());
+  MessageMemory memory(scratch);
+  auto& message = memory.New<Message>();
+  absl::Status status = ParseMetadata(call.request().metadata, message);
+  if (!status.ok()) return status;
+  return search_validator_.Check(message, call.payload(), Clock::now());
 }
 
 template <typename Message>
 void RequestHandler::Impl::Search(const CallPtr& call) {
   if (!Admit(call)) return;
   pool_.Submit(MakeJob(call, [this, call](Scratch& scratch) {
-    auto checked = CheckSearch<Message>(*call);
+    auto checked = CheckSearch<Message>(*call, scratch);
     if (!checked.ok()) return call->Finish(checked.status());
     if (absl::Status status = CheckAnswerFits(*checked, options_); !status.ok()) {
       return call->Finish(std::move(status));
     }
-    const auto search = std::make_shared<const CheckedSearch>(*std::move(checked));
-    std::vector<SearchTask> tasks = MakeTasks(*search);
-    AddReuse(*search, store_.budget(), tasks);
+    const Searches& searches = call->Begin(*std::move(checked));
     RunSearches(
-        pool_, std::move(tasks), call->give_up(),
-        [this, call, search](auto results, Scratch& own) {
-          if (!results.ok()) return call->Finish(results.status());
-          counters_.CountSearches(*results);
-          try {
-            std::optional<TimePoint> arrived;
-            if (call->request().attend == nullptr) arrived = call->arrived();
-            auto answer = MakeAnswer(*search, *results, arrived, options_, {pool_, own});
-            Learn(call, *search);  // before the step after this one can
-            call->Finish(std::move(answer));
-            audits_.Offer(*search);
-          } catch (...) {
-            call->Finish(StatusOfException());
-          }
-        },
+        pool_, searches.tasks, call->give_up(),
+        [call](auto results, Scratch& own) { call->impl().AnswerSearch(call, results, own); },
         scratch);
   }));
+}
+
+void RequestHandler::Impl::AnswerSearch(
+    const CallPtr& call, const absl::StatusOr<absl::Span<const index::SearchResult>>& results,
+    Scratch& scratch) {
+  if (!results.ok()) return call->Finish(results.status());
+  counters_.CountSearches(*results);
+  const CheckedSearch& search = call->searches().search;
+  try {
+    std::optional<TimePoint> arrived;
+    if (call->request().attend == nullptr) arrived = call->arrived();
+    auto answer = MakeAnswer(search, *results, arrived, options_, {pool_, scratch});
+    Learn(call, search);  // before the step after this one can
+    call->Finish(std::move(answer));
+    audits_.Offer(search);
+  } catch (...) {
+    call->Finish(StatusOfException());
+  }
 }
 
 void RequestHandler::Impl::Learn(const CallPtr& call, const CheckedSearch& search) {

@@ -117,6 +117,11 @@ absl::Status CheckLandmarkPositions(const proto::AppendRequest& message,
 
 }  // namespace
 
+absl::Status ParseMetadata(const std::string& metadata, google::protobuf::MessageLite& message) {
+  if (message.ParseFromString(metadata)) return absl::OkStatus();
+  return Invalid("metadata", "is not the message that the operation asks for");
+}
+
 absl::StatusOr<std::shared_ptr<Session>> RequestValidator::TakeSession(
     const proto::CloseSessionRequest& message, TimePoint now) const {
   if (!message.has_session()) return Invalid("session", "is missing");
@@ -262,42 +267,44 @@ absl::StatusOr<CheckedAppend> RequestValidator::Check(const proto::AppendRequest
   const size_t rows = size_t{message.tokens()} * settings.kv_heads;
   const auto sampled = static_cast<size_t>(message.query_positions_size());
   const auto given = static_cast<size_t>(message.landmark_positions_size());
+  // Layers have parts of the same sizes, which begin at aligned offsets.
+  proto::PayloadLayout layout;
+  const size_t keys = layout.Add(rows * settings.kv.KeyRowBytes());
+  const size_t values = layout.Add(rows * settings.kv.ValueRowBytes());
+  const size_t queries = layout.Add(sampled * settings.query_heads * settings.kv.KeyRowBytes());
+  const size_t landmarks = layout.Add(given * settings.kv_heads * settings.kv.KeyRowBytes());
   CheckedAppend append;
-  append.layers.resize(std::max<size_t>(1, message.layers()));
-  // Calls use(rows, keys, values, queries, landmarks) for each layer, with offsets; returns the
-  // payload's size.
-  const auto lay_out = [&](const auto& use) {
-    proto::PayloadLayout layout;
-    for (LayerRows& layer : append.layers) {
-      const size_t keys = layout.Add(rows * settings.kv.KeyRowBytes());
-      const size_t values = layout.Add(rows * settings.kv.ValueRowBytes());
-      const size_t queries = layout.Add(sampled * settings.query_heads * settings.kv.KeyRowBytes());
-      const size_t landmarks = layout.Add(given * settings.kv_heads * settings.kv.KeyRowBytes());
-      use(layer, keys, values, queries, landmarks);
-    }
-    return layout.bytes();
-  };
+  append.layer = message.layer();
+  append.layers = std::max(1U, message.layers());
+  append.layer_stride = proto::AlignUp(layout.bytes());
   status.Update(CheckQueryPositions(message));
   status.Update(CheckLandmarkPositions(message, settings));
-  status.Update(CheckPayloadBytes(payload.size(), lay_out([](auto&&...) {})));
+  status.Update(CheckPayloadBytes(payload.size(),
+                                  (append.layers - 1) * append.layer_stride + layout.bytes()));
   if (!status.ok()) return status;
-  const auto sampled_at = absl::MakeConstSpan(message.query_positions().data(), sampled);
-  const auto given_at = absl::MakeConstSpan(message.landmark_positions().data(), given);
-  lay_out([&](LayerRows& layer, size_t keys, size_t values, size_t queries, size_t landmarks) {
-    const auto at = [&](size_t offset) {
-      return reinterpret_cast<const uint16_t*>(payload.data() + offset);
-    };
-    layer = {static_cast<int64_t>(message.start()),
-             message.tokens(),
-             at(keys),
-             at(values),
-             {sampled_at, at(queries)},
-             settings.query_heads,
-             {given_at, at(landmarks), settings.landmark.block}};
-  });
+  const auto at = [&](size_t offset) {
+    return reinterpret_cast<const uint16_t*>(payload.data() + offset);
+  };
+  append.rows = {static_cast<int64_t>(message.start()),
+                 message.tokens(),
+                 at(keys),
+                 at(values),
+                 {absl::MakeConstSpan(message.query_positions().data(), sampled), at(queries)},
+                 settings.query_heads,
+                 {absl::MakeConstSpan(message.landmark_positions().data(), given), at(landmarks),
+                  settings.landmark.block}};
   append.session = *std::move(session);
-  append.layer = message.layer();
   return append;
+}
+
+LayerRows CheckedAppend::Rows(uint32_t i) const {
+  LayerRows of_layer = rows;
+  const size_t elements = i * (layer_stride / sizeof(uint16_t));
+  of_layer.keys += elements;
+  of_layer.values += elements;
+  of_layer.queries.rows += elements;
+  of_layer.landmarks.rows += elements;
+  return of_layer;
 }
 
 absl::StatusOr<CheckedFetch> RequestValidator::Check(const proto::FetchRowsRequest& message,

@@ -30,8 +30,13 @@ inline constexpr size_t kSessionNameBytesMax = 256;  ///< of a model's, too
 /// and of landmarks into its message.
 struct CheckedAppend {
   std::shared_ptr<Session> session;
-  uint32_t layer = 0;             ///< the first
-  std::vector<LayerRows> layers;  ///< one or more
+  uint32_t layer = 0;       ///< the first
+  uint32_t layers = 1;      ///< one or more
+  LayerRows rows;           ///< of the first
+  size_t layer_stride = 0;  ///< bytes from a layer's rows to the next one's
+
+  /// Of `layer` + i.
+  LayerRows Rows(uint32_t i) const;
 };
 
 /// A checked FetchRows.
@@ -76,16 +81,8 @@ class RequestValidator {
   SessionStore& store_;
 };
 
-/// A message out of a request's metadata; invalid_argument naming "metadata".
-template <typename Message>
-absl::StatusOr<Message> ParseMetadata(const std::string& metadata) {
-  Message message;
-  if (!message.ParseFromString(metadata)) {
-    return proto::FieldError(absl::StatusCode::kInvalidArgument, "metadata",
-                             "is not the message that the operation asks for");
-  }
-  return message;
-}
+/// Fills a message from a request's metadata; invalid_argument naming "metadata".
+absl::Status ParseMetadata(const std::string& metadata, google::protobuf::MessageLite& message);
 
 }  // namespace kvseek::service
 

@@ -2,12 +2,16 @@
 
 #include <algorithm>
 #include <exception>
+#include <memory_resource>
 #include <mutex>
 #include <new>
+#include <optional>
 #include <utility>
+#include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/strings/str_cat.h"
+#include "index/spares.h"
 #include "proto/status_code.h"
 #include "service/unit_queue.h"
 #include "transport/pause.h"
@@ -22,46 +26,42 @@ constexpr std::chrono::microseconds kLookMax{200};
 
 constexpr int kUnitsLeft = -1;  // other pieces of the step are still to be run
 
+struct RunMemory;
+
 /// The searches of one request under way. Runners (jobs on the pool) take units from it until there
 /// are none.
 class SearchRun {
  public:
-  SearchRun(ComputePool& pool, std::vector<SearchTask> tasks, GiveUp give_up, SearchDone done)
-      : pool_(pool),
-        tasks_(std::move(tasks)),
-        give_up_(std::move(give_up)),
-        done_(std::move(done)),
-        searches_(tasks_.size()),
-        results_(tasks_.size()) {
-    units_.Prepare(tasks_.size(), pool.workers_of_nodes());
-    for (const SearchTask& task : tasks_) units_.Add(task.view.shape.node);
-  }
+  SearchRun(RunMemory& memory, ComputePool& pool, absl::Span<const SearchTask> tasks,
+            GiveUp give_up, SearchDone done);
 
   /// Makes the caller one of the run's runners, and submits the others.
-  static void Start(const std::shared_ptr<SearchRun>& run, Scratch& scratch);
+  void Start(Scratch& scratch);
+  /// After Start, and at the end of each runner's job: the last one ends the run, and its memory is
+  /// kept for another.
+  void LetGo();
 
  private:
   struct alignas(64) Search {
-    std::unique_ptr<index::SearchPlan> plan;
+    index::PlanPtr plan;
     std::atomic<int> pieces_left{0};  ///< of the step, not run
     bool distrusted = false;  ///< answered from an earlier search, but not to be trusted ...
     int64_t wasted = 0;       ///< ... after so many bytes
   };
 
   /// Works as a runner, until there are no units and none are to come soon.
-  static void Work(const std::shared_ptr<SearchRun>& run, Scratch& scratch);
-  static void Submit(const std::shared_ptr<SearchRun>& run, int runners);
+  void Work(Scratch& scratch);
+  void Submit(int runners);
   /// Takes and runs units until there are none now; true: others want the worker before that.
-  static bool RunUnits(const std::shared_ptr<SearchRun>& run, Scratch& scratch);
+  bool RunUnits(Scratch& scratch);
   /// Lets pieces be taken, and submits runners for them.
-  static void MakeReady(const std::shared_ptr<SearchRun>& run, size_t search, int pieces);
+  void MakeReady(size_t search, int pieces);
   /// For a runner without a unit: looks for units that another runner's makes ready, as long as
   /// idle workers look for jobs, but not long. True: there may be some.
   bool Look() const;
   /// Runs a unit. Returns the pieces that it made ready; 0: its search is finished; or kUnitsLeft.
   int Run(const SearchUnit& unit, Scratch& scratch);
-  std::unique_ptr<index::SearchPlan> Plan(const SearchTask& task, bool distrusted,
-                                          Scratch& scratch) const;
+  index::PlanPtr Plan(const SearchTask& task, bool distrusted, Scratch& scratch) const;
   /// Plans a search. Returns the pieces of its first step; 0: it is finished.
   int Begin(size_t task, Scratch& scratch);
   /// Goes on with a search of which no piece is left to be run. Returns the next step's pieces; 0:
@@ -77,18 +77,20 @@ class SearchRun {
   /// a worker are not waited for; they will find nothing.
   void CallDone(Scratch& scratch) ABSL_LOCKS_EXCLUDED(mutex_);
 
+  RunMemory& memory_;
   ComputePool& pool_;
-  const std::vector<SearchTask> tasks_;
+  const absl::Span<const SearchTask> tasks_;
   const GiveUp give_up_;
   SearchDone done_;
-  std::vector<Search> searches_;  ///< a slot belongs to the unit that works on it
-  std::vector<index::SearchResult> results_;
+  std::pmr::vector<Search> searches_;  ///< a slot belongs to the unit that works on it
+  const absl::Span<index::SearchResult> results_;
   UnitQueue units_;
 
   // Whoever may have a unit is counted before it looks at failed_, and who finds it set takes none:
   // the last of them calls `done`. Likewise a runner stops being counted before it looks for units
   // a last time, and units are there before runners are counted: either the one sees the others or
   // these see it.
+  std::atomic<int> holders_{1};  ///< who has not let go
   std::atomic<int> runners_{0};  ///< jobs queued or running, in order to work or to look
   std::atomic<int> working_{0};  ///< runners that may have a unit
   std::atomic<bool> failed_{false};
@@ -96,6 +98,44 @@ class SearchRun {
   std::mutex mutex_;
   absl::Status failure_ ABSL_GUARDED_BY(mutex_);
 };
+
+/// What a run stands on, which another uses again.
+struct RunMemory {
+  static constexpr size_t kSpares = 64;
+  static constexpr size_t kSpareBytes = size_t{4} << 20;  ///< of each
+
+  Scratch scratch;                           ///< its lists
+  std::vector<index::SearchResult> results;  ///< as many as a run ever had
+  std::optional<SearchRun> run;
+
+  size_t Bytes() const {
+    size_t bytes = scratch.Bytes();
+    for (const index::SearchResult& result : results) bytes += sizeof(result) + result.Bytes();
+    return bytes;
+  }
+  absl::Span<index::SearchResult> Results(size_t count) {
+    if (results.size() < count) results.resize(count);
+    return absl::MakeSpan(results).first(count);
+  }
+};
+
+index::Spares<RunMemory>& SpareRuns() {
+  static auto* const spares = new index::Spares<RunMemory>(RunMemory::kSpares);  // never destroyed
+  return *spares;
+}
+
+SearchRun::SearchRun(RunMemory& memory, ComputePool& pool, absl::Span<const SearchTask> tasks,
+                     GiveUp give_up, SearchDone done)
+    : memory_(memory),
+      pool_(pool),
+      tasks_(tasks),
+      give_up_(std::move(give_up)),
+      done_(std::move(done)),
+      searches_(tasks.size(), &memory.scratch),
+      results_(memory.Results(tasks.size())),
+      units_(tasks.size(), pool.workers_of_nodes(), &memory.scratch) {
+  for (const SearchTask& task : tasks) units_.Add(task.view.shape.node);
+}
 
 bool SearchRun::Look() const {
   const auto end = std::chrono::steady_clock::now() + std::min(pool_.spin(), kLookMax);
@@ -107,8 +147,7 @@ bool SearchRun::Look() const {
   return false;
 }
 
-std::unique_ptr<index::SearchPlan> SearchRun::Plan(const SearchTask& task, bool distrusted,
-                                                   Scratch& scratch) const {
+index::PlanPtr SearchRun::Plan(const SearchTask& task, bool distrusted, Scratch& scratch) const {
   if (task.last != nullptr && !distrusted) {
     index::SearchOptions options = task.options;
     options.keep = 0;
@@ -156,7 +195,9 @@ int SearchRun::GoOn(size_t task, Scratch& scratch) {
 
 bool SearchRun::Finish(size_t task, Scratch& scratch) {
   Search& search = searches_[task];
-  index::SearchResult result = search.plan->Finish(scratch);
+  index::SearchResult& result = results_[task];
+  result.Clear();
+  search.plan->Finish(result, scratch);
   search.plan.reset();
   if (!result.report.trusted) {
     search.distrusted = true;
@@ -169,7 +210,6 @@ bool SearchRun::Finish(size_t task, Scratch& scratch) {
     tasks_[task].remember(std::move(result.last));
   }
   result.last = nullptr;
-  results_[task] = std::move(result);
   return true;
 }
 
@@ -189,70 +229,85 @@ void SearchRun::CallDone(Scratch& scratch) {
   }
   scratch.Reset();
   if (failure.ok()) {
-    done_(std::move(results_), scratch);
+    done_(absl::Span<const index::SearchResult>(results_), scratch);
   } else {
     done_(std::move(failure), scratch);
   }
   done_ = nullptr;
 }
 
-void SearchRun::Start(const std::shared_ptr<SearchRun>& run, Scratch& scratch) {
-  if (run->tasks_.empty()) return run->CallDone(scratch);
-  const int workers = run->pool_.workers();
+void SearchRun::Start(Scratch& scratch) {
+  if (tasks_.empty()) return CallDone(scratch);
+  const int workers = pool_.workers();
   // Where workers look for units, all do from the beginning.
-  const int runners = run->pool_.spin().count() > 0
+  const int runners = pool_.spin().count() > 0
                           ? workers
-                          : static_cast<int>(std::min<size_t>(run->tasks_.size(), workers));
-  run->runners_.store(runners);
-  Submit(run, runners - 1);
-  Work(run, scratch);
+                          : static_cast<int>(std::min<size_t>(tasks_.size(), workers));
+  runners_.store(runners);
+  Submit(runners - 1);
+  Work(scratch);
 }
 
-void SearchRun::Submit(const std::shared_ptr<SearchRun>& run, int runners) {
-  run->pool_.Submit([run](Scratch& own) { Work(run, own); }, runners);
+void SearchRun::Submit(int runners) {
+  if (runners <= 0) return;
+  holders_.fetch_add(runners);
+  pool_.Submit(
+      [this](Scratch& own) {
+        Work(own);
+        LetGo();
+      },
+      runners);
 }
 
-void SearchRun::Work(const std::shared_ptr<SearchRun>& run, Scratch& scratch) {
+void SearchRun::LetGo() {
+  if (holders_.fetch_sub(1) > 1) return;
+  std::unique_ptr<RunMemory> memory(&memory_);
+  memory->run.reset();
+  memory->scratch.Reset();
+  if (memory->Bytes() <= RunMemory::kSpareBytes) SpareRuns().Give(std::move(memory));
+}
+
+void SearchRun::Work(Scratch& scratch) {
   for (;;) {
-    run->working_.fetch_add(1);
-    const bool made_room = RunUnits(run, scratch);
-    if (run->working_.fetch_sub(1) == 1 && run->failed_.load()) run->CallDone(scratch);
-    if (made_room) return Submit(run, 1);
-    if (run->Look()) continue;
-    run->runners_.fetch_sub(1);
-    if (run->failed_.load() || !run->units_.MayHaveUnits()) return;
-    run->runners_.fetch_add(1);
+    working_.fetch_add(1);
+    const bool made_room = RunUnits(scratch);
+    if (working_.fetch_sub(1) == 1 && failed_.load()) CallDone(scratch);
+    if (made_room) return Submit(1);
+    if (Look()) continue;
+    runners_.fetch_sub(1);
+    if (failed_.load() || !units_.MayHaveUnits()) return;
+    runners_.fetch_add(1);
   }
 }
 
-bool SearchRun::RunUnits(const std::shared_ptr<SearchRun>& run, Scratch& scratch) {
+bool SearchRun::RunUnits(Scratch& scratch) {
   const int node = ComputePool::CallersNode();
-  while (!run->failed_.load()) {
-    if (absl::Status status = run->give_up_.Check(); !status.ok()) {
-      run->Fail(std::move(status));
+  while (!failed_.load()) {
+    if (absl::Status status = give_up_.Check(); !status.ok()) {
+      Fail(std::move(status));
       break;
     }
-    const auto unit = run->units_.Take(node);
+    const auto unit = units_.Take(node);
     if (!unit.has_value()) break;
     try {
-      const int opened = run->Run(*unit, scratch);
-      run->pool_.CountUnit(unit->node == node);
-      if (opened == 0 && run->units_.Finish(unit->search) == 0) run->CallDone(scratch);
-      if (opened > 0) MakeReady(run, unit->search, opened);
+      const int opened = Run(*unit, scratch);
+      pool_.CountUnit(unit->node == node);
+      if (opened == 0 && units_.Finish(unit->search) == 0) CallDone(scratch);
+      if (opened > 0) MakeReady(unit->search, opened);
     } catch (...) {
-      run->Fail(StatusOfException());
+      Fail(StatusOfException());
     }
-    if (run->pool_.Crowded()) return true;
+    if (pool_.Crowded()) return true;
   }
   return false;
 }
 
-void SearchRun::MakeReady(const std::shared_ptr<SearchRun>& run, size_t search, int pieces) {
-  const int ready = run->units_.Open(search, pieces, run->pool_.workers());
-  const int missing = ready - run->runners_.load();
+void SearchRun::MakeReady(size_t search, int pieces) {
+  const int ready = units_.Open(search, pieces, pool_.workers());
+  const int missing = ready - runners_.load();
   if (missing <= 0) return;
-  run->runners_.fetch_add(missing);
-  Submit(run, missing);
+  runners_.fetch_add(missing);
+  Submit(missing);
 }
 
 }  // namespace
@@ -270,11 +325,13 @@ absl::Status GiveUp::Check() const {
   return absl::OkStatus();
 }
 
-void RunSearches(ComputePool& pool, std::vector<SearchTask> tasks, GiveUp give_up, SearchDone done,
-                 Scratch& scratch) {
-  const auto run =
-      std::make_shared<SearchRun>(pool, std::move(tasks), std::move(give_up), std::move(done));
-  SearchRun::Start(run, scratch);
+void RunSearches(ComputePool& pool, absl::Span<const SearchTask> tasks, GiveUp give_up,
+                 SearchDone done, Scratch& scratch) {
+  std::unique_ptr<RunMemory> memory = SpareRuns().Take();
+  SearchRun& run = memory->run.emplace(*memory, pool, tasks, std::move(give_up), std::move(done));
+  memory.release();  // until LetGo
+  run.Start(scratch);
+  run.LetGo();
 }
 
 absl::Status StatusOfException() {

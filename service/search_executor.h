@@ -8,7 +8,8 @@
 // (KvShape::node) has such queues of its own: a worker takes units of its node's searches as long
 // as there are any, then others. After each unit a worker makes room for other requests that wait.
 // No unit waits for another. Every result has its own slot: the same searches give the same bits,
-// whatever the number of workers.
+// whatever the number of workers. What holds the searches and their results is kept for the next
+// request's.
 //
 // Where workers look for jobs before they sleep (DaemonOptions::worker_spin), one for which a run
 // has no unit looks for those of its next steps, for 200 us at most and while no other job waits.
@@ -22,10 +23,11 @@
 #include <chrono>
 #include <functional>
 #include <memory>
-#include <vector>
 
+#include "absl/functional/any_invocable.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 #include "index/key_index.h"
 #include "index/reuse.h"
 #include "index/scratch.h"
@@ -56,15 +58,16 @@ struct SearchTask {
   std::function<void(std::shared_ptr<const index::LastSearch>)> remember{};
 };
 
-/// Results, in the order of the tasks, or why there are none; on a worker, with its scratch.
-using SearchDone =
-    std::function<void(absl::StatusOr<std::vector<index::SearchResult>>, index::Scratch&)>;
+/// Results, in the order of the tasks and valid during the call, or why there are none; on a
+/// worker, with its scratch.
+using SearchDone = absl::AnyInvocable<void(absl::StatusOr<absl::Span<const index::SearchResult>>,
+                                           index::Scratch&)>;
 
 /// Starts the searches and returns; calls `done` exactly once, when no unit is under way any more.
-/// give_up is looked at before each unit. What the tasks point at must live until then. `scratch`
-/// is the calling worker's, which may do a part of the work.
-void RunSearches(ComputePool& pool, std::vector<SearchTask> tasks, GiveUp give_up, SearchDone done,
-                 index::Scratch& scratch);
+/// give_up is looked at before each unit. The tasks and what they point at must live until then.
+/// `scratch` is the calling worker's, which may do a part of the work.
+void RunSearches(ComputePool& pool, absl::Span<const SearchTask> tasks, GiveUp give_up,
+                 SearchDone done, index::Scratch& scratch);
 
 /// The status of an exception under way: resource_exhausted for std::bad_alloc, else internal. Call
 /// in a catch block.

@@ -35,8 +35,7 @@ DType QueryDType(proto::DType dtype) {
 }
 
 /// Fills item.kv_heads.
-absl::Status CheckHeads(const proto::QueryItem& message, const std::string& field,
-                        CheckedItem& item) {
+absl::Status CheckHeads(const proto::QueryItem& message, CheckedItem& item) {
   const uint32_t all = item.settings().kv_heads;
   if (message.kv_heads().empty()) {
     item.kv_heads.resize(all);
@@ -46,7 +45,7 @@ absl::Status CheckHeads(const proto::QueryItem& message, const std::string& fiel
   uint32_t lowest = 0;
   for (const uint32_t head : message.kv_heads()) {
     if (head < lowest || head >= all) {
-      return Invalid(absl::StrCat(field, ".kv_heads[", item.kv_heads.size(), "]"),
+      return Invalid(absl::StrCat("kv_heads[", item.kv_heads.size(), "]"),
                      absl::StrCat("must be more than the one before and one of the ", all,
                                   " KV heads, not ", head));
     }
@@ -57,49 +56,48 @@ absl::Status CheckHeads(const proto::QueryItem& message, const std::string& fiel
 }
 
 /// Fills item.begin and item.ends.
-absl::Status CheckRange(const proto::QueryItem& message, const std::string& field,
-                        CheckedItem& item) {
+absl::Status CheckRange(const proto::QueryItem& message, CheckedItem& item) {
   const auto held = static_cast<uint64_t>(item.layer->tokens);
-  absl::Status status =
-      CheckBetween(absl::StrCat(field, ".range_begin"), message.range_begin(), 0, held);
+  absl::Status status = CheckBetween("range_begin", message.range_begin(), 0, held);
   if (!status.ok()) return status;
   item.begin = static_cast<int64_t>(message.range_begin());
   const int ends = message.range_end_size();
   if (ends > 1 && static_cast<uint32_t>(ends) != message.tokens()) {
-    return Invalid(absl::StrCat(field, ".range_end"),
-                   absl::StrCat("must have one end for each of the ", message.tokens(),
-                                " tokens, one for all or none, not ", ends));
+    return Invalid("range_end", absl::StrCat("must have one end for each of the ", message.tokens(),
+                                             " tokens, one for all or none, not ", ends));
   }
   for (int i = 0; i < ends; ++i) {
-    status = CheckBetween(absl::StrCat(field, ".range_end[", i, "]"), message.range_end(i),
-                          message.range_begin(), held);
-    if (!status.ok()) return status;
-    item.ends.push_back(static_cast<int64_t>(message.range_end(i)));
+    const uint64_t end = message.range_end(i);
+    if (end < message.range_begin() || end > held) {
+      return CheckBetween(absl::StrCat("range_end[", i, "]"), end, message.range_begin(), held);
+    }
+    item.ends.push_back(static_cast<int64_t>(end));
   }
   if (ends <= 1) item.ends.resize(item.tokens, ends == 0 ? item.layer->tokens : item.ends[0]);
   return absl::OkStatus();
 }
 
 /// Gives item.held lists of the lengths that the message says.
-absl::Status CheckHeldCounts(const proto::QueryItem& message, const std::string& field,
-                             CheckedItem& item) {
+absl::Status CheckHeldCounts(const proto::QueryItem& message, bool topk, CheckedItem& item) {
   const auto counts = static_cast<size_t>(message.held_counts_size());
+  if (counts != 0 && !topk) return Invalid("held_counts", "is for top_k only");
   if (counts != 0 && counts != item.Results()) {
-    return Invalid(absl::StrCat(field, ".held_counts"),
-                   absl::StrCat("must have none or one for each of the ", item.Results(),
-                                " (token, KV head), not ", counts));
+    return Invalid("held_counts", absl::StrCat("must have none or one for each of the ",
+                                               item.Results(), " (token, KV head), not ", counts));
   }
+  item.held.reserve(counts);
   for (const uint32_t count : message.held_counts()) {
-    absl::Status status = CheckBetween(absl::StrCat(field, ".held_counts[", item.held.size(), "]"),
-                                       count, 0, index::kMaxK);
-    if (!status.ok()) return status;
+    if (count > index::kMaxK) {
+      return CheckBetween(absl::StrCat("held_counts[", item.held.size(), "]"), count, 0,
+                          index::kMaxK);
+    }
     item.held.emplace_back(static_cast<const uint32_t*>(nullptr), count);
   }
   return absl::OkStatus();
 }
 
 /// Points item.held, whose lengths are known, into `positions` and checks what stands there.
-absl::Status CheckHeld(const uint32_t* positions, const std::string& field, CheckedItem& item) {
+absl::Status CheckHeld(const uint32_t* positions, CheckedItem& item) {
   size_t begin = 0;
   for (absl::Span<const uint32_t>& list : item.held) {
     list = {positions + begin, list.size()};
@@ -109,7 +107,7 @@ absl::Status CheckHeld(const uint32_t* positions, const std::string& field, Chec
         lowest = int64_t{list[i]} + 1;
         continue;
       }
-      return Invalid(absl::StrCat(field, ".held[", begin + i, "]"),
+      return Invalid(absl::StrCat("held[", begin + i, "]"),
                      absl::StrCat("must be more than the one before of its list and one of the ",
                                   item.layer->tokens, " tokens held, not ", list[i]));
     }
@@ -199,27 +197,28 @@ HeadSetting SearchValidator::Resolve(const CheckedSearch& search, const CheckedI
   return planned;
 }
 
-absl::StatusOr<CheckedItem> SearchValidator::CheckItem(const proto::QueryItem& message,
-                                                       const std::string& field,
-                                                       TimePoint now) const {
-  auto session = FindSession(store_, message, now, absl::StrCat(field, ".session"));
+absl::Status SearchValidator::CheckItem(const proto::QueryItem& message, TimePoint now,
+                                        const CheckedSearch& search, CheckedItem& item) const {
+  auto session = FindSession(store_, message, now);
   if (!session.ok()) return session.status();
-  absl::Status status = CheckBetween(absl::StrCat(field, ".layer"), message.layer(), 0,
-                                     (*session)->settings().layers - 1);
-  status.Update(
-      CheckBetween(absl::StrCat(field, ".tokens"), message.tokens(), 1, options_.query_tokens_max));
+  absl::Status status =
+      CheckBetween("layer", message.layer(), 0, (*session)->settings().layers - 1);
+  status.Update(CheckBetween("tokens", message.tokens(), 1, options_.query_tokens_max));
   if (!status.ok()) return status;
 
-  CheckedItem item;
   item.layer_number = message.layer();
   item.layer = (*session)->State(message.layer());
   item.session = *std::move(session);
   item.tokens = message.tokens();
-  status = CheckHeads(message, field, item);
-  status.Update(CheckRange(message, field, item));
-  if (status.ok()) status = CheckHeldCounts(message, field, item);
+  status = CheckHeads(message, item);
+  status.Update(CheckRange(message, item));
+  if (status.ok()) status = CheckHeldCounts(message, search.topk(), item);
   if (!status.ok()) return status;
-  return item;
+  item.settings_of_heads.reserve(item.kv_heads.size());
+  for (const uint32_t head : item.kv_heads) {
+    item.settings_of_heads.push_back(Resolve(search, item, head));
+  }
+  return absl::OkStatus();
 }
 
 absl::Status SearchValidator::CheckStateDType(proto::DType dtype, CheckedSearch& search) {
@@ -240,47 +239,50 @@ absl::Status SearchValidator::CheckItems(const Message& message, absl::Span<cons
                                      options_.batch_items_max);
   if (!status.ok()) return status;
 
+  const auto of_item = [](size_t i, const absl::Status& error) {
+    return proto::PrefixField(absl::StrCat("items[", i, "]."), error);
+  };
+  const auto count = static_cast<size_t>(message.items_size());
   proto::PayloadLayout layout;
-  std::vector<size_t> offsets;  // of an item's queries, and of the positions that it holds
-  std::vector<size_t> held_offsets;
-  std::vector<size_t> counts;
+  struct Part {
+    size_t elements;  // of the item's queries
+    size_t queries;   // where they stand
+    size_t held;      // where the positions stand that it holds
+  };
+  auto* const parts = search.memory->Take<Part>(count);
   size_t elements = 0;
-  for (int i = 0; i < message.items_size(); ++i) {
-    const std::string field = absl::StrCat("items[", i, "]");
-    auto item = CheckItem(message.items(i), field, now);
-    if (!item.ok()) return item.status();
+  search.items.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    CheckedItem& item = search.items.emplace_back(*search.memory);
+    status = CheckItem(message.items(static_cast<int>(i)), now, search, item);
+    if (!status.ok()) return of_item(i, status);
     if (const auto kind = BuiltKindOf(search.asked.index);
-        kind.has_value() && !item->settings().Builds(*kind)) {
-      return proto::FieldError(absl::StatusCode::kFailedPrecondition, "options.index",
-                               absl::StrCat("the session of ", field, " was not opened with it"));
+        kind.has_value() && !item.settings().Builds(*kind)) {
+      return proto::FieldError(
+          absl::StatusCode::kFailedPrecondition, "options.index",
+          absl::StrCat("the session of items[", i, "] was not opened with it"));
     }
-    for (const uint32_t head : item->kv_heads) {
-      item->settings_of_heads.push_back(Resolve(search, *item, head));
-    }
-    if (!search.topk() && !item->held.empty()) {
-      return Invalid(field + ".held_counts", "is for top_k only");
-    }
-    counts.push_back(item->tokens * item->QueryHeads() *
-                     static_cast<size_t>(item->settings().kv.key_dim));
-    offsets.push_back(layout.Add(counts.back() * element_bytes));
+    Part& part = parts[i];
+    part.elements =
+        item.tokens * item.QueryHeads() * static_cast<size_t>(item.settings().kv.key_dim);
+    part.queries = layout.Add(part.elements * element_bytes);
     size_t held = 0;
-    for (const auto& list : item->held) held += list.size();
-    held_offsets.push_back(layout.Add(held * sizeof(uint32_t)));
-    elements += counts.back();
-    search.items.push_back(*std::move(item));
+    for (const auto& list : item.held) held += list.size();
+    part.held = layout.Add(held * sizeof(uint32_t));
+    elements += part.elements;
   }
   status = CheckPayloadBytes(payload.size(), layout.bytes());
   if (!status.ok()) return status;
 
-  if (dtype != DType::kFp32) search.converted = index::MakeAligned<float>(elements);
-  float* converted = search.converted.get();
-  for (size_t i = 0; i < search.items.size(); ++i) {
+  float* converted = dtype == DType::kFp32 ? nullptr : search.memory->Take<float>(elements);
+  for (size_t i = 0; i < count; ++i) {
     CheckedItem& item = search.items[i];
-    status = CheckHeld(reinterpret_cast<const uint32_t*>(payload.data() + held_offsets[i]),
-                       absl::StrCat("items[", i, "]"), item);
-    if (!status.ok()) return status;
-    const uint8_t* queries = payload.data() + offsets[i];
-    const int64_t bad = kernels::FindBadElement(queries, dtype, static_cast<int64_t>(counts[i]));
+    const Part& part = parts[i];
+    status = CheckHeld(reinterpret_cast<const uint32_t*>(payload.data() + part.held), item);
+    if (!status.ok()) return of_item(i, status);
+    const uint8_t* queries = payload.data() + part.queries;
+    const int64_t bad =
+        kernels::FindBadElement(queries, dtype, static_cast<int64_t>(part.elements));
     if (bad >= 0) {
       return Invalid("payload", absl::StrCat("query of items[", i, "], ", Describe(item, bad),
                                              " is not finite or its magnitude exceeds 65504"));
@@ -290,8 +292,8 @@ absl::Status SearchValidator::CheckItems(const Message& message, absl::Span<cons
       continue;
     }
     item.queries = converted;
-    kernels::ConvertToFloat(queries, dtype, counts[i], converted);
-    converted += counts[i];
+    kernels::ConvertToFloat(queries, dtype, part.elements, converted);
+    converted += part.elements;
   }
   return absl::OkStatus();
 }

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 #include <memory>
-#include <string>
+#include <memory_resource>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -27,19 +27,23 @@
 
 namespace kvseek::service {
 
-/// One session's part of a search: `tokens` query tokens of one layer.
+/// One session's part of a search: `tokens` query tokens of one layer. Its lists stand in `memory`.
 struct CheckedItem {
+  explicit CheckedItem(index::Scratch& memory)
+      : ends(&memory), kv_heads(&memory), settings_of_heads(&memory), held(&memory) {}
+
   std::shared_ptr<Session> session;
   uint32_t layer_number = 0;
   std::shared_ptr<const LayerState> layer;  ///< what is searched; keeps it alive
   size_t tokens = 0;
   int64_t begin = 0;
-  std::vector<int64_t> ends;                   ///< (tokens), each in [begin, layer->tokens]
-  std::vector<uint32_t> kv_heads;              ///< those asked for, ascending
-  std::vector<HeadSetting> settings_of_heads;  ///< (kv_heads.size()); candidates are at least 1
-  const float* queries = nullptr;              ///< (tokens, QueryHeads(), key_dim)
+  std::pmr::vector<int64_t> ends;       ///< (tokens), each in [begin, layer->tokens]
+  std::pmr::vector<uint32_t> kv_heads;  ///< those asked for, ascending
+  std::pmr::vector<HeadSetting>
+      settings_of_heads;           ///< (kv_heads.size()); candidates are at least 1
+  const float* queries = nullptr;  ///< (tokens, QueryHeads(), key_dim)
   /// TopK: (Results()) the positions whose rows the client holds, ascending; empty: none.
-  std::vector<absl::Span<const uint32_t>> held;
+  std::pmr::vector<absl::Span<const uint32_t>> held;
 
   const SessionSettings& settings() const { return session->settings(); }
   /// Query heads of the KV heads asked for.
@@ -47,10 +51,17 @@ struct CheckedItem {
   size_t Results() const { return tokens * kv_heads.size(); }
 };
 
-/// An Attend or a TopK. `queries` point into the request's payload or into `converted`, `held` into
+/// An Attend or a TopK. `queries` point into the request's payload or into `memory`, `held` into
 /// the payload.
 struct CheckedSearch {
-  std::vector<CheckedItem> items;
+  CheckedSearch() = default;
+  CheckedSearch(CheckedSearch&&) = default;
+  CheckedSearch& operator=(CheckedSearch&&) = delete;  // lists keep their memory
+
+  /// Of all lists that belong to the request, also those that its answer is made with: for whoever
+  /// works on it, one thread at a time.
+  index::SearchMemory memory = index::TakeSearchMemory();
+  std::pmr::vector<CheckedItem> items{memory.get()};
   index::SearchOptions options;  ///< k < 0: Attend; candidates and threshold are each head's
   /// every 0: nothing is reused or kept; keep 0: see AddReuse.
   index::ReuseOptions reuse{.every = 0};
@@ -59,7 +70,6 @@ struct CheckedSearch {
   bool with_rows = false;
   bool with_state = true;
   kernels::DType state_dtype = kernels::DType::kFp32;  ///< or kFp16
-  index::AlignedArray<float> converted;
 
   bool topk() const { return options.k >= 0; }
 };
@@ -84,8 +94,9 @@ class SearchValidator {
  private:
   absl::Status CheckOptions(const proto::SearchOptions& message, CheckedSearch& search) const;
   static absl::Status CheckStateDType(proto::DType dtype, CheckedSearch& search);
-  absl::StatusOr<CheckedItem> CheckItem(const proto::QueryItem& message, const std::string& field,
-                                        TimePoint now) const;
+  /// Fills all of `item` but its queries; errors name its fields.
+  absl::Status CheckItem(const proto::QueryItem& message, TimePoint now,
+                         const CheckedSearch& search, CheckedItem& item) const;
   /// How a KV head is searched: as asked, else as planned, else as the daemon does.
   HeadSetting Resolve(const CheckedSearch& search, const CheckedItem& item, uint32_t kv_head) const;
   /// Fills search.items, finds their queries in the payload, checks them and converts them.

@@ -14,35 +14,18 @@ void UnitQueue::List::PushBack(Step& step) {
   if (front.load() == nullptr) front.store(&step);
 }
 
-void UnitQueue::Prepare(size_t searches, absl::Span<const int> workers_of_nodes) {
-  const std::lock_guard lock(mutex_);
-  if (searches > steps_max_) {
-    steps_ = std::make_unique<Step[]>(searches);
-    steps_max_ = searches;
+UnitQueue::UnitQueue(size_t searches_max, absl::Span<const int> workers_of_nodes,
+                     std::pmr::memory_resource* memory)
+    : steps_(searches_max, memory), nodes_(workers_of_nodes.size(), memory) {
+  for (size_t n = 0; n < nodes_.size(); ++n) {
+    nodes_[n].begun_max = kPlansOfWorker * workers_of_nodes[n];
   }
-  if (node_count_ != workers_of_nodes.size()) {
-    node_count_ = workers_of_nodes.size();
-    nodes_ = std::make_unique<Node[]>(node_count_);
-  }
-  for (size_t n = 0; n < node_count_; ++n) {
-    Node& node = nodes_[n];
-    for (List* const list : {&node.open, &node.waiting}) {
-      list->front.store(nullptr);
-      list->back = nullptr;
-    }
-    node.plans_ready.store(false);
-    node.begun = 0;
-    node.begun_max = kPlansOfWorker * workers_of_nodes[n];
-  }
-  searches_ = planned_ = unfinished_ = 0;
 }
 
 void UnitQueue::Add(int node) {
   const std::lock_guard lock(mutex_);
   Step& step = steps_[searches_++];
-  step.left.store(0);
-  step.node = static_cast<int>(static_cast<size_t>(node) % node_count_);
-  step.listed = false;
+  step.node = static_cast<int>(static_cast<size_t>(node) % nodes_.size());
   ++unfinished_;
   Node& own = nodes_[static_cast<size_t>(step.node)];
   own.waiting.PushBack(step);
@@ -50,8 +33,8 @@ void UnitQueue::Add(int node) {
 }
 
 std::optional<SearchUnit> UnitQueue::Take(int node) {
-  for (size_t i = 0; i < node_count_; ++i) {
-    const auto unit = TakeOf(nodes_[(static_cast<size_t>(node) + i) % node_count_]);
+  for (size_t i = 0; i < nodes_.size(); ++i) {
+    const auto unit = TakeOf(nodes_[(static_cast<size_t>(node) + i) % nodes_.size()]);
     if (unit.has_value()) return unit;
   }
   return std::nullopt;
@@ -119,7 +102,7 @@ void UnitQueue::Unlist(List& list, Step& step) {
 }
 
 bool UnitQueue::MayHaveUnits() const {
-  for (size_t n = 0; n < node_count_; ++n) {
+  for (size_t n = 0; n < nodes_.size(); ++n) {
     if (nodes_[n].plans_ready.load() || nodes_[n].open.front.load() != nullptr) return true;
   }
   return false;
@@ -136,7 +119,7 @@ int UnitQueue::Open(size_t search, int pieces, int enough) {
   node.open.PushBack(step);
   UpdatePlansReady(node);
   auto units = static_cast<int64_t>(searches_ - planned_);
-  for (size_t n = 0; n < node_count_; ++n) {
+  for (size_t n = 0; n < nodes_.size(); ++n) {
     const Step* open = nodes_[n].open.front.load();
     for (; open != nullptr && units < enough; open = open->next) {
       units += std::max(0, open->left.load(std::memory_order_relaxed));

@@ -15,7 +15,7 @@
 
 #include <atomic>
 #include <cstddef>
-#include <memory>
+#include <memory_resource>
 #include <mutex>
 #include <optional>
 #include <vector>
@@ -32,14 +32,15 @@ struct SearchUnit {
   int node;   ///< the search's
 };
 
-/// Thread-safe, but for Prepare and Add.
+/// Thread-safe, but for Add.
 class UnitQueue {
  public:
   static constexpr int kPlansOfWorker = 2;
 
-  /// Empties it, for so many searches and these nodes, and keeps its memory.
-  void Prepare(size_t searches, absl::Span<const int> workers_of_nodes);
-  /// Adds the next search; they are numbered from 0. REQUIRES: no more than were prepared for.
+  /// `memory`: of what it holds of each search and node.
+  UnitQueue(size_t searches_max, absl::Span<const int> workers_of_nodes,
+            std::pmr::memory_resource* memory = std::pmr::get_default_resource());
+  /// Adds the next search; they are numbered from 0.
   void Add(int node);
 
   /// The next unit for a worker of this node, if there is one now.
@@ -52,8 +53,6 @@ class UnitQueue {
   int Open(size_t search, int pieces, int enough) ABSL_LOCKS_EXCLUDED(mutex_);
   /// A search has come to its end. Returns how many have not.
   size_t Finish(size_t search) ABSL_LOCKS_EXCLUDED(mutex_);
-
-  size_t Bytes() const { return steps_max_ * sizeof(Step); }
 
  private:
   /// A search's step; a cache line of its own.
@@ -78,7 +77,7 @@ class UnitQueue {
     int begun_max = 0;
   };
 
-  size_t Number(const Step& step) const { return static_cast<size_t>(&step - steps_.get()); }
+  size_t Number(const Step& step) const { return static_cast<size_t>(&step - steps_.data()); }
   std::optional<SearchUnit> TakeOf(Node& node) ABSL_LOCKS_EXCLUDED(mutex_);
   std::optional<SearchUnit> TakePlan(Node& node) ABSL_LOCKS_EXCLUDED(mutex_);
   /// Drops steps at the front of which nothing is left.
@@ -86,11 +85,9 @@ class UnitQueue {
   static void UpdatePlansReady(Node& node);
   static void Unlist(List& list, Step& step);
 
-  std::unique_ptr<Step[]> steps_;  ///< of each search
-  size_t steps_max_ = 0;
+  std::pmr::vector<Step> steps_;  ///< of each search
   size_t searches_ = 0;
-  std::unique_ptr<Node[]> nodes_;
-  size_t node_count_ = 0;
+  std::pmr::vector<Node> nodes_;
 
   alignas(64) std::mutex mutex_;
   size_t planned_ ABSL_GUARDED_BY(mutex_) = 0;

@@ -53,7 +53,9 @@ class ChosenSubject {
     do {
       for (int piece = plan->pieces() - 1; piece >= 0; --piece) plan->Run(piece, scratch);
     } while (plan->NextStep(scratch));
-    return plan->Finish(scratch);
+    SearchResult result;
+    plan->Finish(result, scratch);
+    return result;
   }
 
   /// State of keys of the range that `keep` accepts, and of the estimated rest.

@@ -175,13 +175,14 @@ TEST(ExactIndexTest, KLargerThanTheRangeReturnsAllAndLeavesNothing) {
 }
 
 TEST(SelectionTest, BestIndicesBreaksTiesByOrder) {
+  Scratch scratch;
   const std::vector<float> values = {1.0F, 3.0F, 3.0F, 2.0F, 3.0F, -kInfinity};
-  EXPECT_THAT(BestIndices(values, 0), testing::IsEmpty());
-  EXPECT_THAT(BestIndices(values, 2), testing::ElementsAre(1, 2));
-  EXPECT_THAT(BestIndices(values, 4), testing::ElementsAre(1, 2, 3, 4));
-  EXPECT_THAT(BestIndices(values, 6), testing::ElementsAre(0, 1, 2, 3, 4, 5));
-  EXPECT_THAT(BestIndices(values, 100), testing::SizeIs(6));
-  EXPECT_THAT(BestIndices({}, 3), testing::IsEmpty());
+  EXPECT_THAT(BestIndices(values, 0, scratch), testing::IsEmpty());
+  EXPECT_THAT(BestIndices(values, 2, scratch), testing::ElementsAre(1, 2));
+  EXPECT_THAT(BestIndices(values, 4, scratch), testing::ElementsAre(1, 2, 3, 4));
+  EXPECT_THAT(BestIndices(values, 6, scratch), testing::ElementsAre(0, 1, 2, 3, 4, 5));
+  EXPECT_THAT(BestIndices(values, 100, scratch), testing::SizeIs(6));
+  EXPECT_THAT(BestIndices({}, 3, scratch), testing::IsEmpty());
 }
 
 TEST(SelectionTest, SubtractingAllLeavesTheEmptyState) {

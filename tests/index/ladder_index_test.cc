@@ -191,7 +191,8 @@ TEST(LadderIndexTest, OrderOfPiecesDoesNotMatter) {
   } while (plan->NextStep(other));
   EXPECT_THAT(pieces, testing::ElementsAre(testing::Ge(4), testing::Ge(4), 3))
       << "sample and the two halves of the tail, scan, a head's exact rows";
-  const SearchResult backward = plan->Finish(other);
+  SearchResult backward;
+  plan->Finish(backward, other);
   EXPECT_EQ(forward.out, backward.out);
   EXPECT_EQ(forward.lse, backward.lse);
   EXPECT_EQ(forward.report.missed_low, backward.report.missed_low);

@@ -33,7 +33,9 @@ SearchResult RunPlan(SearchPlan& plan, Scratch& scratch, bool backwards = false)
       plan.Run(backwards ? plan.pieces() - 1 - i : i, scratch);
     }
   } while (plan.NextStep(scratch));
-  return plan.Finish(scratch);
+  SearchResult result;
+  plan.Finish(result, scratch);
+  return result;
 }
 
 /// Share of each head's mass that is not among `positions`.

@@ -13,6 +13,7 @@ namespace {
 
 TEST(BestIndicesTest, TiesGoToTheLowerIndex) {
   std::mt19937 random(1);
+  Scratch scratch;
   for (const int different : {1, 3, 40, 100000}) {
     std::uniform_int_distribution<int> number(0, different - 1);
     for (const size_t size : {1, 5, 100, 3000}) {
@@ -25,7 +26,8 @@ TEST(BestIndicesTest, TiesGoToTheLowerIndex) {
                          [&](uint32_t a, uint32_t b) { return values[a] > values[b]; });
         expected.resize(std::min(count, size));
         std::sort(expected.begin(), expected.end());
-        EXPECT_EQ(BestIndices(values, static_cast<int64_t>(count)), expected)
+        scratch.Reset();
+        EXPECT_EQ(BestIndices(values, static_cast<int64_t>(count), scratch), expected)
             << different << ' ' << size << ' ' << count;
       }
     }

@@ -333,10 +333,8 @@ class FakeIndex final : public index::BuiltIndex {
   size_t Bytes() const override { return 1; }
   double build_core_seconds() const override { return 0.0; }
   absl::string_view name() const override { return "fake"; }
-  std::unique_ptr<index::SearchPlan> Plan(const index::KvView& view,
-                                          const index::SearchQuery& query,
-                                          const index::SearchOptions& options,
-                                          index::Scratch& scratch) const override {
+  index::PlanPtr Plan(const index::KvView& view, const index::SearchQuery& query,
+                      const index::SearchOptions& options, index::Scratch& scratch) const override {
     return index::ExactIndex().Plan(view, query, options, scratch);
   }
 

@@ -17,14 +17,12 @@ namespace {
 class CountingIndex final : public index::KeyIndex {
  public:
   absl::string_view name() const override { return "counting"; }
-  std::unique_ptr<index::SearchPlan> Plan(const index::KvView& view,
-                                          const index::SearchQuery& query,
-                                          const index::SearchOptions&,
-                                          index::Scratch&) const override {
+  index::PlanPtr Plan(const index::KvView& view, const index::SearchQuery& query,
+                      const index::SearchOptions&, index::Scratch&) const override {
     plans_.fetch_add(1);
     if (query.begin < 0) throw std::bad_alloc();
     if (on_unit) on_unit(view.shape.node);
-    return std::make_unique<CountingPlan>(*this, static_cast<int>(query.end), view.shape.node);
+    return index::MakePlan<CountingPlan>(*this, static_cast<int>(query.end), view.shape.node);
   }
   int plans() const { return plans_.load(); }
   int plans_alive_max() const { return alive_max_.load(); }
@@ -41,7 +39,7 @@ class CountingIndex final : public index::KeyIndex {
  private:
   class CountingPlan final : public index::SearchPlan {
    public:
-    CountingPlan(const CountingIndex& index, int pieces, int node)
+    CountingPlan(index::Scratch&, const CountingIndex& index, int pieces, int node)
         : index_(index), node_(node), values_(static_cast<size_t>(pieces)) {
       const int alive = index_.alive_.fetch_add(1) + 1;
       int known = index_.alive_max_.load();
@@ -62,10 +60,8 @@ class CountingIndex final : public index::KeyIndex {
       values_.assign(PiecesOfStep(values_.size(), step_), 0);
       return true;
     }
-    index::SearchResult Finish(index::Scratch&) override {
-      index::SearchResult result;
+    void Finish(index::SearchResult& result, index::Scratch&) override {
       for (const int value : done_) result.positions.push_back(value);
-      return result;
     }
 
    private:
@@ -102,15 +98,19 @@ class SearchExecutorTest : public testing::TestWithParam<int> {
     }
     return tasks;
   }
-  absl::StatusOr<std::vector<index::SearchResult>> Run(std::vector<SearchTask> tasks,
+  absl::StatusOr<std::vector<index::SearchResult>> Run(const std::vector<SearchTask>& tasks,
                                                        GiveUp give_up) {
     absl::StatusOr<std::vector<index::SearchResult>> answer = absl::InternalError("");
     std::latch done(1);
     pool_->Submit([&](index::Scratch& scratch) {
       RunSearches(
-          *pool_, std::move(tasks), std::move(give_up),
+          *pool_, tasks, std::move(give_up),
           [&](auto results, index::Scratch&) {
-            answer = std::move(results);
+            if (results.ok()) {
+              answer.emplace(results->begin(), results->end());
+            } else {
+              answer = results.status();
+            }
             done.count_down();  // twice would abort
           },
           scratch);
@@ -188,9 +188,10 @@ TEST_P(SearchExecutorTest, OutOfMemoryIsAnAnswer) {
 TEST_P(SearchExecutorTest, RequestsShareTheWorkers) {
   index_.on_run = [] { std::this_thread::sleep_for(std::chrono::milliseconds(2)); };
   std::latch large(1);
+  const std::vector<SearchTask> large_tasks = Tasks({400});
   pool_->Submit([&](index::Scratch& scratch) {
     RunSearches(
-        *pool_, Tasks({400}), In(std::chrono::minutes(1)),
+        *pool_, large_tasks, In(std::chrono::minutes(1)),
         [&](auto, index::Scratch&) { large.count_down(); }, scratch);
   });
   EXPECT_TRUE(Run(Tasks({1}), In(std::chrono::minutes(1))).ok());
@@ -245,13 +246,14 @@ TEST_P(LookingExecutorTest, GivesWay) {
   std::latch begun(1);
   std::latch release(1);
   std::latch large(1);
+  const std::vector<SearchTask> large_tasks = Tasks({1});
   index_.on_run = [&] {
     begun.count_down();
     release.wait();
   };
   pool_->Submit([&](index::Scratch& scratch) {
     RunSearches(
-        *pool_, Tasks({1}), In(std::chrono::minutes(1)),
+        *pool_, large_tasks, In(std::chrono::minutes(1)),
         [&](auto, index::Scratch&) { large.count_down(); }, scratch);
   });
   begun.wait();
@@ -260,7 +262,7 @@ TEST_P(LookingExecutorTest, GivesWay) {
     std::vector<SearchTask> tasks = Tasks({2, 2, 2, 2});
     for (SearchTask& task : tasks) task.index = &other;
     const auto start = std::chrono::steady_clock::now();
-    EXPECT_TRUE(Run(std::move(tasks), In(std::chrono::minutes(1))).ok());
+    EXPECT_TRUE(Run(tasks, In(std::chrono::minutes(1))).ok());
     EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(20));
   }
   release.count_down();

@@ -9,15 +9,16 @@
 namespace kvseek::service {
 namespace {
 
-/// Searches of one node, which has so many workers.
-void Prepare(UnitQueue& queue, size_t searches, int workers) {
-  queue.Prepare(searches, {workers});
-  for (size_t s = 0; s < searches; ++s) queue.Add(0);
-}
+/// Searches of one node.
+class OneNodeQueue : public UnitQueue {
+ public:
+  OneNodeQueue(size_t searches, int workers) : UnitQueue(searches, {workers}) {
+    for (size_t s = 0; s < searches; ++s) Add(0);
+  }
+};
 
 TEST(UnitQueueTest, PiecesInTheOrderOfTheirSteps) {
-  UnitQueue queue;
-  Prepare(queue, 3, 1);
+  OneNodeQueue queue(3, 1);
   EXPECT_TRUE(queue.MayHaveUnits());
   for (const size_t search : {0U, 1U}) {
     const auto plan = queue.Take(0);
@@ -49,8 +50,7 @@ TEST(UnitQueueTest, PiecesInTheOrderOfTheirSteps) {
 }
 
 TEST(UnitQueueTest, PlansGoOnWhereNothingElseIsLeft) {
-  UnitQueue queue;
-  Prepare(queue, 5, 1);
+  OneNodeQueue queue(5, 1);
   for (const size_t search : {0U, 1U, 2U}) {  // more than two: nobody has pieces
     EXPECT_EQ(queue.Take(0)->search, search);
   }
@@ -60,32 +60,27 @@ TEST(UnitQueueTest, PlansGoOnWhereNothingElseIsLeft) {
 }
 
 TEST(UnitQueueTest, OwnNodesUnitsFirst) {
-  UnitQueue queue;
-  for (int round = 0; round < 2; ++round) {  // it can be used again
-    const int workers[] = {1, 1};
-    queue.Prepare(4, workers);
-    for (const int node : {1, 0, 1, 2}) queue.Add(node);  // of two nodes, 2 is 0
-    EXPECT_EQ(queue.Take(0)->search, 1U);
-    EXPECT_EQ(queue.Take(0)->search, 3U);
-    EXPECT_EQ(queue.Take(1)->search, 0U);
-    queue.Open(0, 2, 100);
-    queue.Open(1, 1, 100);
-    const auto own = queue.Take(0);
-    EXPECT_EQ(own->search, 1U);
-    EXPECT_EQ(own->node, 0);
-    const auto stolen = queue.Take(0);
-    EXPECT_EQ(stolen->search, 2U) << "a plan before pieces, of the other node, too";
-    EXPECT_EQ(stolen->node, 1);
-    EXPECT_EQ(queue.Take(0)->search, 0U);
-    EXPECT_EQ(queue.Take(1)->search, 0U);
-    EXPECT_FALSE(queue.Take(1).has_value());
-    EXPECT_EQ(queue.Finish(0), 3U);
-  }
+  UnitQueue queue(4, {1, 1});
+  for (const int node : {1, 0, 1, 2}) queue.Add(node);  // of two nodes, 2 is 0
+  EXPECT_EQ(queue.Take(0)->search, 1U);
+  EXPECT_EQ(queue.Take(0)->search, 3U);
+  EXPECT_EQ(queue.Take(1)->search, 0U);
+  queue.Open(0, 2, 100);
+  queue.Open(1, 1, 100);
+  const auto own = queue.Take(0);
+  EXPECT_EQ(own->search, 1U);
+  EXPECT_EQ(own->node, 0);
+  const auto stolen = queue.Take(0);
+  EXPECT_EQ(stolen->search, 2U) << "a plan before pieces, of the other node, too";
+  EXPECT_EQ(stolen->node, 1);
+  EXPECT_EQ(queue.Take(0)->search, 0U);
+  EXPECT_EQ(queue.Take(1)->search, 0U);
+  EXPECT_FALSE(queue.Take(1).has_value());
+  EXPECT_EQ(queue.Finish(0), 3U);
 }
 
 TEST(UnitQueueTest, AStepOpensWhileTheLastIsStillListed) {
-  UnitQueue queue;
-  Prepare(queue, 2, 1);
+  OneNodeQueue queue(2, 1);
   queue.Take(0);
   queue.Take(0);
   for (int step = 0; step < 50; ++step) {  // each empties before the next, in both orders
@@ -117,8 +112,7 @@ TEST(UnitQueueTest, ManyWorkers) {
     std::atomic<int> left{0};
     std::atomic<int> taken[kSteps]{};
   };
-  UnitQueue queue;
-  Prepare(queue, kSearches, kPlansMax / UnitQueue::kPlansOfWorker);
+  OneNodeQueue queue(kSearches, kPlansMax / UnitQueue::kPlansOfWorker);
   std::vector<Search> searches(kSearches);
   std::atomic<int> plans{0};
   std::atomic<int> begun{0};
