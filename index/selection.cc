@@ -47,12 +47,13 @@ absl::Span<const uint32_t> BestIndices(absl::Span<const float> values, int64_t c
   if (count == 0) return {};
   auto* const indices = scratch.Take<uint32_t>(values.size());
   const int64_t found = kernels::IndicesFrom(values.data(), size, threshold, indices);
+  uint32_t* end = indices + found;
   if (found > count) {
     const auto is_tie = [&](uint32_t i) { return values[i] == threshold; };
-    int64_t ties = count - found + std::count_if(indices, indices + found, is_tie);
-    std::remove_if(indices, indices + found, [&](uint32_t i) { return is_tie(i) && ties-- <= 0; });
+    int64_t ties = count - found + std::count_if(indices, end, is_tie);
+    end = std::remove_if(indices, end, [&](uint32_t i) { return is_tie(i) && ties-- <= 0; });
   }
-  return {indices, static_cast<size_t>(count)};
+  return {indices, static_cast<size_t>(end - indices)};
 }
 
 std::pmr::vector<float> GroupScores(const ScoredKeys& keys, absl::Span<const float> lse,
@@ -99,6 +100,7 @@ std::pmr::vector<float> LseOf(const kernels::GroupState& state, Scratch& scratch
 
 std::vector<float> OwnedState::Lse() const {
   std::vector<float> lse;
+  lse.reserve(static_cast<size_t>(view_.group));
   for (int h = 0; h < view_.group; ++h) lse.push_back(LseOf(view_, h));
   return lse;
 }

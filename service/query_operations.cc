@@ -301,11 +301,12 @@ std::pmr::vector<SearchTask> MakeTasks(const CheckedSearch& search) {
     const float* queries = item.queries;
     for (size_t t = 0; t < item.tokens; ++t) {
       for (size_t h = 0; h < item.kv_heads.size(); ++h) {
-        SearchTask& task = tasks.emplace_back(
-            FindIndex(*item.layer, item.kv_heads[h],
-                      ChooseIndex(item, h, item.ends[t] - item.begin)),
-            item.layer->View(item.kv_heads[h]),
-            index::SearchQuery{queries, group, item.begin, item.ends[t]}, search.options);
+        tasks.push_back({FindIndex(*item.layer, item.kv_heads[h],
+                                   ChooseIndex(item, h, item.ends[t] - item.begin)),
+                         item.layer->View(item.kv_heads[h]),
+                         {queries, group, item.begin, item.ends[t]},
+                         search.options});
+        SearchTask& task = tasks.back();
         task.options.candidates = static_cast<int>(item.settings_of_heads[h].candidates);
         task.options.threshold = item.settings_of_heads[h].threshold;
         queries += group_elements;

@@ -49,6 +49,25 @@ Response MakeResponse(const Message& message) {
   return response;
 }
 
+/// Of an Attend or a TopK.
+struct Searches {
+  explicit Searches(CheckedSearch checked) : search(std::move(checked)), tasks(MakeTasks(search)) {}
+
+  CheckedSearch search;
+  std::pmr::vector<SearchTask> tasks;
+};
+
+/// Of an Append. Each layer is a job of its own, in its own order; the last one to be done
+/// answers.
+struct LayersToAppend {
+  index::SearchMemory memory = index::TakeSearchMemory();
+  MessageMemory messages{*memory};
+  proto::AppendRequest& message = messages.New<proto::AppendRequest>();
+  CheckedAppend checked;  ///< points into `message`
+  std::atomic<size_t> left{0};
+  std::atomic<int64_t> held{std::numeric_limits<int64_t>::max()};  ///< by the layer that has least
+};
+
 }  // namespace
 
 class RequestHandler::Impl {
@@ -68,27 +87,6 @@ class RequestHandler::Impl {
   void Handle(Request request, std::function<void(Response)> done);
 
  private:
-  /// Of an Attend or a TopK.
-  struct Searches {
-    explicit Searches(CheckedSearch checked)
-        : search(std::move(checked)), tasks(MakeTasks(search)) {}
-
-    CheckedSearch search;
-    std::pmr::vector<SearchTask> tasks;
-  };
-
-  /// Of an Append. Each layer is a job of its own, in its own order; the last one to be done
-  /// answers.
-  struct LayersToAppend {
-    index::SearchMemory memory = index::TakeSearchMemory();
-    MessageMemory messages{*memory};
-    proto::AppendRequest& message = messages.New<proto::AppendRequest>();
-    CheckedAppend checked;  ///< points into `message`
-    std::atomic<size_t> left{0};
-    std::atomic<int64_t> held{
-        std::numeric_limits<int64_t>::max()};  ///< by the layer that has least
-  };
-
   /// A request under way. Whoever works on it holds it; it is answered once, at the latest when the
   /// last one lets go.
   class Call {
@@ -193,7 +191,7 @@ RequestHandler::Impl::Call::~Call() {
   if (--impl_.calls_ == 0) impl_.all_left_.notify_all();
 }
 
-const RequestHandler::Impl::Searches& RequestHandler::Impl::Call::Begin(CheckedSearch checked) {
+const Searches& RequestHandler::Impl::Call::Begin(CheckedSearch checked) {
   Searches& searches = searches_.emplace(std::move(checked));
   AddReuse(searches.search, impl_.store_.budget(), absl::MakeSpan(searches.tasks));
   return searches;

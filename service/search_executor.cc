@@ -329,7 +329,7 @@ void RunSearches(ComputePool& pool, absl::Span<const SearchTask> tasks, GiveUp g
                  SearchDone done, Scratch& scratch) {
   std::unique_ptr<RunMemory> memory = SpareRuns().Take();
   SearchRun& run = memory->run.emplace(*memory, pool, tasks, std::move(give_up), std::move(done));
-  memory.release();  // until LetGo
+  (void)memory.release();  // LetGo takes it again
   run.Start(scratch);
   run.LetGo();
 }
