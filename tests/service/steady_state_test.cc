@@ -1,5 +1,5 @@
-// What a daemon's answering path takes from malloc once a session is warm: nothing for a search, and
-// a bound for each kind of request, which is what is left.
+// What a daemon's answering path takes from malloc once a session is warm: nothing for a search,
+// and a bound for each kind of request, which is what is left.
 #include <gtest/gtest.h>
 
 #include <algorithm>
