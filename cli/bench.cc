@@ -4,8 +4,10 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <map>
 #include <mutex>
 #include <random>
+#include <string>
 #include <thread>
 #include <utility>
 
@@ -36,7 +38,8 @@ class Bench {
       : clients_(clients),
         options_(options),
         progress_(progress),
-        model_(options.shape, options.seed) {}
+        model_(options.shape, options.seed),
+        search_(options.search) {}
   ~Bench() {
     for (size_t i = 0; i < sessions_.size(); ++i) Client(i).Close(sessions_[i]).IgnoreError();
   }
@@ -53,39 +56,58 @@ class Bench {
     if (!options_.build.empty()) {
       if (absl::Status status = MeasureBuilding(); !status.ok()) return status;
     }
-    Send();
-    std::unique_lock lock(mutex_);
-    all_answered_.wait(lock, [this] { return waiting_ == 0; });
+    const absl::StatusOr<Counters> before = ReadCounters();
+    if (!before.ok()) return before.status();
+    Send(options_.duration_s, options_.rate);
+    const absl::StatusOr<Counters> after = ReadCounters();
+    if (!after.ok()) return after.status();
     result_.seconds =
         std::max(options_.duration_s, std::chrono::duration<double>(last_ - counted_from_).count());
+    for (size_t p = 0; p < index::kSearchPhases; ++p) {
+      const auto phase = static_cast<index::SearchPhase>(p);
+      const std::string name = absl::StrCat("search_us_", index::NameOf(phase));
+      result_.phase_micros[p] = static_cast<double>(Get(*after, name) - Get(*before, name));
+    }
+    MeasureExact();
     return std::move(result_);
   }
 
  private:
+  using Counters = std::map<std::string, uint64_t>;
+
+  absl::StatusOr<Counters> ReadCounters() const {
+    absl::StatusOr<DaemonStats> stats = clients_[0]->Stats(/*with_sessions=*/false);
+    if (!stats.ok()) return stats.status();
+    return Counters(stats->counters.begin(), stats->counters.end());
+  }
+  static uint64_t Get(const Counters& counters, const std::string& name) {
+    const auto found = counters.find(name);
+    return found == counters.end() ? 0 : found->second;
+  }
+
+  void MeasureExact() {
+    if (options_.exact_s <= 0.0 || options_.topk || search_.index == IndexKind::kExact) return;
+    BenchResult measured = std::exchange(result_, {});
+    search_.index = IndexKind::kExact;
+    Send(options_.exact_s, /*rate=*/0.0);
+    measured.exact_daemon_micros = std::move(result_.daemon_micros);
+    result_ = std::move(measured);
+  }
+
   /// Requests while the daemon builds; returns when it has built all.
   absl::Status MeasureBuilding() {
     const Clock::time_point begun = Clock::now();
-    const auto built = [this]() -> absl::StatusOr<uint64_t> {
-      const absl::StatusOr<DaemonStats> stats = clients_[0]->Stats(/*with_sessions=*/false);
-      if (!stats.ok()) return stats.status();
-      const auto found = stats->counters.find("indexes_built");
-      return found == stats->counters.end() ? 0 : found->second;
-    };
-    const absl::StatusOr<uint64_t> before = built();
+    const absl::StatusOr<Counters> before = ReadCounters();
     if (!before.ok()) return before.status();
-    Send();
-    const absl::StatusOr<uint64_t> after = built();
+    Send(options_.duration_s, options_.rate);
+    const absl::StatusOr<Counters> after = ReadCounters();
     if (!after.ok()) return after.status();
-    {
-      std::unique_lock lock(mutex_);
-      all_answered_.wait(lock, [this] { return waiting_ == 0; });
-      const double fill_seconds = result_.fill_seconds;
-      BenchResult building = std::exchange(result_, {});
-      result_.fill_seconds = fill_seconds;
-      result_.micros_building = std::move(building.micros);
-      result_.errors = std::move(building.errors);
-      result_.built_meanwhile = *after - *before;
-    }
+    const double fill_seconds = result_.fill_seconds;
+    BenchResult building = std::exchange(result_, {});
+    result_.fill_seconds = fill_seconds;
+    result_.micros_building = std::move(building.micros);
+    result_.errors = std::move(building.errors);
+    result_.built_meanwhile = Get(*after, "indexes_built") - Get(*before, "indexes_built");
     absl::Status status = WaitUntilBuilt();
     result_.build_seconds = std::chrono::duration<double>(Clock::now() - begun).count();
     return status;
@@ -161,25 +183,29 @@ class Bench {
     return absl::OkStatus();
   }
 
-  void Send() {
-    progress_.Begin("sending requests",
-                    static_cast<int64_t>(options_.warmup_s + options_.duration_s));
+  /// Requests of the warm-up and of `duration_s`, at a rate or, if it is 0, one after the other;
+  /// returns when all are answered.
+  void Send(double duration_s, double rate) {
+    progress_.Begin("sending requests", static_cast<int64_t>(options_.warmup_s + duration_s));
     const Clock::time_point begin = Clock::now();
     counted_from_ = begin + Seconds(options_.warmup_s);
+    until_ = counted_from_ + Seconds(duration_s);
     {
       const std::lock_guard lock(mutex_);
       last_ = counted_from_;
     }
-    if (options_.rate > 0.0) {
-      SendAtRate(begin);
+    if (rate > 0.0) {
+      SendAtRate(begin, rate);
     } else {
       std::vector<std::thread> others;
-      for (size_t c = 1; c < clients_.size(); ++c) {
+      for (size_t c = 1; c < std::min(clients_.size(), sessions_.size()); ++c) {
         others.emplace_back([this, c] { SendOneByOne(c); });
       }
       SendOneByOne(0);
       for (std::thread& other : others) other.join();
     }
+    std::unique_lock lock(mutex_);
+    all_answered_.wait(lock, [this] { return waiting_ == 0; });
     progress_.End("");
   }
 
@@ -187,12 +213,11 @@ class Bench {
   void SendOneByOne(size_t client) {
     std::mt19937_64 random(options_.seed + client);
     std::uniform_int_distribution<size_t> pick_step(0, kDistinctSteps - 1);
-    const Clock::time_point end = counted_from_ + Seconds(options_.duration_s);
     Clock::time_point next_tick = Clock::now() + std::chrono::seconds(1);
     const uint32_t layers = options_.shape.layers;
     const size_t own = (sessions_.size() - client + clients_.size() - 1) / clients_.size();
     std::atomic<bool> answered{false};
-    for (size_t i = 0; Clock::now() < end; ++i) {
+    for (size_t i = 0; Clock::now() < until_; ++i) {
       answered.store(false, std::memory_order_relaxed);
       SendOne(client + i / layers % own * clients_.size(), static_cast<uint32_t>(i % layers),
               pick_step(random), Clock::now(), &answered);
@@ -207,15 +232,14 @@ class Bench {
   }
 
   /// At exponentially distributed distances, whatever comes back.
-  void SendAtRate(Clock::time_point begin) {
+  void SendAtRate(Clock::time_point begin, double rate) {
     std::mt19937_64 random(options_.seed);
-    std::exponential_distribution<double> distance(options_.rate);
+    std::exponential_distribution<double> distance(rate);
     std::uniform_int_distribution<size_t> pick_session(0, sessions_.size() - 1);
     std::uniform_int_distribution<size_t> pick_query(0, queries_.size() - 1);
-    const Clock::time_point end = counted_from_ + Seconds(options_.duration_s);
     Clock::time_point next_tick = begin + std::chrono::seconds(1);
     Clock::time_point intended = begin + Seconds(distance(random));
-    while (intended < end) {
+    while (intended < until_) {
       std::this_thread::sleep_until(intended);
       const size_t session = pick_session(random);
       const size_t query = pick_query(random);
@@ -248,6 +272,7 @@ class Bench {
     {
       const std::lock_guard lock(mutex_);
       ++waiting_;
+      ++result_.sent;
       if (counted) ++result_.offered;
     }
     const CallOptions call{.deadline = std::chrono::milliseconds(options_.deadline_ms)};
@@ -263,13 +288,13 @@ class Bench {
     if (options_.topk) {
       TopKRequest request;
       request.items = Items(session, layer, step);
-      request.options = options_.search;
+      request.options = search_;
       request.k = options_.k;
       Client(session).TopKAsync(request, call, done);
     } else {
       AttendRequest request;
       request.items = Items(session, layer, step);
-      request.options = options_.search;
+      request.options = search_;
       Client(session).AttendAsync(request, call, done);
     }
   }
@@ -305,7 +330,9 @@ class Bench {
   std::vector<std::vector<float>> queries_;  // (layers * kDistinctSteps)
   std::vector<uint64_t> sample_positions_;
   std::vector<uint16_t> sample_rows_;
+  SearchOptions search_;
   Clock::time_point counted_from_;
+  Clock::time_point until_;
 
   std::mutex mutex_;
   std::condition_variable all_answered_;

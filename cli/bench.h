@@ -5,6 +5,7 @@
 #ifndef KVSEEK_CLI_BENCH_H_
 #define KVSEEK_CLI_BENCH_H_
 
+#include <array>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -15,6 +16,7 @@
 #include "absl/status/statusor.h"
 #include "cli/progress.h"
 #include "client/kv_client.h"
+#include "index/key_index.h"
 
 namespace kvseek::cli {
 
@@ -38,6 +40,9 @@ struct BenchOptions {
   bool poll = false;
   double duration_s = 5.0;
   double warmup_s = 0.5;  ///< requests of that time are sent and not counted
+  /// Afterwards, exact searches one after the other for so long, to compare with; 0: none. Attend
+  /// only.
+  double exact_s = 1.0;
   int deadline_ms = 1000;
   uint64_t seed = 1;
 };
@@ -59,6 +64,10 @@ struct BenchResult {
   uint64_t bytes_received = 0;
   uint64_t keys_scanned = 0;
   uint64_t bytes_touched = 0;
+  uint64_t sent = 0;  ///< requests of the warm-up, too
+  /// Time of the daemon's workers while they were under way, whoever else asked included.
+  std::array<double, index::kSearchPhases> phase_micros{};
+  std::vector<double> exact_daemon_micros;  ///< of exact searches of the same layers
 };
 
 /// Bytes that the daemon needs for the sessions.

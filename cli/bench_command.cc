@@ -96,6 +96,12 @@ constexpr char kHelp[] =
     "  in the daemon      of a latency, from the request read to the answer in place; beside it: "
     "the\n"
     "                     difference of the medians, the way there and back\n"
+    "  workers a request  time of the daemon's workers by phase, over all requests; it counts "
+    "what other\n"
+    "                     clients ask meanwhile, too\n"
+    "  of exact           the daemon's own time over that of exact searches of the same layers, "
+    "which\n"
+    "                     are sent afterwards, one after the other (--exact-duration)\n"
     "  a session          a request's latency over the sessions in it\n"
     "  touched            bytes of codes and rows that searches read: by the clock, and in the "
     "daemon's own\n"
@@ -231,6 +237,25 @@ double MicrosPerSession(const BenchResult& result) {
   return Percentile(result.micros, 0.5) / std::max(1.0, MeanRequest(result).sessions);
 }
 
+/// What a request took of the daemon's workers, in a phase.
+double PhaseMicros(const BenchResult& result, size_t phase) {
+  return result.phase_micros[phase] / static_cast<double>(std::max<uint64_t>(1, result.sent));
+}
+
+Json PhasesJson(const BenchResult& result) {
+  Json phases;
+  for (size_t p = 0; p < index::kSearchPhases; ++p) {
+    phases[std::string(index::NameOf(static_cast<index::SearchPhase>(p)))] = PhaseMicros(result, p);
+  }
+  return phases;
+}
+
+/// In the daemon, over that of an exact search; none where that was not measured.
+std::optional<double> OfExact(const BenchResult& result) {
+  if (result.exact_daemon_micros.empty()) return std::nullopt;
+  return Percentile(result.daemon_micros, 0.5) / Percentile(result.exact_daemon_micros, 0.5);
+}
+
 void PrintJson(const BenchFlags& flags, const BenchResult& result, std::optional<double> roof) {
   const BenchOptions& bench = flags.bench;
   const double seconds = result.seconds;
@@ -274,6 +299,9 @@ void PrintJson(const BenchFlags& flags, const BenchResult& result, std::optional
                 {"seconds", result.build_seconds}}},
               {"daemon_micros_p50", Percentile(result.daemon_micros, 0.5)},
               {"beside_daemon_micros_p50", BesideDaemon(result)},
+              {"worker_micros_a_request", PhasesJson(result)},
+              {"exact_daemon_micros_p50", Percentile(result.exact_daemon_micros, 0.5)},
+              {"of_exact", OfExact(result).has_value() ? Json(*OfExact(result)) : Json()},
               {"wire_bytes", {{"sent", result.bytes_sent}, {"received", result.bytes_received}}},
               {"keys_scanned_per_second", per_second(result.keys_scanned)},
               {"bytes_touched_per_second", per_second(result.bytes_touched)},
@@ -313,6 +341,16 @@ void PrintText(const BenchFlags& flags, const BenchResult& result, std::optional
   }
   table.Add({"in the daemon p50", Digits(Percentile(result.daemon_micros, 0.5)) + " us"});
   table.Add({"beside it p50", Digits(BesideDaemon(result)) + " us"});
+  for (size_t p = 0; p < index::kSearchPhases; ++p) {
+    table.Add(
+        {absl::StrCat("workers a request, ", index::NameOf(static_cast<index::SearchPhase>(p))),
+         Digits(PhaseMicros(result, p)) + " us"});
+  }
+  if (const auto of_exact = OfExact(result); of_exact.has_value()) {
+    table.Add(
+        {"exact, in the daemon p50", Digits(Percentile(result.exact_daemon_micros, 0.5)) + " us"});
+    table.Add({"of exact", Digits(*of_exact)});
+  }
   table.Add({"sent a request", ShortBytes(static_cast<double>(result.bytes_sent) / answered)});
   table.Add({"received", ShortBytes(static_cast<double>(result.bytes_received) / answered)});
   table.Add({"keys scanned", Short(static_cast<double>(result.keys_scanned) / seconds) + " /s"});
@@ -383,6 +421,11 @@ void AddLoadFlags(CLI::App& command, BenchFlags& flags) {
   command.add_flag("--batch", bench.batch, "A request carries all sessions of its connection");
   command.add_option("--duration", bench.duration_s, "Seconds that are counted")
       ->check(CLI::Range(0.1, 86400.0))
+      ->capture_default_str();
+  command
+      .add_option("--exact-duration", bench.exact_s,
+                  "Seconds of exact searches afterwards, to compare with; 0: none")
+      ->check(CLI::Range(0.0, 3600.0))
       ->capture_default_str();
   command.add_option("--warmup", bench.warmup_s, "Seconds before, not counted")
       ->check(CLI::Range(0.0, 3600.0))

@@ -4,6 +4,12 @@
 
 namespace kvseek::index {
 
+absl::string_view NameOf(SearchPhase phase) {
+  constexpr absl::string_view kNames[kSearchPhases] = {"plan", "sample", "scan", "refine",
+                                                       "finish"};
+  return kNames[static_cast<size_t>(phase)];
+}
+
 void SearchResult::Clear() {
   SearchResult fresh;
   const auto keep = [](auto& array, auto& fresh_array) {

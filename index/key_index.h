@@ -152,11 +152,25 @@ struct SearchResult {
   size_t Bytes() const;
 };
 
+/// What a search's time goes to.
+enum class SearchPhase {
+  kPlan,    ///< the plan: the queries' tables
+  kSample,  ///< ladder: the exact part, a sample of the estimates, and thresholds
+  kScan,    ///< codes and candidates, or whatever an index reads in its one step
+  kRefine,  ///< ladder: merging, and exact rows
+  kFinish   ///< the result and its report
+};
+inline constexpr size_t kSearchPhases = 5;
+/// "plan", ...
+absl::string_view NameOf(SearchPhase phase);
+
 /// One search under way, in memory of its own (MakePlan). Thread-safe as described at the top of
 /// the file. Thread-safe as described at the top of the file.
 class SearchPlan {
  public:
   virtual ~SearchPlan() = default;
+  /// What the step under way is for; what NextStep does belongs to the step before it.
+  virtual SearchPhase phase() const { return SearchPhase::kScan; }
   /// Of the step that is under way; may be 0.
   virtual int pieces() const = 0;
   /// Runs piece `piece` of the step, each exactly once.

@@ -58,6 +58,18 @@ LadderPlan::LadderPlan(Scratch& memory, const KvView& view, const SearchQuery& q
   PlanScan();
 }
 
+SearchPhase LadderPlan::phase() const {
+  switch (step_) {
+    case Step::kSample:
+      return SearchPhase::kSample;
+    case Step::kScan:
+      return SearchPhase::kScan;
+    case Step::kRefine:
+      break;
+  }
+  return SearchPhase::kRefine;
+}
+
 int LadderPlan::pieces() const {
   switch (step_) {
     case Step::kSample:

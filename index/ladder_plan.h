@@ -55,6 +55,7 @@ class LadderPlan final : public SearchPlan {
              const SearchOptions& options, Scratch& scratch, Recall recall = {},
              const ProductIndex* product = nullptr);
 
+  SearchPhase phase() const override;
   int pieces() const override;
   void Run(int index, Scratch& scratch) override;
   bool NextStep(Scratch& scratch) override;

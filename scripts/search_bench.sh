@@ -84,13 +84,17 @@ for number, case in enumerate(cases):
         "daemon_bytes_per_second": round(request["daemon_bytes_per_second"]),
         "daemon_of_roof": round(request["of_roof"], 3),
         "of_roof": round(run["bytes_touched_per_second"] / roof, 3),
+        "worker_micros_a_request": {phase: round(micros, 1) for phase, micros in run["worker_micros_a_request"].items()},
+        "exact_daemon_micros_p50": run["exact_daemon_micros_p50"],
+        "of_exact": run["of_exact"],
         "memory_read_roof_bytes_per_second": round(roof),
         "answered": run["answered"],
     })
     print(f"{case:28} daemon p50 {run['daemon_micros_p50']:6.0f} us, with the way p50 {run['micros']['p50']:6.0f} p99 "
           f"{run['micros']['p99']:6.0f}, {touched / 1e6:6.1f} MB, floor {touched / roof * 1e6:5.0f} us; {sessions:.0f} sessions a request, "
           f"{request['micros_per_session_p50']:6.0f} us and {1e6 / (run['achieved_per_second'] * sessions):6.0f} us of the clock each, "
-          f"{request['of_roof']:.2f} of the roof in its time, {run['bytes_touched_per_second'] / roof:.2f} by the clock")
+          f"{request['of_roof']:.2f} of the roof in its time, {run['bytes_touched_per_second'] / roof:.2f} by the clock"
+          + (f"; {run['of_exact']:.3f} of exact" if run["of_exact"] is not None else ""))
 (out / "sdpa.jsonl").unlink()
 result = {"workers": workers, "sdpa": sdpa, "runs": runs}
 (out / "search_latency.json").write_text(json.dumps(result, indent=1) + "\n")

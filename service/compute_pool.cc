@@ -18,6 +18,7 @@ namespace kvseek::service {
 namespace {
 
 thread_local int callers_node = 0;
+thread_local size_t callers_worker = 0;
 
 /// Where a worker runs.
 struct Place {
@@ -79,6 +80,18 @@ struct Sharing {
   }
 };
 
+/// The same, or one for each core if cpus are not known.
+std::vector<Place> PlacesOrCores(const Topology& topology) {
+  std::vector<Place> places = Places(topology);
+  if (places.empty()) places.resize(std::max(1U, std::thread::hardware_concurrency()));
+  return places;
+}
+
+size_t WorkerCount(const DaemonOptions& options, const Topology& topology) {
+  return options.workers > 0 ? static_cast<size_t>(options.workers)
+                             : PlacesOrCores(topology).size();
+}
+
 }  // namespace
 
 ComputePool::ComputePool(const DaemonOptions& options, Topology topology)
@@ -86,10 +99,10 @@ ComputePool::ComputePool(const DaemonOptions& options, Topology topology)
       requests_max_(options.queue_limit),
       retry_after_(options.retry_after),
       spin_(options.worker_spin),
-      node_workers_(topology_.size()) {
-  std::vector<Place> places = Places(topology_);
-  if (places.empty()) places.resize(std::max(1U, std::thread::hardware_concurrency()));
-  const int workers = options.workers > 0 ? options.workers : static_cast<int>(places.size());
+      node_workers_(topology_.size()),
+      search_counts_(WorkerCount(options, topology_)) {
+  const std::vector<Place> places = PlacesOrCores(topology_);
+  const auto workers = static_cast<int>(WorkerCount(options, topology_));
   threads_.reserve(static_cast<size_t>(workers));
   for (int i = 0; i < workers; ++i) {
     const Place& place = places[static_cast<size_t>(i) % places.size()];
@@ -99,6 +112,7 @@ ComputePool::ComputePool(const DaemonOptions& options, Topology topology)
     if (options.pin_workers) cpus = place.cpu;
     threads_.emplace_back([this, i, node = place.node, cpus = std::move(cpus)] {
       callers_node = static_cast<int>(node);
+      callers_worker = static_cast<size_t>(i);
       PinTo(cpus);
       Work(i);
     });
@@ -115,6 +129,8 @@ ComputePool::~ComputePool() {
 }
 
 int ComputePool::CallersNode() { return callers_node; }
+
+size_t ComputePool::CallersWorker() { return callers_worker; }
 
 absl::StatusOr<ComputePool::Admission> ComputePool::Admit() {
   if (requests_.fetch_add(1, std::memory_order_relaxed) >= requests_max_) {

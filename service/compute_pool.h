@@ -32,6 +32,7 @@
 #include "absl/types/span.h"
 #include "index/scratch.h"
 #include "service/options.h"
+#include "service/search_counts.h"
 #include "service/topology.h"
 
 namespace kvseek::service {
@@ -96,13 +97,11 @@ class ComputePool {
   absl::Span<const int> workers_of_nodes() const { return node_workers_; }
   /// Of the worker that calls; 0 in other threads.
   static int CallersNode();
+  static size_t CallersWorker();
 
-  /// A worker has run a unit of a search (service/search_executor.h) of its own node, or another's.
-  void CountUnit(bool own_node) {
-    (own_node ? units_own_node_ : units_other_node_).fetch_add(1, std::memory_order_relaxed);
-  }
-  uint64_t units_own_node() const { return units_own_node_.load(std::memory_order_relaxed); }
-  uint64_t units_other_node() const { return units_other_node_.load(std::memory_order_relaxed); }
+  /// Of its workers.
+  SearchCounts& search_counts() { return search_counts_; }
+  const SearchCounts& search_counts() const { return search_counts_; }
   /// Requests admitted, and how many may be.
   uint64_t requests() const { return requests_.load(std::memory_order_relaxed); }
   uint64_t requests_max() const { return requests_max_; }
@@ -127,8 +126,6 @@ class ComputePool {
   const std::chrono::milliseconds retry_after_;
   const std::chrono::microseconds spin_;
   std::atomic<uint64_t> requests_{0};
-  alignas(64) std::atomic<uint64_t> units_own_node_{0};
-  std::atomic<uint64_t> units_other_node_{0};
   alignas(64) std::atomic<int64_t> waiting_{
       0};                     ///< jobs in jobs_ that nobody has claimed; grows with the lock
   std::atomic<int> idle_{0};  ///< workers without a job; changes with the lock
@@ -140,6 +137,7 @@ class ComputePool {
   int looking_ ABSL_GUARDED_BY(mutex_) = 0;   ///< idle workers that look for jobs
   int sleeping_ ABSL_GUARDED_BY(mutex_) = 0;  ///< idle workers that sleep, or are waking up
   std::vector<int> node_workers_;             ///< by node
+  SearchCounts search_counts_;
   std::vector<std::thread> threads_;
 };
 

@@ -26,6 +26,23 @@ constexpr std::chrono::microseconds kLookMax{200};
 
 constexpr int kUnitsLeft = -1;  // other pieces of the step are still to be run
 
+/// Gives a worker's time to phases.
+class PhaseClock {
+ public:
+  explicit PhaseClock(ComputePool& pool) : counts_(pool.search_counts()) {}
+
+  /// All since the last call.
+  void Spent(index::SearchPhase phase) {
+    const auto now = std::chrono::steady_clock::now();
+    counts_.CountTime(ComputePool::CallersWorker(), phase, now - since_);
+    since_ = now;
+  }
+
+ private:
+  SearchCounts& counts_;
+  std::chrono::steady_clock::time_point since_ = std::chrono::steady_clock::now();
+};
+
 struct RunMemory;
 
 /// The searches of one request under way. Runners (jobs on the pool) take units from it until there
@@ -63,10 +80,10 @@ class SearchRun {
   int Run(const SearchUnit& unit, Scratch& scratch);
   index::PlanPtr Plan(const SearchTask& task, bool distrusted, Scratch& scratch) const;
   /// Plans a search. Returns the pieces of its first step; 0: it is finished.
-  int Begin(size_t task, Scratch& scratch);
+  int Begin(size_t task, PhaseClock& clock, Scratch& scratch);
   /// Goes on with a search of which no piece is left to be run. Returns the next step's pieces; 0:
   /// the search is finished.
-  int GoOn(size_t task, Scratch& scratch);
+  int GoOn(size_t task, PhaseClock& clock, Scratch& scratch);
   /// Prepares the plan's step; returns its pieces.
   static int BeginStep(Search& search);
   /// Takes the result of a plan that is complete; false if it is not to be trusted.
@@ -159,19 +176,23 @@ index::PlanPtr SearchRun::Plan(const SearchTask& task, bool distrusted, Scratch&
 }
 
 int SearchRun::Run(const SearchUnit& unit, Scratch& scratch) {
+  PhaseClock clock(pool_);
   scratch.Reset();
-  if (unit.piece == SearchUnit::kPlan) return Begin(unit.search, scratch);
+  if (unit.piece == SearchUnit::kPlan) return Begin(unit.search, clock, scratch);
   Search& search = searches_[unit.search];
+  const index::SearchPhase phase = search.plan->phase();
   search.plan->Run(unit.piece, scratch);
+  clock.Spent(phase);
   if (search.pieces_left.fetch_sub(1) > 1) return kUnitsLeft;
-  return GoOn(unit.search, scratch);
+  return GoOn(unit.search, clock, scratch);
 }
 
-int SearchRun::Begin(size_t task, Scratch& scratch) {
+int SearchRun::Begin(size_t task, PhaseClock& clock, Scratch& scratch) {
   Search& search = searches_[task];
   search.plan = Plan(tasks_[task], search.distrusted, scratch);
+  clock.Spent(index::SearchPhase::kPlan);
   const int pieces = BeginStep(search);
-  return pieces > 0 ? pieces : GoOn(task, scratch);
+  return pieces > 0 ? pieces : GoOn(task, clock, scratch);
 }
 
 int SearchRun::BeginStep(Search& search) {
@@ -180,17 +201,23 @@ int SearchRun::BeginStep(Search& search) {
   return pieces;
 }
 
-int SearchRun::GoOn(size_t task, Scratch& scratch) {
+int SearchRun::GoOn(size_t task, PhaseClock& clock, Scratch& scratch) {
   Search& search = searches_[task];
   scratch.Reset();
-  while (search.plan->NextStep(scratch)) {
+  for (;;) {
+    const index::SearchPhase phase = search.plan->phase();
+    const bool more = search.plan->NextStep(scratch);
+    clock.Spent(phase);
+    if (!more) break;
     const int pieces = BeginStep(search);
     if (pieces > 0) return pieces;
   }
   scratch.Reset();
-  if (Finish(task, scratch)) return 0;
+  const bool trusted = Finish(task, scratch);
+  clock.Spent(index::SearchPhase::kFinish);
+  if (trusted) return 0;
   scratch.Reset();
-  return Begin(task, scratch);
+  return Begin(task, clock, scratch);
 }
 
 bool SearchRun::Finish(size_t task, Scratch& scratch) {
@@ -291,7 +318,7 @@ bool SearchRun::RunUnits(Scratch& scratch) {
     if (!unit.has_value()) break;
     try {
       const int opened = Run(*unit, scratch);
-      pool_.CountUnit(unit->node == node);
+      pool_.search_counts().CountUnit(ComputePool::CallersWorker(), unit->node == node);
       if (opened == 0 && units_.Finish(unit->search) == 0) CallDone(scratch);
       if (opened > 0) MakeReady(unit->search, opened);
     } catch (...) {

@@ -109,6 +109,34 @@ TEST(ProgramTest, RefusesABenchThatDoesNotFit) {
   EXPECT_THAT(ran.err, HasSubstr("fewer --sessions"));
 }
 
+// At a rate there are more connections than sessions, which one after the other there cannot be.
+TEST(ProgramTest, BenchTellsPhasesAndComparesWithExact) {
+  for (const char* rate : {"200", "0"}) {
+    const Ran ran = RunKvseek(absl::StrCat("bench --layers 1 --tokens 16384 --duration 0.4 --rate ",
+                                           rate, " --exact-duration 0.2 --format json"));
+    ASSERT_EQ(ran.exit_code, 0) << ran.err;
+    const json result = json::parse(ran.out);
+    EXPECT_GT(result.at("answered"), 0);
+    EXPECT_EQ(result.at("errors"), json::object());
+    const double daemon = result.at("daemon_micros_p50");
+    const double exact = result.at("exact_daemon_micros_p50");
+    EXPECT_DOUBLE_EQ(result.at("of_exact").get<double>(), daemon / exact);
+    double workers = 0.0;
+    for (const char* phase : {"plan", "sample", "scan", "refine", "finish"}) {
+      const double micros = result.at("worker_micros_a_request").at(phase);
+      EXPECT_GT(micros, 0.0) << phase;
+      workers += micros;
+    }
+    // Of all workers together, so a request's own time bounds it from below, but for what is
+    // neither a plan nor a step.
+    EXPECT_GT(workers, 0.2 * daemon);
+  }
+  const Ran without =
+      RunKvseek("bench --layers 1 --tokens 16384 --duration 0.2 --exact-duration 0 --format json");
+  ASSERT_EQ(without.exit_code, 0) << without.err;
+  EXPECT_TRUE(json::parse(without.out).at("of_exact").is_null());
+}
+
 TEST(ProgramTest, EvalPrintsItsSchema) {
   const Ran ran = RunKvseek("eval" + Head15() + Head20() + Queries() +
                             " --index exact,ladder,oracle --scan sign1,pq11 --candidates 256,1024"

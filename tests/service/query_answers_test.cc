@@ -291,8 +291,10 @@ TEST_F(QueryAnswersTest, SameBitsOnOneNodeAndTwo) {
       EXPECT_EQ(c.tensors.bytes(), d.tensors.bytes());
     }
   }
-  EXPECT_EQ(one.pool().units_other_node(), 0U);
-  EXPECT_GT(two.pool().units_own_node() + two.pool().units_other_node(), 0U);
+  EXPECT_EQ(one.pool().search_counts().Sum().units_other_node, 0U);
+  EXPECT_GT(two.pool().search_counts().Sum().units_own_node +
+                two.pool().search_counts().Sum().units_other_node,
+            0U);
   std::set<std::string> names;
   const auto stats = two.Call(proto::StatsRequest());
   for (const proto::Counter& counter : stats.message.counters()) {

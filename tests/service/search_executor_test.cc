@@ -199,6 +199,21 @@ TEST_P(SearchExecutorTest, RequestsShareTheWorkers) {
   large.wait();
 }
 
+TEST_P(SearchExecutorTest, CountsItsTime) {
+  constexpr auto kUnit = std::chrono::milliseconds(3);
+  index_.on_run = [kUnit] { std::this_thread::sleep_for(kUnit); };
+  index_.steps = 2;
+  ASSERT_TRUE(Run(Tasks({3, 2}), In(std::chrono::minutes(1))).ok());
+  const SearchCounts::Totals totals = pool_->search_counts().Sum();
+  EXPECT_EQ(totals.units_own_node, 2 + static_cast<uint64_t>(index_.runs()));
+  EXPECT_EQ(totals.units_other_node, 0U);
+  const auto of = [&](index::SearchPhase phase) { return totals.time[static_cast<size_t>(phase)]; };
+  EXPECT_GE(of(index::SearchPhase::kScan), index_.runs() * kUnit);
+  EXPECT_GT(of(index::SearchPhase::kPlan).count(), 0);
+  EXPECT_GT(of(index::SearchPhase::kFinish).count(), 0);
+  EXPECT_EQ(of(index::SearchPhase::kRefine).count(), 0);
+}
+
 TEST_P(SearchExecutorTest, WorkersThatDoNotComeAreNotWaitedFor) {
   const int others = GetParam() - 1;
   std::latch busy(others);
@@ -304,8 +319,8 @@ TEST_P(NodesExecutorTest, AWorkerTakesItsOwnNodesUnitsFirstAndThenOthers) {
   index_.steps = 2;
   const auto results =
       Run(Tasks({3, 2, 3, 2, 3, 2}, {1, 0, 0, 1, 1, 0}), In(std::chrono::seconds(20)));
-  const uint64_t units_own = pool_->units_own_node();
-  const uint64_t units_other = pool_->units_other_node();
+  const uint64_t units_own = pool_->search_counts().Sum().units_own_node;
+  const uint64_t units_other = pool_->search_counts().Sum().units_other_node;
   release.count_down();
   pool_.reset();  // before the latches
   ASSERT_TRUE(results.ok()) << results.status();
@@ -341,8 +356,8 @@ TEST_P(NodesExecutorTest, AllIsDoneWhereverItLies) {
       EXPECT_EQ((*results)[i].positions.size(), all);
     }
   }
-  EXPECT_GT(pool_->units_own_node(), 0U);
-  EXPECT_GT(pool_->units_other_node(), 0U);
+  EXPECT_GT(pool_->search_counts().Sum().units_own_node, 0U);
+  EXPECT_GT(pool_->search_counts().Sum().units_other_node, 0U);
 }
 
 TEST_P(NodesExecutorTest, ANodeThatThePoolDoesNotHaveIsOneOfIts) {
