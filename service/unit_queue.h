@@ -8,7 +8,7 @@
 //
 // A piece is claimed by one atomic operation on its step's count: units are as short as 5 us, and
 // fourteen workers that took turns at a mutex for each of them spent half of the short steps
-// waiting for it (docs/performance.md). Plans and the lists of open steps have a mutex, which is
+// waiting for it (docs/adr/0020). Plans and the lists of open steps have a mutex, which is
 // taken a few times a step.
 #ifndef KVSEEK_SERVICE_UNIT_QUEUE_H_
 #define KVSEEK_SERVICE_UNIT_QUEUE_H_
