@@ -365,6 +365,7 @@ absl::StatusOr<Response> RequestHandler::Impl::Stats(const proto::StatsRequest& 
   };
   for (const auto& [name, value] : counters_.Values()) add_counter(name, value);
   for (const auto& [name, value] : audits_.Values()) add_counter(name, value);
+  for (const auto& [name, value] : pool_.search_counts().Values()) add_counter(name, value);
   add_counter("sessions_expired", store_.expired());
   const SharedPlanners::Counts planners = store_.planners().counts();
   add_counter("planners", planners.kept);
@@ -375,14 +376,6 @@ absl::StatusOr<Response> RequestHandler::Impl::Stats(const proto::StatsRequest& 
   add_counter("indexes_refused", builder_.refused());
   add_counter("indexes_outdated", builder_.outdated());
   add_counter("index_build_core_ms", builder_.core_ms());
-  const SearchCounts::Totals searches = pool_.search_counts().Sum();
-  add_counter("units_own_node", searches.units_own_node);
-  add_counter("units_other_node", searches.units_other_node);
-  for (size_t p = 0; p < searches.time.size(); ++p) {
-    const auto time = std::chrono::duration_cast<std::chrono::microseconds>(searches.time[p]);
-    add_counter(absl::StrCat("search_us_", index::NameOf(static_cast<index::SearchPhase>(p))),
-                static_cast<uint64_t>(time.count()));
-  }
   for (int node = 0; node < pool_.nodes(); ++node) {
     add_counter(absl::StrCat("slab_bytes_node_", pool_.topology()[static_cast<size_t>(node)].id),
                 index::SlabBytes(node));

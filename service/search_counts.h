@@ -8,6 +8,8 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <map>
+#include <string>
 #include <vector>
 
 #include "index/key_index.h"
@@ -33,18 +35,9 @@ class SearchCounts {
     of_workers_[worker].nanoseconds[static_cast<size_t>(phase)].fetch_add(
         time.count(), std::memory_order_relaxed);
   }
-  Totals Sum() const {
-    Totals totals;
-    for (const OfWorker& counts : of_workers_) {
-      totals.units_own_node += counts.own_node.load(std::memory_order_relaxed);
-      totals.units_other_node += counts.other_node.load(std::memory_order_relaxed);
-      for (size_t p = 0; p < totals.time.size(); ++p) {
-        totals.time[p] +=
-            std::chrono::nanoseconds(counts.nanoseconds[p].load(std::memory_order_relaxed));
-      }
-    }
-    return totals;
-  }
+  Totals Sum() const;
+  /// As Stats reports them (docs/operations.md): units_own_node, search_us_plan, ...
+  std::map<std::string, uint64_t> Values() const;
 
  private:
   struct alignas(64) OfWorker {
