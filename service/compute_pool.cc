@@ -26,8 +26,8 @@ struct Place {
   std::vector<int> cpu;  ///< its own; none: it is not known
 };
 
-/// As many as there are cpus, each node's in turn: so many workers as there are have their share on
-/// each node.
+/// As many as there are cpus, or cores if cpus are not known, each node's in turn: so many workers
+/// as there are have their share on each node.
 std::vector<Place> Places(const Topology& topology) {
   std::vector<Place> places;
   size_t most = 0;
@@ -39,6 +39,7 @@ std::vector<Place> Places(const Topology& topology) {
       }
     }
   }
+  if (places.empty()) places.resize(std::max(1U, std::thread::hardware_concurrency()));
   return places;
 }
 
@@ -80,16 +81,8 @@ struct Sharing {
   }
 };
 
-/// The same, or one for each core if cpus are not known.
-std::vector<Place> PlacesOrCores(const Topology& topology) {
-  std::vector<Place> places = Places(topology);
-  if (places.empty()) places.resize(std::max(1U, std::thread::hardware_concurrency()));
-  return places;
-}
-
 size_t WorkerCount(const DaemonOptions& options, const Topology& topology) {
-  return options.workers > 0 ? static_cast<size_t>(options.workers)
-                             : PlacesOrCores(topology).size();
+  return options.workers > 0 ? static_cast<size_t>(options.workers) : Places(topology).size();
 }
 
 }  // namespace
@@ -101,7 +94,7 @@ ComputePool::ComputePool(const DaemonOptions& options, Topology topology)
       spin_(options.worker_spin),
       node_workers_(topology_.size()),
       search_counts_(WorkerCount(options, topology_)) {
-  const std::vector<Place> places = PlacesOrCores(topology_);
+  const std::vector<Place> places = Places(topology_);
   const auto workers = static_cast<int>(WorkerCount(options, topology_));
   threads_.reserve(static_cast<size_t>(workers));
   for (int i = 0; i < workers; ++i) {

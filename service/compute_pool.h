@@ -126,9 +126,8 @@ class ComputePool {
   const std::chrono::milliseconds retry_after_;
   const std::chrono::microseconds spin_;
   std::atomic<uint64_t> requests_{0};
-  alignas(64) std::atomic<int64_t> waiting_{
-      0};                     ///< jobs in jobs_ that nobody has claimed; grows with the lock
-  std::atomic<int> idle_{0};  ///< workers without a job; changes with the lock
+  std::atomic<int64_t> waiting_{0};  ///< jobs in jobs_ that nobody has claimed; grows with the lock
+  std::atomic<int> idle_{0};         ///< workers without a job; changes with the lock
   std::atomic<bool> stopping_{false};  ///< set with the lock
 
   std::mutex mutex_;
