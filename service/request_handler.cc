@@ -14,8 +14,6 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
 #include "absl/types/span.h"
-#include "index/slab_memory.h"
-#include "kernels/cpu/simd_level.h"
 #include "proto/kvseek.pb.h"
 #include "proto/status_code.h"
 #include "service/compute_pool.h"
@@ -31,6 +29,7 @@
 #include "service/session.h"
 #include "service/session_info.h"
 #include "service/session_store.h"
+#include "service/statistics.h"
 
 namespace kvseek::service {
 namespace {
@@ -347,55 +346,8 @@ absl::StatusOr<Response> RequestHandler::Impl::Truncate(const proto::TruncateReq
 }
 
 absl::StatusOr<Response> RequestHandler::Impl::Stats(const proto::StatsRequest& message) {
-  const TimePoint now = Clock::now();
-  proto::StatsResponse response;
-  response.set_uptime_ms(Milliseconds(now - started_));
-  response.set_memory_used_bytes(store_.budget().used_bytes());
-  response.set_memory_limit_bytes(store_.budget().limit_bytes());
-  response.set_sessions_open(store_.size());
-  if (facts_.connections_open) response.set_connections_open(facts_.connections_open());
-  response.set_queue_depth(pool_.requests());
-  response.set_queue_limit(pool_.requests_max());
-  response.set_workers(static_cast<uint32_t>(pool_.workers()));
-  response.set_simd_level(kernels::SimdLevel());
-  const auto add_counter = [&response](const std::string& name, uint64_t value) {
-    proto::Counter* counter = response.add_counters();
-    counter->set_name(name);
-    counter->set_value(value);
-  };
-  for (const auto& [name, value] : counters_.Values()) add_counter(name, value);
-  for (const auto& [name, value] : audits_.Values()) add_counter(name, value);
-  for (const auto& [name, value] : pool_.search_counts().Values()) add_counter(name, value);
-  add_counter("sessions_expired", store_.expired());
-  const SharedPlanners::Counts planners = store_.planners().counts();
-  add_counter("planners", planners.kept);
-  add_counter("planners_evicted", planners.evicted);
-  add_counter("planner_heads", planners.heads);
-  add_counter("planner_audits", planners.audits);
-  add_counter("indexes_built", builder_.built());
-  add_counter("indexes_refused", builder_.refused());
-  add_counter("indexes_outdated", builder_.outdated());
-  add_counter("index_build_core_ms", builder_.core_ms());
-  for (int node = 0; node < pool_.nodes(); ++node) {
-    add_counter(absl::StrCat("slab_bytes_node_", pool_.topology()[static_cast<size_t>(node)].id),
-                index::SlabBytes(node));
-  }
-  if (facts_.counters) {
-    for (const auto& [name, value] : facts_.counters()) add_counter(name, value);
-  }
-  if (!message.with_sessions()) return MakeResponse(response);
-
-  constexpr size_t kTagAndLength = 8;
-  size_t bytes = response.ByteSizeLong();
-  for (const auto& session : store_.List()) {
-    if (message.session_id() != 0 && session->id() != message.session_id()) continue;
-    proto::SessionInfo info =
-        DescribeSession(store_.boot_id(), *session, message.with_plans(), now);
-    bytes += info.ByteSizeLong() + kTagAndLength;
-    if (bytes > options_.metadata_bytes_max) break;  // as many as an answer can hold
-    *response.add_sessions() = std::move(info);
-  }
-  return MakeResponse(response);
+  return MakeResponse(MakeStats(
+      message, {options_, store_, pool_, builder_, counters_, audits_, facts_, started_}));
 }
 
 absl::StatusOr<Response> RequestHandler::Impl::Health(const proto::HealthRequest& /*message*/) {

@@ -9,12 +9,11 @@
 #include <functional>
 #include <memory>
 #include <string>
-#include <utility>
-#include <vector>
 
 #include "proto/frame.h"
 #include "service/options.h"
 #include "service/payload.h"
+#include "service/statistics.h"
 
 namespace kvseek::proto {
 class AttendRequest;
@@ -43,12 +42,6 @@ struct Response {
   bool error = false;  ///< metadata is then a proto::Error
   std::string metadata;
   Payload payload;
-};
-
-/// Facts that Stats reports and only the server knows.
-struct ServerFacts {
-  std::function<uint64_t()> connections_open;
-  std::function<std::vector<std::pair<std::string, uint64_t>>()> counters{};  ///< or null
 };
 
 /// Thread-safe.
