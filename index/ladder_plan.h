@@ -182,7 +182,7 @@ class LadderPlan final : public SearchPlan {
   /// Of candidates [begin, end).
   void PrefetchRecords(const Chosen& chosen, int begin, int end) const;
   /// The youngest candidates, which are read when they are so many: fewer cost as much.
-  static constexpr int kPendingWhole = 64;
+  static constexpr int kPendingWhole = 128;
   struct Pending {
     int count;
     kernels::FineRow* rows;  ///< (kPendingWhole + kSegmentTokens)

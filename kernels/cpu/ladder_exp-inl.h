@@ -53,6 +53,18 @@ HWY_INLINE ladder_exp::hn::Vec<D> Exp2Coarse(D d, ladder_exp::hn::Vec<D> any_y) 
 template <class D>
 HWY_INLINE ladder_exp::hn::Vec<D> ExpFine(D d, ladder_exp::hn::Vec<D> x) {
   namespace hn = ladder_exp::hn;
+#if HWY_TARGET <= HWY_AVX3
+  // The same polynomial on [0, 1): what is left of y, and 2^n, are one operation each.
+  const auto y = hn::Mul(x, hn::Set(d, ladder_exp::kLog2E));
+  constexpr int kDown = 0x09;  // and no exception
+  const hn::Vec<D> r{_mm512_reduce_ps(y.raw, kDown)};
+  auto p = hn::MulAdd(hn::Set(d, 0.0135341681F), r, hn::Set(d, 0.0520114603F));
+  p = hn::MulAdd(p, r, hn::Set(d, 0.241442757F));
+  p = hn::MulAdd(p, r, hn::Set(d, 0.693003835F));
+  p = hn::MulAdd(p, r, hn::Set(d, 1.00000259F));
+  const auto there = hn::Gt(x, hn::Set(d, -86.0F));
+  return hn::Vec<D>{_mm512_maskz_scalef_ps(there.raw, p.raw, y.raw)};
+#else
   const auto y = hn::Max(hn::Mul(x, hn::Set(d, ladder_exp::kLog2E)), hn::Set(d, -125.0F));
   const auto n = hn::Round(y);
   const auto r = hn::Sub(y, n);
@@ -61,6 +73,7 @@ HWY_INLINE ladder_exp::hn::Vec<D> ExpFine(D d, ladder_exp::hn::Vec<D> x) {
   p = hn::MulAdd(p, r, hn::Set(d, 0.693121815F));
   p = hn::MulAdd(p, r, hn::Set(d, 0.999999261F));
   return hn::IfThenElseZero(hn::Gt(x, hn::Set(d, -86.0F)), ladder_exp::Scale(d, p, n));
+#endif
 }
 
 }  // namespace HWY_NAMESPACE

@@ -28,6 +28,23 @@ HWY_INLINE void PrefetchLines(const uint8_t* begin, const uint8_t* end) {
   for (; begin < end; begin += 64) hwy::Prefetch(begin);
 }
 
+#if HWY_TARGET <= HWY_AVX3_DL
+
+/// Block j of out[k] := block k of in[j]; blocks of 128 bits.
+HWY_INLINE void TransposeBlocks(__m512i in0, __m512i in1, __m512i in2, __m512i in3, __m512i* out,
+                                int out_stride) {
+  const __m512i front01 = _mm512_shuffle_i32x4(in0, in1, 0x44);
+  const __m512i front23 = _mm512_shuffle_i32x4(in2, in3, 0x44);
+  const __m512i back01 = _mm512_shuffle_i32x4(in0, in1, 0xee);
+  const __m512i back23 = _mm512_shuffle_i32x4(in2, in3, 0xee);
+  out[0] = _mm512_shuffle_i32x4(front01, front23, 0x88);
+  out[out_stride] = _mm512_shuffle_i32x4(front01, front23, 0xdd);
+  out[2 * out_stride] = _mm512_shuffle_i32x4(back01, back23, 0x88);
+  out[3 * out_stride] = _mm512_shuffle_i32x4(back01, back23, 0xdd);
+}
+
+#endif
+
 /// Calls function.operator()<N>() for N = heads, 1..kHeadChunk.
 template <class Function>
 HWY_INLINE void WithHeads(int heads, const Function& function) {

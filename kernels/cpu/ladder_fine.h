@@ -35,8 +35,9 @@ void ScoreFine(const FineRow* rows, int count, int record_bytes, const int8_t* q
 
 /// Adds the keys, of any segments, to `state` with their scores and their 4-bit values.
 /// value_offset = FineValueOffset(padded_dim). A score of -infinity leaves the key out for that
-/// head. 64 keys at a time: a call for few costs nearly as much as one for 64. Where products of
-/// bytes are used, weights are rounded to a 32639th of the largest of each 64 keys: a thousandth of
+/// head. Many keys at a time: 64, of which a call for few costs nearly as much as one for all;
+/// where products of bytes are used 128, and a call's last keys cost as much as the next multiple
+/// of 32. There weights are rounded to a 32639th of the largest of each 128 keys: a thousandth of
 /// what the values' own four bits leave.
 void AccumulateFine(const FineRow* rows, int count, int value_offset, const float* scores,
                     int score_stride, const GroupState& state) noexcept;

@@ -18,18 +18,6 @@ namespace kvseek::kernels {
 namespace HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-constexpr int kAhead = 16;  // records between prefetch and use
-
-HWY_INLINE int32_t SumQuery(const int8_t* query, int padded_dim) {
-  const hn::ScalableTag<int32_t> d;
-  const hn::Rebind<int8_t, decltype(d)> d8;
-  auto sum = hn::Zero(d);
-  for (int i = 0; i < padded_dim; i += static_cast<int>(hn::Lanes(d))) {
-    sum = hn::Add(sum, hn::PromoteTo(d, hn::LoadU(d8, query + i)));
-  }
-  return hn::GetLane(hn::SumOfLanes(d, sum));
-}
-
 #if HWY_TARGET <= HWY_AVX3_DL
 
 constexpr int kRows = 16;  // records at a time, one in each lane of 32 bits
@@ -51,78 +39,97 @@ HWY_INLINE void Transpose(const __m512i* rows, __m512i* words) {
   }
 #pragma GCC unroll 4
   for (int k = 0; k < 4; ++k) {
-    const __m512i front01 = _mm512_shuffle_i32x4(fours[k], fours[k + 4], 0x44);
-    const __m512i front23 = _mm512_shuffle_i32x4(fours[k + 8], fours[k + 12], 0x44);
-    const __m512i back01 = _mm512_shuffle_i32x4(fours[k], fours[k + 4], 0xee);
-    const __m512i back23 = _mm512_shuffle_i32x4(fours[k + 8], fours[k + 12], 0xee);
-    words[k] = _mm512_shuffle_i32x4(front01, front23, 0x88);
-    words[k + 4] = _mm512_shuffle_i32x4(front01, front23, 0xdd);
-    words[k + 8] = _mm512_shuffle_i32x4(back01, back23, 0x88);
-    words[k + 12] = _mm512_shuffle_i32x4(back01, back23, 0xdd);
+    TransposeBlocks(fours[k], fours[k + 4], fours[k + 8], fours[k + 12], words + k, 4);
   }
 }
 
-HWY_INLINE __m512i BroadcastWord(const int8_t* bytes) {
-  int32_t word;
-  std::memcpy(&word, bytes, sizeof(word));
-  return _mm512_set1_epi32(word);
+/// sums[h] := the sum of a query's bytes, for four or fewer.
+template <int kHeads>
+HWY_INLINE void SumQueries(const int8_t* quantised, int padded_dim, int32_t* sums) {
+  const hn::CappedTag<int32_t, 16> d;
+  const __m512i ones = _mm512_set1_epi8(1);
+  hn::Vec<decltype(d)> lanes[4];
+  for (int h = 0; h < 4; ++h) {
+    lanes[h] = hn::Zero(d);
+    if (h >= kHeads) continue;
+    for (int i = 0; i < padded_dim; i += 64, quantised += 64) {
+      lanes[h].raw = AddProducts(lanes[h].raw, ones, _mm512_loadu_si512(quantised));
+    }
+  }
+  SumFour(d, lanes, sums);
 }
 
 /// Sixteen records at a time: each head's products stand side by side.
 template <int kHeads>
-KVSEEK_VNNI void ScoreT(const FineInput& in, int record_bytes, const int8_t* quantised,
-                        int padded_dim, const float* slopes, float* scores, int score_stride) {
+void ScoreT(const FineInput& in, int record_bytes, const int8_t* quantised, int padded_dim,
+            const float* slopes, float* scores, int score_stride) {
   const int half_dim = padded_dim / 2;
-  __m512i centring[kHeads];
-  for (int h = 0; h < kHeads; ++h) {
-    const int sum = SumQuery(quantised + static_cast<ptrdiff_t>(h) * padded_dim, padded_dim);
-    centring[h] = _mm512_set1_epi32(15 * sum);
-  }
-  const __m512i nibble = _mm512_set1_epi8(15);
+  int32_t query_sums[4];
+  SumQueries<kHeads>(quantised, padded_dim, query_sums);
+  const __m512i low_nibble = _mm512_set1_epi8(15);
+  const __m512i high_nibble = _mm512_set1_epi8(-16);
   for (int i = 0; i < in.count; i += kRows) {
-    const uint8_t* records[kRows];
-    alignas(64) float gains[kRows];
-    for (int j = 0; j < kRows; ++j) {
-      const FineRow& row = in.rows[std::min(i + j, in.count - 1)];
-      records[j] = row.record;
-      gains[j] = row.factors->gain;
-      if (i + j + kAhead >= in.count) continue;
-      const FineRow& next = in.rows[i + j + kAhead];
-      PrefetchLines(next.record, next.record + record_bytes);
-      hwy::Prefetch(next.factors);
+    const int left = std::min(kRows, in.count - i);
+    const FineRow* rows = in.rows + i;
+    FineRow last[kRows];
+    if (left < kRows) {
+      std::copy_n(rows, left, last);
+      std::fill_n(last + left, kRows - left, rows[0]);
+      rows = last;
     }
-    // Of the low and of the high nibbles, so that they do not wait for each other.
+    alignas(64) float gains[kRows];
+    for (int j = 0; j < kRows; ++j) gains[j] = rows[j].factors->gain;
+    const int next_end = std::min(i + 2 * kRows, in.count);
+    for (int next = i + kRows; next < next_end; ++next) {
+      PrefetchLines(in.rows[next].record, in.rows[next].record + record_bytes);
+      hwy::Prefetch(in.rows[next].factors);
+    }
+    // Of the low nibbles, and sixteen times those of the high ones, counted from 7.5: no shifts.
     __m512i low_sums[kHeads];
     __m512i high_sums[kHeads];
-    for (int h = 0; h < kHeads; ++h) low_sums[h] = high_sums[h] = _mm512_setzero_si512();
+    for (int h = 0; h < kHeads; ++h) {
+      low_sums[h] = _mm512_setzero_si512();
+      high_sums[h] = _mm512_set1_epi32(-120 * query_sums[h]);
+    }
     for (int at = 0; at < half_dim; at += 64) {
-      const int bytes = std::min(64, half_dim - at);
-      const __mmask64 mask = bytes == 64 ? ~uint64_t{0} : 0xffffffffU;
-      __m512i rows[kRows];
+      __m512i codes[kRows];
       __m512i words[kRows];
+      const bool whole = half_dim - at >= 64;  // or else half of it
+      if (whole) {
 #pragma GCC unroll 16
-      for (int j = 0; j < kRows; ++j) rows[j] = _mm512_maskz_loadu_epi8(mask, records[j] + at);
-      Transpose(rows, words);
-      for (int w = 0; 4 * w < bytes; ++w) {
-        const __m512i low = _mm512_and_si512(words[w], nibble);
-        const __m512i high = _mm512_and_si512(_mm512_srli_epi16(words[w], 4), nibble);
-        const int8_t* query = quantised + at + static_cast<ptrdiff_t>(4 * w);
-        for (int h = 0; h < kHeads; ++h, query += padded_dim) {
-          low_sums[h] = _mm512_dpbusd_epi32(low_sums[h], low, BroadcastWord(query));
-          high_sums[h] = _mm512_dpbusd_epi32(high_sums[h], high, BroadcastWord(query + half_dim));
+        for (int j = 0; j < kRows; ++j) codes[j] = _mm512_loadu_si512(rows[j].record + at);
+      } else {
+#pragma GCC unroll 16
+        for (int j = 0; j < kRows; ++j) {
+          codes[j] = _mm512_zextsi256_si512(
+              _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[j].record + at)));
         }
       }
+      Transpose(codes, words);
+      const int8_t* query = quantised + at;
+      const auto add = [&](int first) {
+#pragma GCC unroll 8
+        for (int w = first; w < first + kRows / 2; ++w) {
+          const __m512i low = _mm512_and_si512(words[w], low_nibble);
+          const __m512i high = _mm512_and_si512(words[w], high_nibble);
+          for (int h = 0; h < kHeads; ++h) {
+            const int8_t* const word = query + static_cast<ptrdiff_t>(h) * padded_dim + 4 * w;
+            low_sums[h] = AddProducts(low_sums[h], low, word);
+            high_sums[h] = AddProducts(high_sums[h], high, word + half_dim);
+          }
+        }
+      };
+      add(0);
+      if (whole) add(kRows / 2);
     }
     const __m512 gain = _mm512_load_ps(gains);
-    const int left = std::min(kRows, in.count - i);
     const auto there = static_cast<__mmask16>((1U << left) - 1U);
     for (int h = 0; h < kHeads; ++h) {
-      const __m512i products = _mm512_add_epi32(low_sums[h], high_sums[h]);
-      const __m512i centred = _mm512_sub_epi32(_mm512_slli_epi32(products, 1), centring[h]);
-      const __m512 slope = _mm512_mul_ps(_mm512_set1_ps(slopes[h]), gain);
+      const __m512i products = _mm512_add_epi32(_mm512_slli_epi32(low_sums[h], 4), high_sums[h]);
+      const __m512 slope = _mm512_mul_ps(_mm512_set1_ps(slopes[h] / 8), gain);
       float* const of_head = scores + static_cast<ptrdiff_t>(h) * score_stride + i;
       const __m512 before = _mm512_maskz_loadu_ps(there, of_head);
-      const __m512 score = _mm512_fmadd_ps(slope, _mm512_cvtepi32_ps(centred), before);
+      const __m512 score = _mm512_fmadd_ps(slope, _mm512_cvtepi32_ps(products), before);
       _mm512_mask_storeu_ps(of_head, there, score);
     }
   }
@@ -131,6 +138,17 @@ KVSEEK_VNNI void ScoreT(const FineInput& in, int record_bytes, const int8_t* qua
 #else
 
 constexpr int kDimMax = 512;
+constexpr int kAhead = 16;  // records between prefetch and use
+
+HWY_INLINE int32_t SumQuery(const int8_t* query, int padded_dim) {
+  const hn::ScalableTag<int32_t> d;
+  const hn::Rebind<int8_t, decltype(d)> d8;
+  auto sum = hn::Zero(d);
+  for (int i = 0; i < padded_dim; i += static_cast<int>(hn::Lanes(d))) {
+    sum = hn::Add(sum, hn::PromoteTo(d, hn::LoadU(d8, query + i)));
+  }
+  return hn::GetLane(hn::SumOfLanes(d, sum));
+}
 
 using D16 = hn::ScalableTag<int16_t>;
 using D32 = hn::Repartition<int32_t, D16>;

@@ -15,8 +15,8 @@
 #include "hwy/highway.h"
 #include "kernels/cpu/ladder_codes.h"
 
-// For functions of the level avx512-vbmi with products of bytes: every machine of that level has
-// them, but Highway 1.0 does not tell the compiler.
+// For functions of the level avx512-vbmi with products of bytes by intrinsics: every machine of
+// that level has them, but Highway 1.0 does not tell the compiler.
 #ifndef KVSEEK_VNNI
 #define KVSEEK_VNNI __attribute__((target("avx512vnni")))
 #endif
@@ -62,6 +62,28 @@ HWY_INLINE void SumFour(D d, const ladder_lanes::hn::Vec<D>* v, ladder_lanes::hn
   ladder_lanes::Blocks(d, hn::Add(low, high), out);
 #endif
 }
+
+#if HWY_TARGET <= HWY_AVX3_DL
+
+/// Each lane of 32 bits of `sums`, and the products of its four bytes, unsigned with signed ones.
+/// Not by the intrinsic: GCC 12 copies the sums twice around each, and of a dozen spills some.
+HWY_INLINE __m512i AddProducts(__m512i sums, __m512i unsigned_bytes, __m512i signed_bytes) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(unsigned_bytes), "v"(signed_bytes));
+  return sums;
+}
+
+/// The same, with four signed bytes for all lanes.
+HWY_INLINE __m512i AddProducts(__m512i sums, __m512i unsigned_bytes, const int8_t* four) {
+  struct Four {
+    int8_t bytes[4];
+  };
+  asm("vpdpbusd %2%{1to16%}, %1, %0"
+      : "+v"(sums)
+      : "v"(unsigned_bytes), "m"(*reinterpret_cast<const Four*>(four)));
+  return sums;
+}
+
+#endif
 
 /// Bits [first, first + Lanes) of `bits`, zero before, := mask. `first` is a multiple of Lanes.
 template <class D, class M>
