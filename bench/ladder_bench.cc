@@ -146,8 +146,11 @@ void BenchScan(benchmark::State& state, const std::string& level, int heads, int
                 kSegmentKeys * ladder.segments);
 }
 
-/// Selects 1 % of the keys for each head, or none: with none, what merely looking costs.
-void BenchSelect(benchmark::State& state, const std::string& level, int heads, bool none_chosen) {
+/// Selects 1 % of the keys for each head, or none: with none, what merely looking costs. One block
+/// in `weighed_step` is weighed.
+void BenchSelect(benchmark::State& state, const std::string& level, int heads, bool none_chosen,
+                 int weighed_step) {
+  const WeighedBlocks weighed = {0, weighed_step};
   const Ladder& ladder = TheLadder();
   const int planes = 2;
   const auto sums = MakeAligned<int16_t>(kHeadsMax * kSegmentKeys);
@@ -158,8 +161,8 @@ void BenchSelect(benchmark::State& state, const std::string& level, int heads, b
   std::vector<uint32_t> chosen(kSegmentKeys);
   std::vector<float> weights(static_cast<size_t>(heads * kSegmentBlocks));
   const auto select = [&] {
-    return SelectAndWeigh(sums.get(), kSegmentKeys, codes, kSegmentBlocks, kSymbols, planes,
-                          scan_heads.data(), heads, 0, chosen.data(), weights.data(),
+    return SelectAndWeigh(sums.get(), kSegmentKeys, codes, kSegmentBlocks, weighed, kSymbols,
+                          planes, scan_heads.data(), heads, 0, chosen.data(), weights.data(),
                           kSegmentBlocks);
   };
   ForceSimdLevel("scalar");
@@ -281,8 +284,9 @@ bool RegisterLadder() {
       const std::string line = "/" + level + "/heads:" + std::to_string(heads);
       Register("ScanCodes" + line + "/planes:1", BenchScan, level, heads, 1);
       Register("ScanCodes" + line + "/planes:2", BenchScan, level, heads, 2);
-      Register("SelectAndWeigh" + line, BenchSelect, level, heads, false);
-      Register("SelectAndWeighNone" + line, BenchSelect, level, heads, true);
+      Register("SelectAndWeigh" + line, BenchSelect, level, heads, false, 1);
+      Register("SelectAndWeigh" + line + "/weighed:4", BenchSelect, level, heads, false, 4);
+      Register("SelectAndWeighNone" + line, BenchSelect, level, heads, true, 1);
       Register("ScoreFine" + line, BenchFine, level, heads, true, false);
       Register("ScoreFineScattered" + line, BenchFine, level, heads, false, false);
       Register("AccumulateFine" + line, BenchFine, level, heads, true, true);

@@ -72,18 +72,19 @@ struct Products {
     segment_weights.resize(static_cast<size_t>(heads));
     chosen.resize(kSegmentKeys);
     return SelectProducts(
-        sums, kSegmentKeys, codes, kSegmentBlocks, layout, all, heads, 0,
+        sums, kSegmentKeys, codes, kSegmentBlocks, weighed, layout, all, heads, 0,
         {chosen.data(), weights, kSegmentKeys, units.data(), segment_weights.data(),
          by_block ? block_weights.data() : nullptr, kSegmentBlocks});
   }
   std::vector<float> Sketches(int heads) {
     std::vector<float> components(static_cast<size_t>(heads * kSketchDim));
-    AddSketches(codes, kSegmentBlocks, layout, weights, kSegmentKeys, units.data(), heads,
+    AddSketches(codes, kSegmentBlocks, weighed, layout, weights, kSegmentKeys, units.data(), heads,
                 components.data());
     return components;
   }
 
   ProductLayout layout;
+  WeighedBlocks weighed{};
   std::vector<uint8_t> code_storage;
   std::vector<uint8_t> sum_storage;
   std::vector<uint8_t> weight_storage;
@@ -134,10 +135,11 @@ void BenchScanProducts(benchmark::State& state, const std::string& level, int he
   bench::Report(state, bytes, kSegmentKeys);
 }
 
-/// `by_block`: with the weights of each block.
+/// `by_block`: with the weights of each block; one in `weighed_step` of which is weighed.
 void BenchSelectProducts(benchmark::State& state, const std::string& level, int heads,
-                         bool by_block) {
+                         bool by_block, int weighed_step) {
   const auto products = MakeProducts(11);
+  products->weighed.step = weighed_step;
   const int expected = products->Select(heads, by_block);
   const std::vector<float> block_weights = products->block_weights;
   const std::vector<float> weights = products->segment_weights;
@@ -152,8 +154,10 @@ void BenchSelectProducts(benchmark::State& state, const std::string& level, int 
   bench::Report(state, 2.0 * heads * kSegmentKeys, kSegmentKeys);
 }
 
-void BenchAddSketches(benchmark::State& state, const std::string& level, int heads) {
+void BenchAddSketches(benchmark::State& state, const std::string& level, int heads,
+                      int weighed_step) {
   const auto products = MakeProducts(11);
+  products->weighed.step = weighed_step;
   products->Select(heads, false);
   const std::vector<float> expected = products->Sketches(heads);
   if (!ForceSimdLevel(level)) return state.SkipWithError("level not supported");
@@ -210,9 +214,11 @@ bool RegisterProducts() {
       const std::string line = "/" + level + "/heads:" + std::to_string(heads);
       Register("ScanProducts" + line + "/subspaces:11", BenchScanProducts, level, heads, 11);
       Register("ScanProducts" + line + "/subspaces:22", BenchScanProducts, level, heads, 22);
-      Register("SelectProducts" + line, BenchSelectProducts, level, heads, false);
-      Register("SelectProducts" + line + "/by_block", BenchSelectProducts, level, heads, true);
-      Register("AddSketches" + line, BenchAddSketches, level, heads);
+      Register("SelectProducts" + line, BenchSelectProducts, level, heads, false, 1);
+      Register("SelectProducts" + line + "/by_block", BenchSelectProducts, level, heads, true, 1);
+      Register("SelectProducts" + line + "/weighed:4", BenchSelectProducts, level, heads, false, 4);
+      Register("AddSketches" + line, BenchAddSketches, level, heads, 1);
+      Register("AddSketches" + line + "/weighed:4", BenchAddSketches, level, heads, 4);
       Register("BuildProductTables" + line, BenchProductTables, level, heads);
     }
     Register("NearestCentroids/" + level, BenchNearest, level);

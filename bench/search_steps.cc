@@ -8,9 +8,11 @@
 namespace kvseek::bench {
 namespace {
 
-// Steps (index/ladder_plan.h), and what one thread does between them.
-const char* const kNames[] = {"plan",    "sample",     "thresholds", "scan",
-                              "merging", "exact rows", "finish"};
+// Steps (index/ladder_plan.h), and what one thread does between them. Sign codes have no step of
+// tables.
+const char* const kNames[] = {"plan", "tables",  "between",    "sample", "thresholds",
+                              "scan", "merging", "exact rows", "finish"};
+constexpr size_t kTableNames = 2;
 
 class Clock {
  public:
@@ -79,9 +81,11 @@ index::SearchResult SearchSteps::Search(const index::KeyIndex& index, const inde
 
 std::vector<StepTime> SearchSteps::Times() const {
   std::vector<StepTime> times;
+  const size_t left_out = steps_.size() < std::size(kNames) ? kTableNames : 0;
   for (size_t i = 0; i < steps_.size(); ++i) {
     const std::vector<double>& unit_us = steps_[i].unit_us;
-    times.push_back({i < std::size(kNames) ? kNames[i] : "step " + std::to_string(i),
+    const size_t name = i == 0 ? 0 : i + left_out;
+    times.push_back({name < std::size(kNames) ? kNames[name] : "step " + std::to_string(i),
                      steps_[i].units / static_cast<double>(unit_us.size()), Median(unit_us),
                      *std::min_element(unit_us.begin(), unit_us.end()),
                      Median(steps_[i].longest_us)});

@@ -154,8 +154,8 @@ struct SearchResult {
 
 /// What a search's time goes to.
 enum class SearchPhase {
-  kPlan,    ///< the plan: the queries' tables
-  kSample,  ///< ladder: the exact part, a sample of the estimates, and thresholds
+  kPlan,    ///< the plan: the queries, and sign codes' tables
+  kSample,  ///< ladder: product codes' tables, the exact part, a sample of estimates, thresholds
   kScan,    ///< codes and candidates, or whatever an index reads in its one step
   kRefine,  ///< ladder: merging, and exact rows
   kFinish   ///< the result and its report
@@ -165,7 +165,7 @@ inline constexpr size_t kSearchPhases = 5;
 absl::string_view NameOf(SearchPhase phase);
 
 /// One search under way, in memory of its own (MakePlan). Thread-safe as described at the top of
-/// the file. Thread-safe as described at the top of the file.
+/// the file.
 class SearchPlan {
  public:
   virtual ~SearchPlan() = default;

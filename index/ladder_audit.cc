@@ -43,13 +43,21 @@ RestRatio LadderAudit::Sample(const LadderPlan& plan, const ScoredKeys& candidat
       const int64_t block = piece.first_block + static_cast<int64_t>(b);
       plan.codes_->Weigh(block, head, plan.reference_[static_cast<size_t>(head)], weights,
                          deviations);
+      double own = 0.0;
+      for (int i = 0; i < kScanBlock; ++i) {
+        if (std::binary_search(candidates.positions.begin(), candidates.positions.end(),
+                               block * kScanBlock + i)) {
+          weights[i] = 0.0F;
+        }
+        own += weights[i];
+      }
+      // The block has what the one that stands for it has.
+      const double factor = own > 0.0 ? block_weight / own : 0.0;
       double inside = passed;
       for (int i = 0; i < kScanBlock && drawn < samples; ++i) {
+        weights[i] = static_cast<float>(weights[i] * factor);
+        if (weights[i] == 0.0F) continue;
         const int64_t position = block * kScanBlock + i;
-        if (std::binary_search(candidates.positions.begin(), candidates.positions.end(),
-                               position)) {
-          continue;
-        }
         inside += weights[i];
         for (; next < inside && drawn < samples; next += step) {
           variance += deviations[i] * deviations[i];

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <numeric>
 
 #include "index/ladder_audit.h"
 #include "index/ladder_plan.h"
@@ -85,53 +86,84 @@ void LadderPlan::ListRead(std::vector<int64_t>& positions) const {
   for (int64_t p = ladder_end; p < query_.end; ++p) positions.push_back(p);
 }
 
+LadderPlan::HeadCandidates LadderPlan::BestOrAll(int head, Scratch& scratch) const {
+  bool complete = true;
+  size_t listed = 0;
+  for (const Piece& piece : pieces_) {
+    const auto [begin, end] = piece.lists.Of(head);
+    complete = complete && end <= piece.lists.capacity;
+    listed += static_cast<size_t>(end - begin);
+  }
+  const auto all = static_cast<size_t>(CandidateCount());
+  const bool enough = complete && listed >= std::min(all, static_cast<size_t>(options_.exact_rows));
+  const size_t count = enough ? listed : all;
+  const HeadCandidates found = {count, scratch.Take<uint32_t>(count), scratch.Take<int64_t>(count),
+                                scratch.Take<float>(count)};
+  size_t at = 0;
+  size_t before = 0;  // candidates of earlier pieces
+  for (const Piece& piece : pieces_) {
+    const Candidates& candidates = piece.candidates;
+    const auto piece_count = static_cast<size_t>(candidates.count);
+    if (enough) {
+      const auto [begin, end] = piece.lists.Of(head);
+      for (int i = begin; i < end; ++i, ++at) {
+        const Listed& key = piece.lists.keys[i];
+        found.numbers[at] = static_cast<uint32_t>(before + key.number);
+        found.positions[at] = piece.first_block * kScanBlock + key.key;
+        found.scores[at] = key.score;
+      }
+    } else {
+      std::iota(found.numbers + before, found.numbers + before + piece_count,
+                static_cast<uint32_t>(before));
+      std::copy_n(candidates.positions, piece_count, found.positions + before);
+      std::copy_n(candidates.scores + static_cast<ptrdiff_t>(head) * candidates.capacity,
+                  piece_count, found.scores + before);
+    }
+    before += piece_count;
+  }
+  return found;
+}
+
+LadderPlan::HeadCandidates LadderPlan::FindBest(int head, Scratch& scratch) const {
+  HeadCandidates best = BestOrAll(head, scratch);
+  const auto picks = BestIndices({best.scores, best.count}, options_.exact_rows, scratch);
+  best.count = picks.size();
+  for (size_t i = 0; i < picks.size(); ++i) {  // ascending: none is overwritten before it is read
+    best.numbers[i] = best.numbers[picks[i]];
+    best.positions[i] = best.positions[picks[i]];
+    best.scores[i] = best.scores[picks[i]];
+  }
+  return best;
+}
+
 void LadderPlan::RefineBest(int head, Scratch& scratch) {
   if (!merged_) MergeHead(head);
   scratch.Reset();
-  const auto all = static_cast<size_t>(CandidateCount());
-  auto* const head_scores = scratch.Take<float>(all);
-  // Most of it is in other workers' caches.
-  const auto scores_of = [&](const Candidates& candidates) {
-    return candidates.scores + static_cast<ptrdiff_t>(head) * candidates.capacity;
-  };
-  size_t passed = 0;
-  for (const Piece& piece : pieces_) {
-    std::copy_n(scores_of(piece.candidates), piece.candidates.count, head_scores + passed);
-    passed += static_cast<size_t>(piece.candidates.count);
-  }
-  const auto picks = BestIndices({head_scores, all}, options_.exact_rows, scratch);
-  picks_[static_cast<size_t>(head)].assign(picks.begin(), picks.end());
-  const auto count = static_cast<int>(picks.size());
-  auto* const fine_rows = scratch.Take<kernels::FineRow>(picks.size());
-  auto* const fine_scores = scratch.Take<float>(picks.size());
-  auto* const keys = scratch.Take<const uint16_t*>(picks.size());
-  auto* const values = scratch.Take<const uint16_t*>(picks.size());
-  auto* const scores = scratch.Take<float>(picks.size());
+  const HeadCandidates best = FindBest(head, scratch);
+  picks_[static_cast<size_t>(head)].assign(best.numbers, best.numbers + best.count);
+  const auto count = static_cast<int>(best.count);
+  auto* const fine_rows = scratch.Take<kernels::FineRow>(best.count);
+  auto* const keys = scratch.Take<const uint16_t*>(best.count);
+  auto* const values = scratch.Take<const uint16_t*>(best.count);
+  auto* const scores = scratch.Take<float>(best.count);
   const auto value_offset = static_cast<size_t>(kernels::FineValueOffset(padded_dim_));
   const auto record_bytes =
       static_cast<size_t>(kernels::FineRecordBytes(padded_dim_, view_.shape.value_dim));
-  auto piece = pieces_.begin();
-  passed = 0;
-  for (size_t i = 0; i < picks.size(); ++i) {
-    while (picks[i] - passed >= static_cast<size_t>(piece->candidates.count)) {
-      passed += static_cast<size_t>(piece++->candidates.count);
-    }
-    const int64_t position = piece->candidates.positions[picks[i] - passed];
-    const RowPointers row = FindRow(view_, position);
+  for (size_t i = 0; i < best.count; ++i) {
+    const RowPointers row = FindRow(view_, best.positions[i]);
     keys[i] = row.key;
     values[i] = row.value;
-    fine_rows[i] = FindFine(position);
+    fine_rows[i] = FindFine(best.positions[i]);
     kernels::PrefetchRange(fine_rows[i].record + value_offset, record_bytes - value_offset);
     kernels::PrefetchRange(fine_rows[i].factors, sizeof(kernels::FineFactors));
-    fine_scores[i] = head_scores[picks[i]];
   }
-  for (size_t i = 0; i < picks.size(); ++i) {
+  for (size_t i = 0; i < best.count; ++i) {
     kernels::PrefetchRange(keys[i], view_.shape.KeyRowBytes());
     kernels::PrefetchRange(values[i], view_.shape.ValueRowBytes());
   }
   // While the rows arrive.
   const kernels::GroupState fine = MakeState(1, view_.shape.value_dim, scratch);
-  kernels::AccumulateFine(fine_rows, count, static_cast<int>(value_offset), fine_scores, count,
+  kernels::AccumulateFine(fine_rows, count, static_cast<int>(value_offset), best.scores, count,
                           fine);
   const float* query = scaled_ + static_cast<ptrdiff_t>(head) * view_.shape.key_dim;
   kernels::ScoreGathered(query, 1, keys, view_.shape.dtype, count, view_.shape.key_dim, scores,
@@ -266,8 +298,9 @@ void LadderPlan::ReportReads(SearchReport& report, Scratch& scratch) const {
   int64_t chosen_by = 0;  // bytes
   if (recall_.last == nullptr) {
     report.keys_scanned = query_.end - query_.begin;
-    chosen_by =
-        codes_ == nullptr ? 0 : codes_->BytesRead(blocks, static_cast<int64_t>(sample_.size()));
+    chosen_by = codes_ == nullptr ? 0
+                                  : codes_->BytesRead(blocks, static_cast<int64_t>(sample_.size()),
+                                                      WeighedStep());
   } else {
     report.keys_scanned = fine + ExactTokens() + recall_.samples;
     chosen_by = static_cast<int64_t>(recalled_weights_.size() * sizeof(float)) +

@@ -47,9 +47,15 @@ LadderPlan::LadderPlan(Scratch& memory, const KvView& view, const SearchQuery& q
   }
   PrepareQueries(product);
   if (recall_.last == nullptr) {
+    step_ = codes_->TableParts() > 0 ? Step::kTables : Step::kSample;
+    exact_step_ = step_;
     PlanExactParts(true);
     PlanSample();
     return;
+  }
+  for (int p = 0; p < codes_->TableParts(); ++p) {
+    scratch.Reset();
+    codes_->BuildTables(p, scratch);
   }
   AttendExactPart(scratch);
   reference_ = LseOf(exact_state_, memory_);
@@ -60,6 +66,7 @@ LadderPlan::LadderPlan(Scratch& memory, const KvView& view, const SearchQuery& q
 
 SearchPhase LadderPlan::phase() const {
   switch (step_) {
+    case Step::kTables:
     case Step::kSample:
       return SearchPhase::kSample;
     case Step::kScan:
@@ -72,8 +79,10 @@ SearchPhase LadderPlan::phase() const {
 
 int LadderPlan::pieces() const {
   switch (step_) {
+    case Step::kTables:
+      return static_cast<int>(ExactPieces()) + codes_->TableParts();
     case Step::kSample:
-      return static_cast<int>(exact_part_count_ + sample_parts_.size());
+      return static_cast<int>(ExactPieces() + sample_parts_.size());
     case Step::kScan:
       return static_cast<int>(pieces_.size());
     case Step::kRefine:
@@ -83,28 +92,33 @@ int LadderPlan::pieces() const {
 }
 
 void LadderPlan::Run(int index, Scratch& scratch) {
-  const auto i = static_cast<size_t>(index);
+  auto i = static_cast<size_t>(index);
+  if (i < ExactPieces()) return AttendExactPart(exact_parts_[i], scratch);
+  i -= ExactPieces();
   switch (step_) {
+    case Step::kTables:
+      scratch.Reset();
+      codes_->BuildTables(static_cast<int>(i), scratch);
+      break;
     case Step::kSample:
-      // The longest first.
-      if (i < exact_part_count_) {
-        AttendExactPart(exact_parts_[i], scratch);
-      } else {
-        RunSample(sample_parts_[i - exact_part_count_], scratch);
-      }
+      RunSample(sample_parts_[i], scratch);
       break;
     case Step::kScan:
       kernels::ResetState(pieces_[i].state);
       RunScan(pieces_[i], scratch);
+      ListBest(pieces_[i], scratch);
       break;
     case Step::kRefine:
-      RefineBest(index, scratch);
+      RefineBest(static_cast<int>(i), scratch);
       break;
   }
 }
 
 bool LadderPlan::NextStep(Scratch& scratch) {
   switch (step_) {
+    case Step::kTables:
+      step_ = Step::kSample;
+      return true;
     case Step::kSample:
       MergeExactParts();
       ChooseThreshold(scratch);
@@ -140,6 +154,12 @@ void LadderPlan::PlanScan() {
     piece.candidates.capacity = static_cast<int>(room);
     piece.candidates.positions = memory_.Take<int64_t>(static_cast<size_t>(room));
     piece.candidates.scores = memory_.Take<float>(static_cast<size_t>(room) * group);
+    if (!listing_thresholds_.empty()) {
+      // A head's threshold is for an eighth of the budget: room for twice as much and more.
+      const int listed = static_cast<int>(room) * std::max(1, group_ / 4);
+      piece.lists = {listed, memory_.Take<int>(group),
+                     memory_.Take<Listed>(static_cast<size_t>(listed))};
+    }
     pieces_.push_back(std::move(piece));
     block = end;
   }
@@ -166,7 +186,6 @@ void LadderPlan::Candidates::Reserve(int more, int group) {
 
 void LadderPlan::PrepareQueries(const ProductIndex* product) {
   const auto group = static_cast<size_t>(group_);
-  if (product != nullptr) ProductScan::FetchFirst(*product, FirstSegment());
   auto* const rotated = memory_.Take<float>(group * padded_dim_);
   kernels::Rotate(query_.queries, group_, view_.shape.key_dim, rotated);
   quantised_ = memory_.Take<int8_t>(group * padded_dim_);

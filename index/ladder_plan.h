@@ -5,14 +5,17 @@
 // one (ladder_recall.cc; reuse.h).
 //
 // The range is cut in two. Whole 64-key blocks of sealed segments are the ladder's; what is left at
-// either end, and the tail, is read exactly. For a group of heads, the queries are rotated and
-// their tables made; then in steps
+// either end, and the tail, is read exactly. For a group of heads, the queries are rotated; then in
+// steps
 //
-//   sample   attend to the exact part, in pieces if it is long; estimate a fixed sample of
-//            blocks; from both each head's lse, and from the sample thresholds that about
-//            `candidates` keys of the group exceed (docs/adr/0004)
+//   tables   build each codebook's tables and attend to the exact part, in pieces if it is long.
+//            Sign codes' tables are built with the plan, and the exact part is the next step's
+//   sample   estimate a fixed sample of blocks; from it and the exact part each head's lse, and
+//            from the sample thresholds that about `candidates` keys of the group exceed
+//            (docs/adr/0004)
 //   scan     scan all codes; keys over a threshold are candidates, read at 4 bits; all others add
-//            their estimated weight to what stands for their values (scan_code.h); merge in order
+//            their estimated weight to what stands for their values (scan_code.h); a piece lists
+//            what may be each head's best candidates; merge in order
 //   refine   Attend: replace each head's best candidates' 4-bit parts by exact ones
 //
 // and in the end TopK takes the returned keys' parts out, and the report is made.
@@ -63,6 +66,7 @@ class LadderPlan final : public SearchPlan {
 
  private:
   friend struct LadderAudit;
+  friend struct LadderPlanPeer;  // ladder_index_test.cc
 
   static constexpr int kSegmentBlocks = kSegmentTokens / kernels::kScanBlock;
   // Segments of a piece: so many that a search has a dozen pieces, within these bounds.
@@ -71,7 +75,7 @@ class LadderPlan final : public SearchPlan {
   static constexpr int64_t kPieceSegmentsMax = 16;
   static constexpr size_t kExactPartsMax = 8;
 
-  enum class Step { kSample, kScan, kRefine };
+  enum class Step { kTables, kSample, kScan, kRefine };
 
   /// Keys of the range that are not in the ladder's blocks, which are numbered as if nothing stood
   /// between them.
@@ -103,20 +107,47 @@ class LadderPlan final : public SearchPlan {
     void Reserve(int more, int group);
   };
 
+  /// A candidate that may be one of a head's best.
+  struct Listed {
+    float score;
+    uint16_t number;  ///< among the piece's candidates
+    uint16_t key;     ///< of the piece
+  };
+  static_assert(kPieceSegmentsMax * kSegmentTokens <= 1 << 16);
+
+  /// For each head the candidates that reach its listing threshold, ascending: so few that its
+  /// worker, in whose caches no piece's candidates are, need not look at all others.
+  struct Lists {
+    int capacity = 0;        ///< of all heads' together; 0: nothing is listed
+    int* ends = nullptr;     ///< (group): of a head's; where they would end, if over `capacity`
+    Listed* keys = nullptr;  ///< (capacity): one head's after the other's
+
+    /// Where a head's begin and end.
+    std::pair<int, int> Of(int head) const {
+      if (capacity == 0) return {0, 0};
+      return {head == 0 ? 0 : ends[head - 1], ends[head]};
+    }
+  };
+
   /// Blocks [first_block, last_block) of the session, all of segments [first_block / 16, ...).
   struct Piece {
     int64_t first_block;
     int64_t last_block;
     kernels::GroupState state;  ///< candidates at 4 bits and the rest's estimate; Run empties it
     Candidates candidates{};
+    Lists lists{};
     float* rest = nullptr;  ///< (group): the unchosen keys' summed weight, relative to reference_
-    std::vector<float> block_weights{};  ///< audits only, (group, blocks): the same for each block
-    std::vector<int64_t> kept{};         ///< SearchOptions::keep: positions
-    std::vector<float> kept_weights{};   ///< (group, blocks): of the keys not kept
+    /// Audits only, (group, blocks): the same for each block, of those that are not weighed what
+    /// the one that stands for them has.
+    std::vector<float> block_weights{};
+    std::vector<int64_t> kept{};        ///< SearchOptions::keep: positions
+    std::vector<float> kept_weights{};  ///< (group, blocks): of the keys not kept
   };
 
   // ---- preparation (ladder_plan.cc)
   void PrepareQueries(const ProductIndex* product);
+  /// The exact part's parts are the first pieces of a step, since they are the longest.
+  size_t ExactPieces() const { return step_ == exact_step_ ? exact_part_count_ : 0; }
   /// Of segments [first, last).
   void ScoreCentres(int64_t first, int64_t last, Scratch& scratch);
   /// One or, if it `may_cut`, as many as there is enough for.
@@ -144,9 +175,11 @@ class LadderPlan final : public SearchPlan {
   /// Each head's lse from the exact part and the sample.
   void EstimateReference();
   void ChooseThreshold(Scratch& scratch);
-  /// (group): what about `wanted` keys of the range exceed, from estimates (group, keys).
+  /// (group): what about `wanted` keys of the range exceed, from estimates (group, keys). `own`, if
+  /// not null: (group), what each head's share of them exceeds, its own best.
   std::pmr::vector<float> Thresholds(const float* estimates, int keys, int64_t wanted,
-                                     Scratch& scratch) const;
+                                     Scratch& scratch,
+                                     std::pmr::vector<float>* own = nullptr) const;
   /// How many keys of the range the options' mass and beta ask for, at most `wanted`.
   int64_t WantedKeys(const float* estimates, int keys, int64_t wanted, Scratch& scratch) const;
   /// How many of the `count` sampled keys hold all but options_.mass of every head's mass.
@@ -169,19 +202,25 @@ class LadderPlan final : public SearchPlan {
     uint32_t* keys;
   };
   void RunScan(Piece& piece, Scratch& scratch);
-  void ScanSegmentPart(Piece& piece, int64_t begin_block, int64_t end_block,
-                       const ScanBuffers& buffers, Chosen& chosen);
+  /// Fills the lists of a piece whose candidates are all there.
+  void ListBest(Piece& piece, Scratch& scratch) const;
+  /// One in so many of the range's blocks is weighed.
+  int WeighedStep() const;
+  /// Blocks [begin_block, end_block), of one segment.
+  SegmentPart PartOf(int64_t begin_block, int64_t end_block) const;
+  void ScanSegmentPart(Piece& piece, const SegmentPart& part, const ScanBuffers& buffers,
+                       Chosen& chosen);
   /// Of the codes just scanned: what SearchOptions::keep asks for.
-  void KeepKeys(Piece& piece, int64_t begin_block, int blocks, const ScanBuffers& buffers);
+  void KeepKeys(Piece& piece, const SegmentPart& part, const ScanBuffers& buffers);
   /// Adds the unchosen keys' weights, buffers.results, to the rest.
-  void AddRest(Piece& piece, int64_t begin_block, int blocks, const ScanBuffers& buffers,
+  void AddRest(Piece& piece, const SegmentPart& part, const ScanBuffers& buffers,
                const kernels::GroupState& rest, RestSums& rest_sums);
-  /// Where the next `blocks` blocks of the range start, or null if it has not so many. A piece that
-  /// ends fetches for the one after it, which the same worker is likely to run.
-  const uint8_t* NextCodes(int64_t end_block, int blocks) const;
+  /// Where as many blocks that follow `part` start, or null if the range has not so many. A piece
+  /// that ends fetches for the one after it, which the same worker is likely to run.
+  const uint8_t* NextCodes(const SegmentPart& part) const;
   /// Of candidates [begin, end).
   void PrefetchRecords(const Chosen& chosen, int begin, int end) const;
-  /// The youngest candidates, which are read when they are so many: fewer cost as much.
+  /// The youngest candidates, which are read when they are so many: fewer cost more each.
   static constexpr int kPendingWhole = 128;
   struct Pending {
     int count;
@@ -197,8 +236,7 @@ class LadderPlan final : public SearchPlan {
   /// Sets reference_ and recalled_weights_.
   void PrepareRecall();
   /// In place of ScanSegmentPart.
-  void RecallSegmentPart(int64_t begin_block, int64_t end_block, const ScanBuffers& buffers,
-                         Chosen& chosen) const;
+  void RecallSegmentPart(const SegmentPart& part, const ScanBuffers& buffers, Chosen& chosen) const;
   /// (group) mass of the unread keys over its estimate, from a sample of them.
   std::pmr::vector<RestRatio> SampleUnread(const ScoredKeys& candidates,
                                            absl::Span<const float> rest, Scratch& scratch) const;
@@ -219,6 +257,18 @@ class LadderPlan final : public SearchPlan {
   ScoredKeys AllCandidates() const;
   /// SearchOptions::list_read.
   void ListRead(std::vector<int64_t>& positions) const;
+  /// Candidates of one head, ascending.
+  struct HeadCandidates {
+    size_t count;
+    uint32_t* numbers;  ///< among all pieces' candidates
+    int64_t* positions;
+    float* scores;
+  };
+  /// Those that the pieces listed; all, if these are not as many as are wanted.
+  HeadCandidates BestOrAll(int head, Scratch& scratch) const;
+  /// The best options_.exact_rows of all. The same whether they are chosen among listed ones or
+  /// all.
+  HeadCandidates FindBest(int head, Scratch& scratch) const;
   /// Merges a head, if that was left to it, and replaces the 4-bit parts of its best candidates by
   /// exact ones.
   void RefineBest(int head, Scratch& scratch);
@@ -247,7 +297,7 @@ class LadderPlan final : public SearchPlan {
   float* fine_slopes_ = nullptr;    ///< (group), for kernels::ScoreFine
   float* centre_scores_ = nullptr;  ///< (segments of the range, group)
   std::variant<std::monostate, SignScan, ProductScan> scan_;
-  const ScanCode* codes_ = nullptr;  ///< scan_'s
+  ScanCode* codes_ = nullptr;  ///< scan_'s
 
   kernels::GroupState exact_state_;  ///< of the exact part, once its parts are merged
   std::array<ExactPart, kExactPartsMax> exact_parts_;
@@ -259,11 +309,14 @@ class LadderPlan final : public SearchPlan {
   std::pmr::vector<float> sampled_mass_{&memory_};
   std::pmr::vector<float> thresholds_{&memory_};       ///< (group), on estimates
   std::pmr::vector<float> keep_thresholds_{&memory_};  ///< (group), none higher
+  /// (group), on 4-bit scores, for Lists; empty: nothing is listed.
+  std::pmr::vector<float> listing_thresholds_{&memory_};
 
   const Recall recall_;
   std::pmr::vector<float> recalled_weights_{&memory_};  ///< (group, blocks), over exp(reference)
 
   Step step_ = Step::kRefine;
+  Step exact_step_ = Step::kSample;             ///< whose pieces attend to the exact part
   std::pmr::vector<int64_t> sample_{&memory_};  ///< blocks, ascending
   float* estimates_ = nullptr;                  ///< (group, keys of the sample)
   std::pmr::vector<SamplePart> sample_parts_{&memory_};

@@ -91,22 +91,22 @@ void LadderPlan::PrepareRecall() {
   }
 }
 
-void LadderPlan::RecallSegmentPart(int64_t begin_block, int64_t end_block,
-                                   const ScanBuffers& buffers, Chosen& chosen) const {
-  chosen.segment = begin_block / kSegmentBlocks;
+void LadderPlan::RecallSegmentPart(const SegmentPart& part, const ScanBuffers& buffers,
+                                   Chosen& chosen) const {
+  chosen.segment = part.block / kSegmentBlocks;
+  const int64_t end_block = part.block + part.blocks;
   chosen.count = 0;
   const std::vector<int64_t>& positions = recall_.last->positions;
-  auto next = std::lower_bound(positions.begin(), positions.end(), begin_block * kScanBlock);
+  auto next = std::lower_bound(positions.begin(), positions.end(), part.block * kScanBlock);
   for (; next != positions.end() && *next < end_block * kScanBlock; ++next) {
     chosen.keys[chosen.count++] = static_cast<uint32_t>(*next % kSegmentTokens);
   }
   const int64_t all = last_block_ - first_block_;
-  const int64_t blocks = end_block - begin_block;
   for (int64_t h = 0; h < group_; ++h) {
-    std::copy_n(recalled_weights_.begin() + h * all + begin_block - first_block_, blocks,
-                buffers.results.block_weights + h * blocks);
+    std::copy_n(recalled_weights_.begin() + h * all + part.block - first_block_, part.blocks,
+                buffers.results.block_weights + h * part.blocks);
   }
-  SumBlockWeights(buffers.results, group_, static_cast<int>(blocks));
+  SumBlockWeights(buffers.results, group_, part.blocks);
 }
 
 /// Half of the draws go where the weights are, the other half anywhere: a key that has become heavy

@@ -39,7 +39,6 @@ std::pmr::vector<int64_t> SampleBlocks(int64_t first, int64_t last, Scratch& mem
 }  // namespace
 
 void LadderPlan::PlanSample() {
-  step_ = Step::kSample;
   sample_ = SampleBlocks(first_block_, last_block_, memory_);
   const auto group = static_cast<size_t>(group_);
   estimates_ = memory_.Take<float>(group * sample_.size() * kScanBlock);
@@ -110,7 +109,11 @@ void LadderPlan::ChooseThreshold(Scratch& scratch) {
   const float* const estimates = estimates_;
   const int64_t wanted = std::max<int64_t>(
       WantedKeys(estimates, keys, std::max(options_.candidates, options_.k), scratch), options_.k);
-  thresholds_ = Thresholds(estimates, keys, wanted, scratch);
+  // Each head's own share is eight times its exact rows at the usual options. Its 4-bit scores are
+  // less spread than estimates, so fewer reach the same threshold: four times, at the median.
+  const bool lists = options_.k < 0 && options_.exact_rows > 0;
+  thresholds_ =
+      Thresholds(estimates, keys, wanted, scratch, lists ? &listing_thresholds_ : nullptr);
   if (options_.threshold < 0.0F) RaiseThresholds(estimates, keys, scratch);
   if (options_.keep == 0) return;
   keep_thresholds_ = Thresholds(estimates, keys, options_.keep, scratch);
@@ -129,7 +132,8 @@ void LadderPlan::RaiseThresholds(const float* estimates, int keys, Scratch& scra
 }
 
 std::pmr::vector<float> LadderPlan::Thresholds(const float* estimates, int keys, int64_t wanted,
-                                               Scratch& scratch) const {
+                                               Scratch& scratch,
+                                               std::pmr::vector<float>* own) const {
   const int64_t all = (last_block_ - first_block_) * kScanBlock;
   std::pmr::vector<float> thresholds(static_cast<size_t>(group_), -kInfinity, &memory_);
   if (wanted >= all) return thresholds;
@@ -143,6 +147,7 @@ std::pmr::vector<float> LadderPlan::Thresholds(const float* estimates, int keys,
     thresholds[static_cast<size_t>(h)] = kernels::RankThreshold(
         estimates + static_cast<ptrdiff_t>(h) * keys, keys, sample_rank(share), work);
   }
+  if (own != nullptr) *own = thresholds;
   // The others by their share of softmax mass, with one threshold for all heads that fills the
   // budget.
   auto* best = scratch.Take<float>(static_cast<size_t>(keys));

@@ -5,6 +5,7 @@
 #include "index/ladder_plan.h"
 #include "kernels/cpu/attention.h"
 #include "kernels/cpu/prefetch.h"
+#include "kernels/cpu/threshold.h"
 
 namespace kvseek::index {
 namespace {
@@ -14,7 +15,29 @@ namespace {
 // cover what is left out.
 constexpr int64_t kCandidateBoundFactor = 2;
 
+// What unread keys weigh is estimated from one block in up to so many of the range, as long as at
+// least so many are left: they are many and none of them weighs much, so that weighing all hardly
+// changes an answer (docs/performance.md).
+constexpr int64_t kWeighedStepMax = 4;
+constexpr int64_t kWeighedBlocksMin = 192;
+
 }  // namespace
+
+int LadderPlan::WeighedStep() const {
+  // A recalled search's weights are there already.
+  if (recall_.last != nullptr) return 1;
+  const int64_t step = (last_block_ - first_block_) / kWeighedBlocksMin;
+  return static_cast<int>(std::clamp<int64_t>(step, 1, kWeighedStepMax));
+}
+
+SegmentPart LadderPlan::PartOf(int64_t begin_block, int64_t end_block) const {
+  const auto blocks = static_cast<int>(end_block - begin_block);
+  const int step = std::min(WeighedStep(), blocks);
+  // Not the same ones in each segment: texts repeat themselves at regular distances.
+  const uint64_t segment = static_cast<uint64_t>(begin_block / kSegmentBlocks);
+  const uint64_t mixed = segment * 0x9E3779B97F4A7C15U >> 32U;
+  return {begin_block, blocks, {static_cast<int>(mixed % static_cast<uint64_t>(step)), step}};
+}
 
 void LadderPlan::RunScan(Piece& piece, Scratch& scratch) {
   const auto group = static_cast<size_t>(group_);
@@ -41,12 +64,13 @@ void LadderPlan::RunScan(Piece& piece, Scratch& scratch) {
                         scratch.Take<float>(group * kernels::kSketchDim)};
   for (int64_t block = piece.first_block; block < piece.last_block;) {
     const int64_t end = std::min(piece.last_block, (block / kSegmentBlocks + 1) * kSegmentBlocks);
+    const SegmentPart part = PartOf(block, end);
     if (recall_.last != nullptr) {
-      RecallSegmentPart(block, end, buffers, chosen);
+      RecallSegmentPart(part, buffers, chosen);
     } else {
-      ScanSegmentPart(piece, block, end, buffers, chosen);
+      ScanSegmentPart(piece, part, buffers, chosen);
     }
-    AddRest(piece, block, static_cast<int>(end - block), buffers, rest, rest_sums);
+    AddRest(piece, part, buffers, rest, rest_sums);
     // Records arrive from memory while the next segment is scanned. In two halves, since all at
     // once are more lines than a core waits for.
     const int half = chosen.count / 2;
@@ -63,25 +87,23 @@ void LadderPlan::RunScan(Piece& piece, Scratch& scratch) {
   kernels::MergeState(piece.state, rest);
 }
 
-void LadderPlan::ScanSegmentPart(Piece& piece, int64_t begin_block, int64_t end_block,
-                                 const ScanBuffers& buffers, Chosen& chosen) {
-  const auto blocks = static_cast<int>(end_block - begin_block);
+void LadderPlan::ScanSegmentPart(Piece& piece, const SegmentPart& part, const ScanBuffers& buffers,
+                                 Chosen& chosen) {
   const auto bound = kCandidateBoundFactor * std::max(options_.candidates, options_.k);
   const bool full = piece.candidates.count >= bound;
 
-  chosen.segment = begin_block / kSegmentBlocks;
-  const uint8_t* next = NextCodes(end_block, blocks);
-  codes_->Scan(begin_block, blocks, next, buffers.sums);
-  codes_->PrefetchRest(begin_block, blocks);
-  if (options_.keep > 0) KeepKeys(piece, begin_block, blocks, buffers);
+  chosen.segment = part.block / kSegmentBlocks;
+  const uint8_t* next = NextCodes(part);
+  codes_->PrefetchRest(part);
+  codes_->Scan(part, next, buffers.sums);
+  if (options_.keep > 0) KeepKeys(piece, part, buffers);
   const ScanBounds bounds = {full ? absl::Span<const float>() : thresholds_, reference_.data()};
   ScanResults results = buffers.results;
   results.chosen = chosen.keys;
-  chosen.count = codes_->Select(begin_block, blocks, buffers.sums, bounds, next, results);
+  chosen.count = codes_->Select(part, buffers.sums, bounds, next, results);
 }
 
-void LadderPlan::KeepKeys(Piece& piece, int64_t begin_block, int blocks,
-                          const ScanBuffers& buffers) {
+void LadderPlan::KeepKeys(Piece& piece, const SegmentPart& part, const ScanBuffers& buffers) {
   const bool full =
       static_cast<int64_t>(piece.kept.size()) >= kCandidateBoundFactor * options_.keep;
   const ScanBounds bounds = {full ? absl::Span<const float>() : keep_thresholds_,
@@ -89,31 +111,37 @@ void LadderPlan::KeepKeys(Piece& piece, int64_t begin_block, int blocks,
   ScanResults results = buffers.results;
   results.chosen = buffers.kept;
   results.block_weights = buffers.kept_weights;
-  const int count = codes_->Select(begin_block, blocks, buffers.sums, bounds, nullptr, results);
-  const int64_t segment_start = begin_block / kSegmentBlocks * kSegmentTokens;
+  const SegmentPart whole = {part.block, part.blocks};  // later searches ask for each block's
+  const int count = codes_->Select(whole, buffers.sums, bounds, nullptr, results);
+  const int64_t segment_start = part.block / kSegmentBlocks * kSegmentTokens;
   for (int i = 0; i < count; ++i) piece.kept.push_back(segment_start + buffers.kept[i]);
   const int64_t piece_blocks = piece.last_block - piece.first_block;
   for (int h = 0; h < group_; ++h) {
-    std::copy_n(buffers.kept_weights + static_cast<ptrdiff_t>(h) * blocks, blocks,
-                piece.kept_weights.begin() + h * piece_blocks + begin_block - piece.first_block);
+    std::copy_n(buffers.kept_weights + static_cast<ptrdiff_t>(h) * part.blocks, part.blocks,
+                piece.kept_weights.begin() + h * piece_blocks + part.block - piece.first_block);
   }
 }
 
-void LadderPlan::AddRest(Piece& piece, int64_t begin_block, int blocks, const ScanBuffers& buffers,
+void LadderPlan::AddRest(Piece& piece, const SegmentPart& part, const ScanBuffers& buffers,
                          const kernels::GroupState& rest, RestSums& rest_sums) {
-  codes_->AddRest(begin_block, blocks, buffers.results, rest_sums);
+  codes_->AddRest(part, buffers.results, rest_sums);
+  for (int h = 0; h < group_; ++h) rest.sum[h] += buffers.results.sums[h];
+  if (options_.audit_samples == 0) return;
   const auto piece_blocks = piece.last_block - piece.first_block;
+  const int weighed = part.Weighed();
+  const float share = 1.0F / part.Factor();
   for (int h = 0; h < group_; ++h) {
-    rest.sum[h] += buffers.results.sums[h];
-    if (options_.audit_samples > 0) {
-      std::copy_n(buffers.results.block_weights + static_cast<ptrdiff_t>(h) * blocks, blocks,
-                  piece.block_weights.begin() + h * piece_blocks + begin_block - piece.first_block);
-    }
+    const float* const weights =
+        buffers.results.block_weights + static_cast<ptrdiff_t>(h) * weighed;
+    float* const of_blocks =
+        piece.block_weights.data() + h * piece_blocks + part.block - piece.first_block;
+    for (int b = 0; b < part.blocks; ++b) of_blocks[b] = share * weights[b * weighed / part.blocks];
   }
 }
 
-const uint8_t* LadderPlan::NextCodes(int64_t end_block, int blocks) const {
-  return end_block + blocks <= last_block_ ? codes_->Block(end_block) : nullptr;
+const uint8_t* LadderPlan::NextCodes(const SegmentPart& part) const {
+  const int64_t next = part.block + part.blocks;
+  return next + part.blocks <= last_block_ ? codes_->Block(next) : nullptr;
 }
 
 void LadderPlan::PrefetchRecords(const Chosen& chosen, int begin, int end) const {
@@ -161,6 +189,28 @@ void LadderPlan::ReadPending(Piece& piece, Pending& pending, int count) const {
                           candidates.capacity, piece.state);
   std::copy(pending.rows + count, pending.rows + pending.count, pending.rows);
   pending.count -= count;
+}
+
+void LadderPlan::ListBest(Piece& piece, Scratch& scratch) const {
+  const Lists& lists = piece.lists;
+  if (lists.capacity == 0) return;
+  const Candidates& candidates = piece.candidates;
+  auto* const reached = scratch.Take<uint32_t>(static_cast<size_t>(candidates.count));
+  int end = 0;
+  for (int h = 0; h < group_; ++h) {
+    const float* const scores = candidates.scores + static_cast<ptrdiff_t>(h) * candidates.capacity;
+    const auto count = static_cast<int>(kernels::IndicesFrom(
+        scores, candidates.count, listing_thresholds_[static_cast<size_t>(h)], reached));
+    const int room = std::clamp(lists.capacity - end, 0, count);
+    for (int i = 0; i < room; ++i) {
+      const uint32_t number = reached[i];
+      const int64_t key = candidates.positions[number] - piece.first_block * kernels::kScanBlock;
+      lists.keys[end + i] = {scores[number], static_cast<uint16_t>(number),
+                             static_cast<uint16_t>(key)};
+    }
+    end += count;
+    lists.ends[h] = end;
+  }
 }
 
 kernels::FineRow LadderPlan::FindFine(int64_t position) const {

@@ -36,43 +36,39 @@ ProductScan::ProductScan(const ProductIndex& index, const KvView& view, const Sc
       tables_(&memory),
       tables_of_(&memory) {
   const auto group = static_cast<size_t>(queries.group);
-  const auto dim = static_cast<size_t>(view.shape.key_dim);
-  auto* const seen = memory.Take<float>(group * dim);
-  std::pmr::vector<const ProductCodebook*> books(&memory);
   const int64_t last_stretch = last_segment / kStretchSegments;
   tables_of_.reserve(static_cast<size_t>(last_stretch - first_stretch_ + 1));
   for (int64_t s = first_stretch_; s <= last_stretch; ++s) {
     const ProductCodebook* const book = index.stretches()[static_cast<size_t>(s)]->codebook.get();
-    if (books.empty() || books.back() != book) books.push_back(book);
-    tables_of_.push_back(books.size() - 1);
-  }
-  tables_.reserve(books.size());
-  for (size_t b = 0; b < books.size(); ++b) {
-    const ProductCodebook& book = *books[b];
-    FetchRows(book.search_centroids(), book.centroids.size());
-    kernels::ScoreRows(queries.scaled, queries.group, book.search_query_map(),
-                       kernels::DType::kBf16, view.shape.key_dim, view.shape.key_dim, seen,
-                       view.shape.key_dim);
-    const Tables tables = {
-        memory.Take<uint8_t>(group * static_cast<size_t>(layout_.Symbols()) * kernels::kTableSize),
-        memory.Take<kernels::ProductTables>(group)};
-    if (b + 1 < books.size()) FetchRows(books[b + 1]->search_query_map(), kFirstRows * dim);
-    kernels::BuildProductTables(seen, queries.group, view.shape.key_dim, book.search_centroids(),
-                                book.starts.data(), book.errors.data(), layout_, tables.entries,
-                                tables.heads);
-    tables_.push_back(tables);
+    if (tables_.empty() || tables_.back().book != book) {
+      tables_.push_back({book,
+                         memory.Take<uint8_t>(group * static_cast<size_t>(layout_.Symbols()) *
+                                              kernels::kTableSize),
+                         memory.Take<kernels::ProductTables>(group)});
+    }
+    tables_of_.push_back(tables_.size() - 1);
   }
 }
 
-void ProductScan::FetchFirst(const ProductIndex& index, int64_t first_segment) {
-  const auto stretch = static_cast<size_t>(first_segment / kStretchSegments);
-  const ProductCodebook& book = *index.stretches()[stretch]->codebook;
-  FetchRows(book.search_query_map(), book.query_map.size() / 4);
+void ProductScan::BuildTables(int part, Scratch& scratch) {
+  const Tables& tables = tables_[static_cast<size_t>(part)];
+  const ProductCodebook& book = *tables.book;
+  const int key_dim = view_.shape.key_dim;
+  const auto dim = static_cast<size_t>(key_dim);
+  FetchRows(book.search_query_map(), kFirstRows * dim);
+  FetchRows(book.search_centroids(), book.centroids.size());
+  auto* const seen = scratch.Take<float>(static_cast<size_t>(queries_.group) * dim);
+  kernels::ScoreRows(queries_.scaled, queries_.group, book.search_query_map(),
+                     kernels::DType::kBf16, key_dim, key_dim, seen, key_dim);
+  kernels::BuildProductTables(seen, queries_.group, key_dim, book.search_centroids(),
+                              book.starts.data(), book.errors.data(), layout_, tables.entries,
+                              tables.heads);
 }
 
-void ProductScan::Scan(int64_t block, int blocks, const uint8_t* next, std::byte* sums) const {
-  kernels::ScanProducts(Block(block), blocks, layout_, TablesOf(block).entries, queries_.group,
-                        reinterpret_cast<uint8_t*>(sums), blocks * kScanBlock, next);
+void ProductScan::Scan(const SegmentPart& part, const uint8_t* next, std::byte* sums) const {
+  kernels::ScanProducts(Block(part.block), part.blocks, layout_, TablesOf(part.block).entries,
+                        queries_.group, reinterpret_cast<uint8_t*>(sums), part.blocks * kScanBlock,
+                        next);
 }
 
 void ProductScan::Sample(absl::Span<const int64_t> blocks, const float* factors,
@@ -96,28 +92,35 @@ void ProductScan::Sample(absl::Span<const int64_t> blocks, const float* factors,
   }
 }
 
-int ProductScan::Select(int64_t block, int blocks, const std::byte* sums, const ScanBounds& bounds,
+int ProductScan::Select(const SegmentPart& part, const std::byte* sums, const ScanBounds& bounds,
                         const uint8_t* next, const ScanResults& results) const {
   kernels::ProductHead heads[kMaxGroup];
-  FillHeads(block, bounds, heads);
-  const auto first = static_cast<uint32_t>((block % kSegmentBlocks) * kScanBlock);
-  return kernels::SelectProducts(
-      reinterpret_cast<const uint8_t*>(sums), blocks * kScanBlock, Block(block), blocks, layout_,
-      heads, queries_.group, first,
-      {results.chosen, results.key_weights, blocks * kScanBlock, results.weight_units, results.sums,
-       results.block_weights, blocks},
-      next);
+  FillHeads(part.block, bounds, heads);
+  const auto first = static_cast<uint32_t>((part.block % kSegmentBlocks) * kScanBlock);
+  const int keys = part.blocks * kScanBlock;
+  const int weighed = part.Weighed();
+  const int chosen =
+      kernels::SelectProducts(reinterpret_cast<const uint8_t*>(sums), keys, Block(part.block),
+                              part.blocks, part.weighed, layout_, heads, queries_.group, first,
+                              {results.chosen, results.key_weights, keys, results.weight_units,
+                               results.sums, results.block_weights, weighed},
+                              next);
+  const float factor = part.Factor();
+  for (int h = 0; h < queries_.group; ++h) {
+    results.weight_units[h] *= factor;
+    results.sums[h] *= factor;
+  }
+  if (results.block_weights == nullptr) return chosen;
+  for (int i = 0; i < queries_.group * weighed; ++i) results.block_weights[i] *= factor;
+  return chosen;
 }
 
-void ProductScan::AddRest(int64_t block, int blocks, const ScanResults& results,
+void ProductScan::AddRest(const SegmentPart& part, const ScanResults& results,
                           RestSums& rest) const {
-  const int value_dim = view_.shape.value_dim;
-  const int64_t number = block / kSegmentBlocks;
+  const int64_t number = part.block / kSegmentBlocks;
   if (!layout_.sketch) {
-    const Segment& segment = *view_.segments[static_cast<size_t>(number)];
-    kernels::AddWeightedRows(results.block_weights, blocks, queries_.group,
-                             segment.block_means() + (block % kSegmentBlocks) * value_dim, blocks,
-                             value_dim, rest.acc);
+    AddBlockMeans(*view_.segments[static_cast<size_t>(number)], part, results, queries_.group,
+                  view_.shape.value_dim, rest.acc);
     return;
   }
   if (rest.segments == RestSums::kSegments || number % kStretchSegments == 0) FinishRest(rest);
@@ -129,8 +132,9 @@ void ProductScan::AddRest(int64_t block, int blocks, const ScanResults& results,
     rest.weights[h * RestSums::kSegments + rest.segments] = results.sums[h];
   }
   ++rest.segments;
-  kernels::AddSketches(Block(block), blocks, layout_, results.key_weights, blocks * kScanBlock,
-                       results.weight_units, queries_.group, rest.components);
+  kernels::AddSketches(Block(part.block), part.blocks, part.weighed, layout_, results.key_weights,
+                       part.blocks * kScanBlock, results.weight_units, queries_.group,
+                       rest.components);
 }
 
 void ProductScan::FinishRest(RestSums& rest) const {
@@ -139,10 +143,11 @@ void ProductScan::FinishRest(RestSums& rest) const {
   const ProductStretch& stretch = StretchOf(rest.first_segment * kSegmentBlocks);
   kernels::AddWeightedRows(
       rest.weights, RestSums::kSegments, queries_.group,
-      stretch.value_means.get() + rest.first_segment % kStretchSegments * value_dim, rest.segments,
-      value_dim, rest.acc);
+      stretch.value_means.get() + rest.first_segment % kStretchSegments * value_dim, value_dim,
+      rest.segments, value_dim, rest.acc);
   kernels::AddWeightedRows(rest.components, kSketchDim, queries_.group,
-                           stretch.codebook->sketch_rows.data(), kSketchDim, value_dim, rest.acc);
+                           stretch.codebook->sketch_rows.data(), value_dim, kSketchDim, value_dim,
+                           rest.acc);
   rest.segments = 0;
 }
 
@@ -161,31 +166,37 @@ void ProductScan::Weigh(int64_t block, int head, float reference, float* weights
                             weights, deviations, kScanBlock);
 }
 
-void ProductScan::PrefetchRest(int64_t block, int blocks) const {
-  const auto value_dim = static_cast<ptrdiff_t>(view_.shape.value_dim);
-  if (layout_.sketch) {
-    const int64_t segment = block % kStretchBlocks / kSegmentBlocks;
-    kernels::PrefetchRange(StretchOf(block).value_means.get() + segment * value_dim,
-                           view_.shape.ValueRowBytes());
+void ProductScan::PrefetchRest(const SegmentPart& part) const {
+  const int value_dim = view_.shape.value_dim;
+  const int64_t number = part.block / kSegmentBlocks;
+  if (!layout_.sketch) {
+    PrefetchBlockMeans(*view_.segments[static_cast<size_t>(number)], part, value_dim);
     return;
   }
-  const Segment& segment = *view_.segments[static_cast<size_t>(block / kSegmentBlocks)];
-  kernels::PrefetchRange(segment.block_means() + (block % kSegmentBlocks) * value_dim,
-                         static_cast<size_t>(blocks) * view_.shape.ValueRowBytes());
+  const ProductStretch& stretch = StretchOf(part.block);
+  kernels::PrefetchRange(stretch.value_means.get() + number % kStretchSegments * value_dim,
+                         view_.shape.ValueRowBytes());
+  const int sketch = layout_.SketchOffset();
+  const auto sketch_bytes = static_cast<size_t>(layout_.BlockBytes() - sketch);
+  for (int b = part.weighed.first; b < part.blocks; b += part.weighed.step) {
+    kernels::PrefetchRange(Block(part.block + b) + sketch, sketch_bytes);
+  }
 }
 
 const uint8_t* ProductScan::Block(int64_t block) const {
   return StretchOf(block).Block(block % kStretchBlocks);
 }
 
-int64_t ProductScan::BytesRead(int64_t blocks, int64_t sampled) const {
+int64_t ProductScan::BytesRead(int64_t blocks, int64_t sampled, int weighed_step) const {
   const auto value_bytes = static_cast<int64_t>(view_.shape.ValueRowBytes());
   const int64_t dim = view_.shape.key_dim;
-  const int64_t means = layout_.sketch ? (blocks + kSegmentBlocks - 1) / kSegmentBlocks : blocks;
+  const int64_t weighed = blocks / weighed_step;
+  const int64_t means = layout_.sketch ? (blocks + kSegmentBlocks - 1) / kSegmentBlocks : weighed;
   const int64_t book = dim * (dim + kernels::kCentroids) * static_cast<int64_t>(sizeof(uint16_t)) +
                        kernels::kCentroids * static_cast<int64_t>(sizeof(float)) +
                        (layout_.sketch ? kSketchDim * value_bytes : 0);
-  return blocks * layout_.BlockBytes() + sampled * layout_.SketchOffset() + means * value_bytes +
+  return (blocks + sampled) * layout_.SketchOffset() +
+         weighed * (layout_.BlockBytes() - layout_.SketchOffset()) + means * value_bytes +
          static_cast<int64_t>(tables_.size()) * book;
 }
 

@@ -18,31 +18,32 @@ namespace kvseek::index {
 class ProductScan final : public ScanCode {
  public:
   /// For blocks of the segments [queries.first_segment, last_segment], which the index covers.
-  /// `index` and `view` must outlive it. Its tables stand in `memory`.
+  /// `index` and `view` must outlive it. Its tables stand in `memory`; each codebook's are a part
+  /// of them.
   ProductScan(const ProductIndex& index, const KvView& view, const ScanQueries& queries,
               int64_t last_segment, Scratch& memory);
-  /// Fetches what making one begins with.
-  static void FetchFirst(const ProductIndex& index, int64_t first_segment);
 
-  void Scan(int64_t block, int blocks, const uint8_t* next, std::byte* sums) const override;
+  int TableParts() const override { return static_cast<int>(tables_.size()); }
+  void BuildTables(int part, Scratch& scratch) override;
+  void Scan(const SegmentPart& part, const uint8_t* next, std::byte* sums) const override;
   void Sample(absl::Span<const int64_t> blocks, const float* factors, const SampleResults& results,
               Scratch& scratch) const override;
   bool RestByBlock() const override { return !layout_.sketch; }
-  int Select(int64_t block, int blocks, const std::byte* sums, const ScanBounds& bounds,
+  int Select(const SegmentPart& part, const std::byte* sums, const ScanBounds& bounds,
              const uint8_t* next, const ScanResults& results) const override;
-  void AddRest(int64_t block, int blocks, const ScanResults& results,
-               RestSums& rest) const override;
+  void AddRest(const SegmentPart& part, const ScanResults& results, RestSums& rest) const override;
   void FinishRest(RestSums& rest) const override;
   void Weigh(int64_t block, int head, float reference, float* weights,
              float* deviations) const override;
-  void PrefetchRest(int64_t block, int blocks) const override;
+  void PrefetchRest(const SegmentPart& part) const override;
   const uint8_t* Block(int64_t block) const override;
   int ScannedBytes() const override { return layout_.SketchOffset(); }
-  int64_t BytesRead(int64_t blocks, int64_t sampled) const override;
+  int64_t BytesRead(int64_t blocks, int64_t sampled, int weighed_step) const override;
 
  private:
   /// The queries' tables for one codebook.
   struct Tables {
+    const ProductCodebook* book;
     uint8_t* entries;               ///< (group, symbols, 64)
     kernels::ProductTables* heads;  ///< (group)
   };

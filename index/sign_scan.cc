@@ -38,9 +38,10 @@ SignScan::SignScan(const KvView& view, const ScanQueries& queries, Scratch& memo
   }
 }
 
-void SignScan::Scan(int64_t block, int blocks, const uint8_t* next, std::byte* sums) const {
-  kernels::ScanCodes(Block(block), blocks, symbols_, view_.shape.scan_bits, tables_, queries_.group,
-                     reinterpret_cast<int16_t*>(sums), blocks * kScanBlock, next);
+void SignScan::Scan(const SegmentPart& part, const uint8_t* next, std::byte* sums) const {
+  kernels::ScanCodes(Block(part.block), part.blocks, symbols_, view_.shape.scan_bits, tables_,
+                     queries_.group, reinterpret_cast<int16_t*>(sums), part.blocks * kScanBlock,
+                     next);
 }
 
 void SignScan::Sample(absl::Span<const int64_t> blocks, const float* factors,
@@ -69,29 +70,31 @@ void SignScan::Sample(absl::Span<const int64_t> blocks, const float* factors,
       results.mass[h] *= std::exp(results.largest[h] - best);
       results.largest[h] = heads[h].reference = best;
     }
-    kernels::SelectAndWeigh(sums, kScanBlock, codes, 1, symbols_, planes, heads, queries_.group, 0,
-                            chosen, weights, 1);
+    kernels::SelectAndWeigh(sums, kScanBlock, codes, 1, {}, symbols_, planes, heads, queries_.group,
+                            0, chosen, weights, 1);
     for (size_t h = 0; h < group; ++h) results.mass[h] += weights[h] * factors[i];
   }
 }
 
-int SignScan::Select(int64_t block, int blocks, const std::byte* sums, const ScanBounds& bounds,
+int SignScan::Select(const SegmentPart& part, const std::byte* sums, const ScanBounds& bounds,
                      const uint8_t* next, const ScanResults& results) const {
   kernels::ScanHead heads[kMaxGroup];
-  FillHeads(block / kSegmentBlocks, bounds, heads);
-  const auto first = static_cast<uint32_t>((block % kSegmentBlocks) * kScanBlock);
-  const int chosen = kernels::SelectAndWeigh(reinterpret_cast<const int16_t*>(sums),
-                                             blocks * kScanBlock, Block(block), blocks, symbols_,
-                                             view_.shape.scan_bits, heads, queries_.group, first,
-                                             results.chosen, results.block_weights, blocks, next);
-  SumBlockWeights(results, queries_.group, blocks);
+  FillHeads(part.block / kSegmentBlocks, bounds, heads);
+  const auto first = static_cast<uint32_t>((part.block % kSegmentBlocks) * kScanBlock);
+  const int weighed = part.Weighed();
+  const int chosen = kernels::SelectAndWeigh(
+      reinterpret_cast<const int16_t*>(sums), part.blocks * kScanBlock, Block(part.block),
+      part.blocks, part.weighed, symbols_, view_.shape.scan_bits, heads, queries_.group, first,
+      results.chosen, results.block_weights, weighed, next);
+  const float factor = part.Factor();
+  for (int i = 0; i < queries_.group * weighed; ++i) results.block_weights[i] *= factor;
+  SumBlockWeights(results, queries_.group, weighed);
   return chosen;
 }
 
-void SignScan::AddRest(int64_t block, int blocks, const ScanResults& results,
-                       RestSums& rest) const {
-  kernels::AddWeightedRows(results.block_weights, blocks, queries_.group, Means(block), blocks,
-                           view_.shape.value_dim, rest.acc);
+void SignScan::AddRest(const SegmentPart& part, const ScanResults& results, RestSums& rest) const {
+  AddBlockMeans(SegmentOf(part.block), part, results, queries_.group, view_.shape.value_dim,
+                rest.acc);
 }
 
 void SignScan::Weigh(int64_t block, int head, float reference, float* weights,
@@ -114,8 +117,8 @@ void SignScan::Weigh(int64_t block, int head, float reference, float* weights,
   }
 }
 
-void SignScan::PrefetchRest(int64_t block, int blocks) const {
-  kernels::PrefetchRange(Means(block), static_cast<size_t>(blocks) * view_.shape.ValueRowBytes());
+void SignScan::PrefetchRest(const SegmentPart& part) const {
+  PrefetchBlockMeans(SegmentOf(part.block), part, view_.shape.value_dim);
 }
 
 void SignScan::FillHeads(int64_t segment, const ScanBounds& bounds,
@@ -137,10 +140,6 @@ const Segment& SignScan::SegmentOf(int64_t block) const {
   return *view_.segments[static_cast<size_t>(block / kSegmentBlocks)];
 }
 
-const uint16_t* SignScan::Means(int64_t block) const {
-  return SegmentOf(block).block_means() + (block % kSegmentBlocks) * view_.shape.value_dim;
-}
-
 const uint8_t* SignScan::Block(int64_t block) const {
   return SegmentOf(block).scan_blocks() + (block % kSegmentBlocks) * ScannedBytes();
 }
@@ -149,9 +148,9 @@ int SignScan::ScannedBytes() const {
   return kernels::ScanBlockBytes(symbols_, view_.shape.scan_bits);
 }
 
-int64_t SignScan::BytesRead(int64_t blocks, int64_t sampled) const {
+int64_t SignScan::BytesRead(int64_t blocks, int64_t sampled, int weighed_step) const {
   return (blocks + sampled) * ScannedBytes() +
-         blocks * static_cast<int64_t>(view_.shape.ValueRowBytes());
+         blocks / weighed_step * static_cast<int64_t>(view_.shape.ValueRowBytes());
 }
 
 }  // namespace kvseek::index

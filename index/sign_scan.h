@@ -22,27 +22,25 @@ class SignScan final : public ScanCode {
   /// Its tables stand in `memory`.
   SignScan(const KvView& view, const ScanQueries& queries, Scratch& memory);
 
-  void Scan(int64_t block, int blocks, const uint8_t* next, std::byte* sums) const override;
+  void Scan(const SegmentPart& part, const uint8_t* next, std::byte* sums) const override;
   void Sample(absl::Span<const int64_t> blocks, const float* factors, const SampleResults& results,
               Scratch& scratch) const override;
   bool RestByBlock() const override { return true; }
-  int Select(int64_t block, int blocks, const std::byte* sums, const ScanBounds& bounds,
+  int Select(const SegmentPart& part, const std::byte* sums, const ScanBounds& bounds,
              const uint8_t* next, const ScanResults& results) const override;
-  void AddRest(int64_t block, int blocks, const ScanResults& results,
-               RestSums& rest) const override;
+  void AddRest(const SegmentPart& part, const ScanResults& results, RestSums& rest) const override;
   void FinishRest(RestSums& /*rest*/) const override {}
   void Weigh(int64_t block, int head, float reference, float* weights,
              float* deviations) const override;
-  void PrefetchRest(int64_t block, int blocks) const override;
+  void PrefetchRest(const SegmentPart& part) const override;
   const uint8_t* Block(int64_t block) const override;
   int ScannedBytes() const override;
-  int64_t BytesRead(int64_t blocks, int64_t sampled) const override;
+  int64_t BytesRead(int64_t blocks, int64_t sampled, int weighed_step) const override;
 
  private:
   /// What turns the sums of a segment into scores.
   void FillHeads(int64_t segment, const ScanBounds& bounds, kernels::ScanHead* heads) const;
   const Segment& SegmentOf(int64_t block) const;
-  const uint16_t* Means(int64_t block) const;
 
   const KvView& view_;
   ScanQueries queries_;

@@ -194,13 +194,14 @@ void AccumulateScoredGathered(const float* scores, int score_stride,
 }
 
 void AddWeightedRows(const float* weights, int weight_stride, int group, const uint16_t* rows,
-                     int count, int dim, float* acc) {
-  const ContiguousRows<Bf16> all{rows, static_cast<size_t>(dim)};
+                     int row_stride, int count, int dim, float* acc) {
+  const ContiguousRows<Bf16> all{rows, static_cast<size_t>(row_stride)};
+  const auto columns = static_cast<size_t>(dim);
   for (int t = 0; t < count; t += kBlockRows) {
     const int block = std::min(kBlockRows, count - t);
     WeighBlock<Bf16>(weights + t, static_cast<size_t>(weight_stride), group, all.From(t), block,
-                     FetchAhead<Bf16, ContiguousRows<Bf16>>(all.From(t), count - t, all.dim),
-                     all.dim, acc);
+                     FetchAhead<Bf16, ContiguousRows<Bf16>>(all.From(t), count - t, columns),
+                     columns, acc);
   }
 }
 
@@ -291,8 +292,9 @@ void AccumulateScoredGathered(const float* scores, int score_stride,
 }
 
 void AddWeightedRows(const float* weights, int weight_stride, int group, const uint16_t* rows,
-                     int count, int dim, float* acc) noexcept {
-  HWY_DYNAMIC_DISPATCH(AddWeightedRows)(weights, weight_stride, group, rows, count, dim, acc);
+                     int row_stride, int count, int dim, float* acc) noexcept {
+  HWY_DYNAMIC_DISPATCH(AddWeightedRows)
+  (weights, weight_stride, group, rows, row_stride, count, dim, acc);
 }
 
 int64_t FindBadElement(const void* data, DType dtype, int64_t count) noexcept {

@@ -47,10 +47,10 @@ void AccumulateScoredGathered(const float* scores, int score_stride,
                               const uint16_t* const* value_rows, DType dtype, int count,
                               const GroupState& state) noexcept;
 
-/// acc[h][d] += sum_t weights[h * weight_stride + t] * rows[t][d]; rows are bf16 (count, dim), acc
-/// is (group, dim). For weights that are already exponentials.
+/// acc[h][d] += sum_t weights[h * weight_stride + t] * rows[t * row_stride + d]; rows are bf16,
+/// `count` of `dim` elements, acc is (group, dim). For weights that are already exponentials.
 void AddWeightedRows(const float* weights, int weight_stride, int group, const uint16_t* rows,
-                     int count, int dim, float* acc) noexcept;
+                     int row_stride, int count, int dim, float* acc) noexcept;
 
 /// Index of the first element that is not finite or whose magnitude exceeds 65504, or -1. dtype may
 /// be any.

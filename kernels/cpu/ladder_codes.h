@@ -73,6 +73,15 @@ constexpr int ScanGainOffset(int symbols, int planes) {
   return planes * PlaneRows(symbols) * kScanBlock;
 }
 
+/// Of consecutive blocks those whose unchosen keys are weighed and stand for the others': first,
+/// first + step, and so on. A choice is made among the keys of all.
+struct WeighedBlocks {
+  int first = 0;  ///< 0..step - 1, and less than the number of blocks
+  int step = 1;   ///< 1: all blocks
+
+  constexpr int Count(int blocks) const { return (blocks - first + step - 1) / step; }
+};
+
 struct FineFactors {
   float gain;     ///< of the 4-bit key code
   uint16_t lo;    ///< bf16

@@ -90,43 +90,58 @@ struct Selection {
   float largest_sum;
 };
 
-/// One block in single precision: which keys are chosen, and every head's weight of the others.
-HWY_INLINE int SelectWide(const Selection& selection, int block, const uint16_t* gains,
-                          uint32_t first_index, uint32_t* chosen) {
+/// What an estimate in single precision needs of vector v of a block.
+HWY_INLINE hn::Vec<DF> EstimateWide(DF d, const Selection& selection, int h, int block, int v,
+                                    hn::Vec<DF> gain) {
+  const int16_t* const sums = selection.sums + static_cast<ptrdiff_t>(h) * selection.sums_stride +
+                              static_cast<ptrdiff_t>(block) * kScanBlock + v * kLanes;
+  return Estimate(d, selection.scan_heads[h], gain, sums);
+}
+
+/// Which keys of one vector some head chooses, by estimates in single precision.
+HWY_INLINE hn::Mask<DF> AnyWide(DF d, const Selection& selection, int block, int v,
+                                hn::Vec<DF> gain) {
+  auto any = hn::MaskFromVec(hn::Zero(d));
+  for (int h = 0; h < selection.heads; ++h) {
+    const auto threshold = hn::Set(d, selection.scan_heads[h].threshold);
+    any = hn::Or(any, hn::Gt(EstimateWide(d, selection, h, block, v, gain), threshold));
+  }
+  return any;
+}
+
+/// One block in single precision: which keys are chosen.
+HWY_INLINE uint64_t ChooseWide(const Selection& selection, int block, const uint16_t* gains) {
   const DF d;
   constexpr int kVectors = kScanBlock / kLanes;
-  HWY_ALIGN float estimates[kHeadsMax * kScanBlock];
+  hn::Mask<DF> any[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    any[v] = AnyWide(d, selection, block, v, LoadGains(d, gains + v * kLanes));
+  }
+  return MaskBits(d, any);
+}
+
+/// Every head's weight of the keys of one block that are not chosen: weights[h * weights_stride].
+HWY_INLINE void WeighWide(const Selection& selection, int block, const uint16_t* gains,
+                          float* weights) {
+  const DF d;
+  constexpr int kVectors = kScanBlock / kLanes;
   hn::Vec<DF> gain[kVectors];
   hn::Mask<DF> any[kVectors];
   for (int v = 0; v < kVectors; ++v) {
     gain[v] = LoadGains(d, gains + v * kLanes);
-    any[v] = hn::MaskFromVec(hn::Zero(d));
+    any[v] = AnyWide(d, selection, block, v, gain[v]);
   }
-  const int heads = selection.heads;
-  for (int h = 0; h < heads; ++h) {
-    const int16_t* head_sums = selection.sums + static_cast<ptrdiff_t>(h) * selection.sums_stride +
-                               static_cast<ptrdiff_t>(block) * kScanBlock;
-    const auto threshold = hn::Set(d, selection.scan_heads[h].threshold);
-    for (int v = 0; v < kVectors; ++v) {
-      const auto estimate = Estimate(d, selection.scan_heads[h], gain[v], head_sums + v * kLanes);
-      any[v] = hn::Or(any[v], hn::Gt(estimate, threshold));
-      hn::Store(estimate, d, estimates + h * kScanBlock + v * kLanes);
-    }
-  }
-  const int count = PutIndices(MaskBits(d, any), first_index, chosen);
-  for (int v = 0; v < kVectors; ++v) gain[v] = hn::Mul(gain[v], gain[v]);
-  for (int h = 0; h < heads; ++h) {
+  for (int h = 0; h < selection.heads; ++h) {
     const WeightHead weight_head(selection.scan_heads[h]);
     auto total = hn::Zero(d);
     for (int v = 0; v < kVectors; ++v) {
-      const auto estimate = hn::Load(d, estimates + h * kScanBlock + v * kLanes);
-      const auto weight = Weight(d, weight_head, gain[v], estimate);
+      const auto estimate = EstimateWide(d, selection, h, block, v, gain[v]);
+      const auto weight = Weight(d, weight_head, hn::Mul(gain[v], gain[v]), estimate);
       total = hn::IfThenElse(any[v], total, hn::Add(total, weight));
     }
-    selection.block_weights[static_cast<ptrdiff_t>(h) * selection.weights_stride + block] =
+    weights[static_cast<ptrdiff_t>(h) * selection.weights_stride] =
         hn::GetLane(hn::SumOfLanes(d, total));
   }
-  return count;
 }
 
 // In 16 bits, scores are relative to a head's reference, in the units of log_bits.h.
@@ -143,8 +158,17 @@ struct FixedHead {
   int16_t centre;  ///< relative to the reference
   int16_t slope;   ///< of shifted sum times gain
   int16_t half_noise2;
-  int16_t threshold;
+  int16_t bound;  ///< a key is chosen when its shifted sum times gain exceeds it
 };
+
+/// The largest x such that (x * slope + 2^14) >> 15, as MulFixedPoint15, is no more than `score`.
+HWY_INLINE int16_t LargestBelow(int score, int slope) {
+  constexpr int kLimit = 32767;
+  if (slope == 0) return static_cast<int16_t>(score < 0 ? -kLimit - 1 : kLimit);
+  const int64_t product = (int64_t{score} + 1) * (kLimit + 1) - (kLimit + 1) / 2 - 1;
+  const int64_t floor = product >= 0 ? product / slope : -((slope - 1 - product) / slope);
+  return static_cast<int16_t>(std::clamp<int64_t>(floor, -kLimit - 1, kLimit));
+}
 
 /// False if 16 bits do not hold the head's scores. `gain_max` is 1 of the fixed gains.
 HWY_INLINE bool MakeFixedHead(const ScanHead& head, float gain_max, float largest_sum, int shift,
@@ -161,8 +185,9 @@ HWY_INLINE bool MakeFixedHead(const ScanHead& head, float gain_max, float larges
   const float threshold = (head.threshold - head.reference) * kLogNat;
   constexpr float kLimit = 32767.0F;
   fixed = {static_cast<int16_t>(std::lrint(centre)), static_cast<int16_t>(std::lrint(slope)),
-           static_cast<int16_t>(std::lrint(half_noise2)),
-           static_cast<int16_t>(std::lrint(std::clamp(threshold, -kLimit, kLimit)))};
+           static_cast<int16_t>(std::lrint(half_noise2)), 0};
+  const auto score = static_cast<int>(std::lrint(std::clamp(threshold, -kLimit, kLimit)));
+  fixed.bound = LargestBelow(score - fixed.centre, fixed.slope);
   return true;
 }
 
@@ -205,10 +230,38 @@ HWY_INLINE hn::Vec<DF> SumWeights(const int16_t* bits, const M* any) {
   return hn::Mul(total, hn::Set(d, kLeftOver));
 }
 
-/// One block in 16 bits; `gains`: its fixed gains.
+/// kLanes16 sums times their gains, for one head.
 template <int kShift>
-HWY_INLINE int SelectFixed(const Selection& selection, const FixedHead* fixed_heads, int block,
-                           const int16_t* gains, uint32_t first_index, uint32_t* chosen) {
+HWY_INLINE hn::Vec<DI16> GainedSums(const Selection& selection, int h, int block, int v,
+                                    hn::Vec<DI16> gain) {
+  const int16_t* const sums = selection.sums + static_cast<ptrdiff_t>(h) * selection.sums_stride +
+                              static_cast<ptrdiff_t>(block) * kScanBlock + v * kLanes16;
+  return hn::MulFixedPoint15(hn::ShiftLeft<kShift>(hn::LoadU(DI16(), sums)), gain);
+}
+
+/// One block in 16 bits; `gains`: its fixed gains; `bounds`: (heads, kLanes16), each head's in all
+/// lanes.
+template <int kShift>
+HWY_INLINE uint64_t ChooseFixed(const Selection& selection, const int16_t* bounds, int block,
+                                const int16_t* gains) {
+  const DI16 d;
+  constexpr int kVectors = kScanBlock / kLanes16;
+  hn::Mask<DI16> any[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    const auto gain = hn::LoadU(d, gains + v * kLanes16);
+    any[v] = hn::MaskFromVec(hn::Zero(d));
+    for (int h = 0; h < selection.heads; ++h) {
+      const auto gained = GainedSums<kShift>(selection, h, block, v, gain);
+      any[v] = hn::Or(any[v], hn::Gt(gained, hn::Load(d, bounds + h * kLanes16)));
+    }
+  }
+  return MaskBits(d, any);
+}
+
+/// As WeighWide; returns which keys are chosen.
+template <int kShift>
+HWY_INLINE uint64_t WeighFixed(const Selection& selection, const FixedHead* fixed_heads, int block,
+                               const int16_t* gains, float* weights) {
   const DI16 d;
   constexpr int kVectors = kScanBlock / kLanes16;
   HWY_ALIGN int16_t bits[kHeadsMax * kScanBlock];
@@ -225,23 +278,19 @@ HWY_INLINE int SelectFixed(const Selection& selection, const FixedHead* fixed_he
   const auto bias = hn::Set(d, static_cast<int16_t>(kExponentBias));
   const int heads = selection.heads;
   for (int h = 0; h < heads; ++h) {
-    const int16_t* sums = selection.sums + static_cast<ptrdiff_t>(h) * selection.sums_stride +
-                          static_cast<ptrdiff_t>(block) * kScanBlock;
     const auto centre = hn::Set(d, fixed_heads[h].centre);
     const auto slope = hn::Set(d, fixed_heads[h].slope);
     const auto half_noise2 = hn::Set(d, fixed_heads[h].half_noise2);
-    const auto threshold = hn::Set(d, fixed_heads[h].threshold);
+    const auto bound = hn::Set(d, fixed_heads[h].bound);
     for (int v = 0; v < kVectors; ++v) {
-      const auto sum = hn::ShiftLeft<kShift>(hn::LoadU(d, sums + v * kLanes16));
-      const auto score =
-          hn::Add(hn::MulFixedPoint15(hn::MulFixedPoint15(sum, gain[v]), slope), centre);
-      any[v] = hn::Or(any[v], hn::Gt(score, threshold));
+      const auto gained = GainedSums<kShift>(selection, h, block, v, gain[v]);
+      any[v] = hn::Or(any[v], hn::Gt(gained, bound));
+      const auto score = hn::Add(hn::MulFixedPoint15(gained, slope), centre);
       const auto exponent = hn::SaturatedSub(score, hn::MulFixedPoint15(gain2[v], half_noise2));
       const auto weight = hn::Add(hn::Min(hn::Max(exponent, least), most), bias);
       hn::Store(weight, d, bits + h * kScanBlock + v * kLanes16);
     }
   }
-  const int count = PutIndices(MaskBits(d, any), first_index, chosen);
   const DF df;
   for (int h = 0; h < heads; h += 4) {
     hn::Vec<DF> totals[4] = {hn::Zero(df), hn::Zero(df), hn::Zero(df), hn::Zero(df)};
@@ -250,11 +299,10 @@ HWY_INLINE int SelectFixed(const Selection& selection, const FixedHead* fixed_he
     float sums_of_four[4];
     SumFour(df, totals, sums_of_four);
     for (int j = 0; j < some; ++j) {
-      selection.block_weights[static_cast<ptrdiff_t>(h + j) * selection.weights_stride + block] =
-          sums_of_four[j];
+      weights[static_cast<ptrdiff_t>(h + j) * selection.weights_stride] = sums_of_four[j];
     }
   }
-  return count;
+  return MaskBits(d, any);
 }
 
 /// Up to kFixedBlocks blocks of a call.
@@ -264,6 +312,7 @@ struct SomeBlocks {
   int block_bytes;
   int first;
   int count;
+  WeighedBlocks weighed;  ///< of the call's
   uint32_t first_index;
 };
 
@@ -277,37 +326,61 @@ HWY_INLINE int SelectSome(const Selection& selection, const SomeBlocks& some, ui
                          fixed_heads[h]) &&
            fits;
   }
+  HWY_ALIGN int16_t bounds[kHeadsMax * kLanes16];
+  for (int h = 0; h < selection.heads; ++h) {
+    std::fill_n(bounds + h * kLanes16, kLanes16, fixed_heads[h].bound);
+  }
+  const auto gains_of = [&](int b) {
+    return reinterpret_cast<const uint16_t*>(some.gains +
+                                             static_cast<ptrdiff_t>(b) * some.block_bytes);
+  };
   // All of them first: a load waits long for narrower stores just before it.
   HWY_ALIGN int16_t fixed_gains[kFixedBlocks * kScanBlock];
   for (int b = 0; b < some.count && fits; ++b) {
-    FixGains(reinterpret_cast<const uint16_t*>(some.gains +
-                                               static_cast<ptrdiff_t>(b) * some.block_bytes),
-             static_cast<float>(kFixedOne) / gain_max, fixed_gains + b * kScanBlock);
+    FixGains(gains_of(b), static_cast<float>(kFixedOne) / gain_max, fixed_gains + b * kScanBlock);
   }
+  const WeighedBlocks& weighed = some.weighed;
+  const bool weighs_all = fits && weighed.step == 1;  // one look at the sums is enough
   int count = 0;
   for (int b = 0; b < some.count; ++b) {
-    const ptrdiff_t offset = static_cast<ptrdiff_t>(b) * some.block_bytes;
     if (some.next_codes != nullptr) {  // the half that ScanCodes left
-      const uint8_t* next = some.next_codes + offset;
+      const uint8_t* next = some.next_codes + static_cast<ptrdiff_t>(b) * some.block_bytes;
       for (int i = some.block_bytes / 2; i < some.block_bytes; i += 64) {
         __builtin_prefetch(next + i, 0, 2);
       }
     }
-    const auto* gains = reinterpret_cast<const uint16_t*>(some.gains + offset);
-    const uint32_t first_index = some.first_index + static_cast<uint32_t>(b * kScanBlock);
-    if (fits) {
-      count += SelectFixed<kShift>(selection, fixed_heads, some.first + b,
-                                   fixed_gains + b * kScanBlock, first_index, chosen + count);
+    const int block = some.first + b;
+    const int16_t* const gains = fixed_gains + b * kScanBlock;
+    uint64_t bits;
+    if (!fits) {
+      bits = ChooseWide(selection, block, gains_of(b));
+    } else if (weighs_all) {
+      bits =
+          WeighFixed<kShift>(selection, fixed_heads, block, gains, selection.block_weights + block);
     } else {
-      count += SelectWide(selection, some.first + b, gains, first_index, chosen + count);
+      bits = ChooseFixed<kShift>(selection, bounds, block, gains);
+    }
+    count +=
+        PutIndices(bits, some.first_index + static_cast<uint32_t>(b * kScanBlock), chosen + count);
+  }
+  if (weighs_all) return count;
+  int w = weighed.first >= some.first ? 0 : weighed.Count(some.first);
+  for (; weighed.first + w * weighed.step < some.first + some.count; ++w) {
+    const int block = weighed.first + w * weighed.step;
+    const int b = block - some.first;
+    if (fits) {
+      WeighFixed<kShift>(selection, fixed_heads, block, fixed_gains + b * kScanBlock,
+                         selection.block_weights + w);
+    } else {
+      WeighWide(selection, block, gains_of(b), selection.block_weights + w);
     }
   }
   return count;
 }
 
 int SelectAndWeighImpl(const int16_t* sums, int sums_stride, const uint8_t* codes, int blocks,
-                       int symbols, int planes, const ScanHead* scan_heads, int heads,
-                       uint32_t first_index, uint32_t* chosen, float* block_weights,
+                       WeighedBlocks weighed, int symbols, int planes, const ScanHead* scan_heads,
+                       int heads, uint32_t first_index, uint32_t* chosen, float* block_weights,
                        int weights_stride, const uint8_t* next_codes) {
   const int block_bytes = ScanBlockBytes(symbols, planes);
   const int largest_sum = kTableMax * symbols * (planes == 1 ? 1 : 3);
@@ -327,6 +400,7 @@ int SelectAndWeighImpl(const int16_t* sums, int sums_stride, const uint8_t* code
                              block_bytes,
                              b,
                              std::min(kFixedBlocks, blocks - b),
+                             weighed,
                              first_index + static_cast<uint32_t>(b * kScanBlock)};
     // Sums go as far to the left as the largest allows.
     if (largest_sum < 1 << 10) {
@@ -360,13 +434,14 @@ void EstimateScores(const int16_t* sums, int sums_stride, const uint8_t* codes, 
 }
 
 int SelectAndWeigh(const int16_t* sums, int sums_stride, const uint8_t* codes, int blocks,
-                   int symbols, int planes, const ScanHead* scan_heads, int heads,
-                   uint32_t first_index, uint32_t* chosen, float* block_weights, int weights_stride,
-                   const uint8_t* next_codes) noexcept {
+                   WeighedBlocks weighed, int symbols, int planes, const ScanHead* scan_heads,
+                   int heads, uint32_t first_index, uint32_t* chosen, float* block_weights,
+                   int weights_stride, const uint8_t* next_codes) noexcept {
   assert(heads <= 64);
-  return HWY_DYNAMIC_DISPATCH(SelectAndWeighImpl)(sums, sums_stride, codes, blocks, symbols, planes,
-                                                  scan_heads, heads, first_index, chosen,
-                                                  block_weights, weights_stride, next_codes);
+  assert(weighed.step >= 1 && weighed.first < std::min(weighed.step, std::max(blocks, 1)));
+  return HWY_DYNAMIC_DISPATCH(SelectAndWeighImpl)(
+      sums, sums_stride, codes, blocks, weighed, symbols, planes, scan_heads, heads, first_index,
+      chosen, block_weights, weights_stride, next_codes);
 }
 
 }  // namespace kvseek::kernels

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "kernels/cpu/ladder_codes.h"
+
 namespace kvseek::kernels {
 
 /// What turns sums into scores, for one head and one segment. Natural-log units, softmax scale
@@ -27,13 +29,13 @@ void EstimateScores(const int16_t* sums, int sums_stride, const uint8_t* codes, 
                     float* estimates, int estimates_stride, float* weights) noexcept;
 
 /// The same without writing scores: appends first_index + key of every chosen key to `chosen`
-/// (ascending; room for blocks * 64 more is needed), and writes for every block and head the summed
-/// weight of the keys not chosen: block_weights[h * weights_stride + block]. Returns how many were
-/// chosen. `next_codes`: see ScanCodes.
+/// (ascending; room for blocks * 64 more is needed), and writes for every head and the w-th of the
+/// weighed blocks the summed weight of its keys that are not chosen: block_weights[h *
+/// weights_stride + w]. Returns how many were chosen. `next_codes`: see ScanCodes.
 int SelectAndWeigh(const int16_t* sums, int sums_stride, const uint8_t* codes, int blocks,
-                   int symbols, int planes, const ScanHead* scan_heads, int heads,
-                   uint32_t first_index, uint32_t* chosen, float* block_weights, int weights_stride,
-                   const uint8_t* next_codes = nullptr) noexcept;
+                   WeighedBlocks weighed, int symbols, int planes, const ScanHead* scan_heads,
+                   int heads, uint32_t first_index, uint32_t* chosen, float* block_weights,
+                   int weights_stride, const uint8_t* next_codes = nullptr) noexcept;
 
 }  // namespace kvseek::kernels
 

@@ -104,7 +104,7 @@ void ScanProductsImpl(const uint8_t* codes, int blocks, const ProductLayout& lay
                       const uint8_t* entries, int heads, uint8_t* sums, int sums_stride,
                       const uint8_t* next_codes) {
   const int symbols = layout.Symbols();
-  ScanShape shape = {blocks, symbols, 1, layout.BlockBytes(), next_codes};
+  ScanShape shape = {blocks, symbols, 1, layout.BlockBytes(), layout.SketchOffset(), next_codes};
   for (int h = 0; h < heads; h += 4, shape.next = nullptr) {
     const uint8_t* const tables = entries + static_cast<ptrdiff_t>(h) * symbols * kTableSize;
     uint8_t* const out = sums + static_cast<ptrdiff_t>(h) * sums_stride;

@@ -53,7 +53,8 @@ void BuildProductTables(const float* queries, int heads, int dim, const uint16_t
                         uint8_t* entries, ProductTables* tables) noexcept;
 
 /// Adds up table entries for every key of `blocks` consecutive blocks: sums[h * sums_stride + key].
-/// Alignment, strides and `next_codes` as ScanCodes (ladder_scan.h). The same bits at every level.
+/// Alignment, strides and `next_codes` as ScanCodes (ladder_scan.h); sketches are not fetched. The
+/// same bits at every level.
 void ScanProducts(const uint8_t* codes, int blocks, const ProductLayout& layout,
                   const uint8_t* entries, int heads, uint8_t* sums, int sums_stride,
                   const uint8_t* next_codes = nullptr) noexcept;
@@ -95,24 +96,28 @@ void SampleProducts(const ProductSample& sample, const ProductLayout& layout,
                     const uint8_t* entries, const ProductTables* tables, int heads, uint8_t* sums,
                     const ProductSampled& results) noexcept;
 
-/// What SelectProducts finds, for `blocks` blocks and `count` heads.
+/// What SelectProducts finds, for `blocks` blocks, of which `weighed` are weighed, and `count`
+/// heads.
 struct ProductResults {
-  uint32_t* chosen;      ///< room for blocks * 64
-  uint8_t* weights;      ///< (count, weights_stride): of each key in weight_units, 0 if chosen
+  uint32_t* chosen;  ///< room for blocks * 64
+  /// (count, weights_stride): of each key of the weighed blocks, side by side, in weight_units; 0
+  /// if it is chosen.
+  uint8_t* weights;
   int weights_stride;    ///< a multiple of 64; weights is 64-byte aligned
   float* weight_units;   ///< (count)
-  float* sums;           ///< (count): summed weight of all blocks
-  float* block_weights;  ///< (count, blocks_stride): of each block, or null: nobody wants them
+  float* sums;           ///< (count): summed weight of the weighed blocks
+  float* block_weights;  ///< (count, blocks_stride): of each of them, or null: nobody wants them
   int blocks_stride;     ///< of block_weights
 };
 
-/// Writes first_index + key of every chosen key, ascending, and the weights of the others: single
-/// ones are rounded to a 255th of one at the threshold, sums are of 256 times finer ones. Returns
-/// how many keys were chosen. Where a threshold is above all sums, the window ends at the largest
-/// sum of these keys. `next_codes`: see ScanProducts. The same whole numbers at every level.
+/// Writes first_index + key of every chosen key, ascending, and the weights of the others of the
+/// weighed blocks: single ones are rounded to a 255th of one at the threshold, sums are of 256
+/// times finer ones. Returns how many keys were chosen. Where a threshold is above all sums, the
+/// window ends at the largest sum of these keys. `next_codes`: see ScanProducts. The same whole
+/// numbers at every level.
 int SelectProducts(const uint8_t* sums, int sums_stride, const uint8_t* codes, int blocks,
-                   const ProductLayout& layout, const ProductHead* heads, int count,
-                   uint32_t first_index, const ProductResults& results,
+                   WeighedBlocks weighed, const ProductLayout& layout, const ProductHead* heads,
+                   int count, uint32_t first_index, const ProductResults& results,
                    const uint8_t* next_codes = nullptr) noexcept;
 
 }  // namespace kvseek::kernels

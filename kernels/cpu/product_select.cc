@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <bit>
 #include <cassert>
 #include <cmath>
 #include <cstddef>
@@ -69,26 +70,29 @@ struct SelectCall {
   const uint8_t* codes;
   const uint8_t* next;  ///< as many blocks that are scanned next, or null
   int block_bytes;
+  int code_bytes;  ///< of a block, before its sketch
   int symbols;
   uint32_t first_index;
   int count;
   const SelectHead* heads;
 };
 
-/// Some of them, and where they go. Totals are sums of 256 * high + low - 128 over all keys of the
-/// range so far that are not chosen.
-struct SelectRange {
+/// Of weighed blocks [begin, end), kRangeBlocks at most. Totals are sums of 256 * high + low - 128
+/// over all keys of the range so far that are not chosen.
+struct WeighRange {
   int begin;
-  int end;  ///< begin + kRangeBlocks at most
-  uint32_t* chosen;
+  int end;
+  WeighedBlocks blocks;
   int32_t* totals;  ///< (blocks, kHeadsMax), or
   bool last_only;   ///< (kHeadsMax), of the last block only
+
+  int BlockOf(int i) const { return blocks.first + i * blocks.step; }
 };
 constexpr int kRangeBlocks = 16;
 
-/// The half of a block that ScanProducts left.
-HWY_INLINE void FetchRest(const uint8_t* block, int block_bytes) {
-  for (int i = block_bytes / 2; i < block_bytes; i += 64) __builtin_prefetch(block + i, 0, 2);
+/// The half of a block's codes that ScanProducts left.
+HWY_INLINE void FetchRest(const uint8_t* block, int code_bytes) {
+  for (int i = code_bytes / 2; i < code_bytes; i += 64) __builtin_prefetch(block + i, 0, 2);
 }
 
 #if HWY_TARGET == HWY_SCALAR || HWY_TARGET == HWY_EMU128 || HWY_HAVE_SCALABLE
@@ -109,36 +113,50 @@ int LargestSum(const uint8_t* sums, int blocks) {
   return *std::max_element(sums, sums + static_cast<ptrdiff_t>(blocks) * kScanBlock);
 }
 
-/// Chooses and weighs; returns how many keys are chosen.
-int SelectIn(const SelectCall& call, const SelectRange& range) {
-  uint32_t* chosen = range.chosen;
+/// Whether some head chooses a key.
+bool IsChosen(const SelectCall& call, int key) {
+  return std::any_of(call.heads, call.heads + call.count, [key](const SelectHead& head) {
+    return head.sums[key] + head.lift[0] >= kChosen;
+  });
+}
+
+/// Returns how many keys of `blocks` blocks are chosen.
+int Choose(const SelectCall& call, int blocks, uint32_t* chosen) {
+  const uint32_t* const begin = chosen;
+  for (int b = 0; b < blocks; ++b) {
+    if (call.next != nullptr) {
+      FetchRest(call.next + static_cast<ptrdiff_t>(b) * call.block_bytes, call.code_bytes);
+    }
+    for (int key = b * kScanBlock; key < (b + 1) * kScanBlock; ++key) {
+      if (IsChosen(call, key)) *chosen++ = call.first_index + static_cast<uint32_t>(key);
+    }
+  }
+  return static_cast<int>(chosen - begin);
+}
+
+void Weigh(const SelectCall& call, const WeighRange& range) {
   int32_t* totals = range.totals;
   for (int h = 0; h < call.count; ++h) totals[h] = 0;
-  for (int b = range.begin; b < range.end; ++b) {
-    const ptrdiff_t offset = static_cast<ptrdiff_t>(b) * call.block_bytes;
-    if (call.next != nullptr) FetchRest(call.next + offset, call.block_bytes);
-    if (!range.last_only && b > range.begin) {
+  for (int w = range.begin; w < range.end; ++w) {
+    if (!range.last_only && w > range.begin) {
       std::copy_n(totals, call.count, totals + kHeadsMax);
       totals += kHeadsMax;
     }
+    const int block = range.BlockOf(w);
+    const uint8_t* const codes = call.codes + static_cast<ptrdiff_t>(block) * call.block_bytes;
     for (int i = 0; i < kScanBlock; ++i) {
-      const int key = b * kScanBlock + i;
-      const int level = SymbolOf(call.codes + offset, call.symbols, call.symbols - 1, i);
-      bool any = false;
-      for (int h = 0; h < call.count; ++h) {
-        any |= call.heads[h].sums[key] + call.heads[h].lift[i] >= kChosen;
-      }
-      if (any) *chosen++ = call.first_index + static_cast<uint32_t>(key);
+      const int key = block * kScanBlock + i;
+      const int level = SymbolOf(codes, call.symbols, call.symbols - 1, i);
+      const bool any = IsChosen(call, key);
       for (int h = 0; h < call.count; ++h) {
         const SelectHead& head = call.heads[h];
         const int lifted = head.sums[key] + head.lift[i];
         const int step = std::max(lifted - head.excess[level], 0) >> head.shift & (kCentroids - 1);
-        head.weights[key] = any ? uint8_t{0} : head.high[step];
+        head.weights[w * kScanBlock + i] = any ? uint8_t{0} : head.high[step];
         if (!any) totals[h] += 256 * head.high[step] + head.low[step] - 128;
       }
     }
   }
-  return static_cast<int>(chosen - range.chosen);
 }
 
 #else
@@ -215,57 +233,78 @@ HWY_INLINE V32 AddBytes(V32 sums, V8 bytes) {
 }
 #endif
 
-/// For kHeads heads; 0: for call.count.
+/// kByteLanes keys of all heads from `at` on, lifted; returns the largest of each.
 template <int kHeads>
-KVSEEK_SELECT HWY_NOINLINE int SelectInOf(const SelectCall& call, const SelectRange& range) {
+HWY_INLINE V8 Lift(const SelectCall& call, int count, ptrdiff_t at, V8* lifted) {
+  const D8 d8;
+  auto most = hn::Zero(d8);
+  for (int h = 0; h < count; ++h) {
+    const SelectHead& head = call.heads[h];
+    const auto sum = hn::SaturatedAdd(hn::Load(d8, head.sums + at), hn::Load(d8, head.lift));
+    if (lifted != nullptr) lifted[h] = sum;
+    most = h == 0 ? sum : hn::Max(most, sum);
+  }
+  return most;
+}
+
+/// As the scalar level's, for kHeads heads; 0: for call.count.
+template <int kHeads>
+HWY_NOINLINE int ChooseOf(const SelectCall& call, int blocks, uint32_t* chosen) {
+  const D8 d8;
+  const int count = kHeads == 0 ? call.count : kHeads;
+  const uint32_t* const begin = chosen;
+  const uint8_t* next = call.next;
+  BlockIndices indices(call.first_index);
+  for (int b = 0; b < blocks; ++b) {
+    if (next != nullptr) {
+      FetchRest(next, call.code_bytes);
+      next += call.block_bytes;
+    }
+    hn::Mask<D8> any[kByteVectors];
+    for (int v = 0; v < kByteVectors; ++v) {
+      const ptrdiff_t at = static_cast<ptrdiff_t>(b) * kScanBlock + v * kByteLanes;
+      any[v] = hn::Eq(Lift<kHeads>(call, count, at, nullptr), hn::Set(d8, kChosen));
+    }
+    chosen += indices.Put(MaskBits(d8, any), chosen);
+  }
+  return static_cast<int>(chosen - begin);
+}
+
+template <int kHeads>
+KVSEEK_SELECT HWY_NOINLINE void WeighOf(const SelectCall& call, const WeighRange& range) {
   constexpr int kRoom = kHeads == 0 ? kHeadsMax : kHeads;
   const D8 d8;
   const int count = kHeads == 0 ? call.count : kHeads;
   const SelectHead* const heads = call.heads;
-  const int block_bytes = call.block_bytes;
   V32 high_sums[kRoom];
   V32 low_sums[kRoom];
   for (int h = 0; h < count; ++h) high_sums[h] = low_sums[h] = hn::Zero(D32());
   const LastSymbols levels_of(call.symbols);
-  const uint8_t* block = call.codes + static_cast<ptrdiff_t>(range.begin) * block_bytes;
-  const ptrdiff_t ahead = call.next == nullptr ? 0 : call.next - call.codes;
-  uint32_t* chosen = range.chosen;
   int32_t* totals = range.totals;
-  const ptrdiff_t end = static_cast<ptrdiff_t>(range.end) * kScanBlock;
-  ptrdiff_t at = static_cast<ptrdiff_t>(range.begin) * kScanBlock;
-  BlockIndices indices(call.first_index + static_cast<uint32_t>(at));
   int unread = 0;
-  while (at < end) {
-    const ptrdiff_t stop = range.last_only ? end : at + kScanBlock;
-    const uint32_t* const chosen_before = chosen;
-    unread += static_cast<int>(stop - at);
-    for (; at < stop; at += kScanBlock, block += block_bytes) {
-      if (ahead != 0) FetchRest(block + ahead, block_bytes);
-      hn::Mask<D8> any[kByteVectors];
-      for (int v = 0; v < kByteVectors; ++v) {
-        const ptrdiff_t i = at + v * kByteLanes;
-        const Index levels = MakeIndex(levels_of.Load(block, v * kByteLanes));
-        V8 lifted[kRoom];
-        auto most = hn::Zero(d8);
-        for (int h = 0; h < count; ++h) {
-          lifted[h] =
-              hn::SaturatedAdd(hn::Load(d8, heads[h].sums + i), hn::Load(d8, heads[h].lift));
-          most = h == 0 ? lifted[0] : hn::Max(most, lifted[h]);
-        }
-        any[v] = hn::Eq(most, hn::Set(d8, kChosen));
-        for (int h = 0; h < count; ++h) {
-          const SelectHead& head = heads[h];
-          const Index step =
-              MakeIndex(ShiftBytes(hn::SaturatedSub(lifted[h], LookUp(head.excess, levels)), head));
-          const auto high = LookUpUnread(head.high, step, any[v]);
-          hn::Store(high, d8, head.weights + i);
-          high_sums[h] = AddBytes(high_sums[h], high);
-          low_sums[h] = AddBytes(low_sums[h], LookUpUnread(head.low, step, any[v]));
-        }
+  for (int w = range.begin; w < range.end; ++w) {
+    const int number = range.BlockOf(w);
+    const uint8_t* const block = call.codes + static_cast<ptrdiff_t>(number) * call.block_bytes;
+    hn::Mask<D8> any[kByteVectors];
+    for (int v = 0; v < kByteVectors; ++v) {
+      const int i = v * kByteLanes;
+      const Index levels = MakeIndex(levels_of.Load(block, i));
+      V8 lifted[kRoom];
+      const auto most =
+          Lift<kHeads>(call, count, static_cast<ptrdiff_t>(number) * kScanBlock + i, lifted);
+      any[v] = hn::Eq(most, hn::Set(d8, kChosen));
+      for (int h = 0; h < count; ++h) {
+        const SelectHead& head = heads[h];
+        const Index step =
+            MakeIndex(ShiftBytes(hn::SaturatedSub(lifted[h], LookUp(head.excess, levels)), head));
+        const auto high = LookUpUnread(head.high, step, any[v]);
+        hn::Store(high, d8, head.weights + static_cast<ptrdiff_t>(w) * kScanBlock + i);
+        high_sums[h] = AddBytes(high_sums[h], high);
+        low_sums[h] = AddBytes(low_sums[h], LookUpUnread(head.low, step, any[v]));
       }
-      chosen += indices.Put(MaskBits(d8, any), chosen);
     }
-    unread -= static_cast<int>(chosen - chosen_before);
+    unread += kScanBlock - std::popcount(MaskBits(d8, any));
+    if (range.last_only && w + 1 < range.end) continue;
     for (int h = 0; h < count; h += 4) {
       V32 sums[4];
       for (int j = 0; j < 4; ++j) {
@@ -279,38 +318,46 @@ KVSEEK_SELECT HWY_NOINLINE int SelectInOf(const SelectCall& call, const SelectRa
     }
     totals += kHeadsMax;
   }
-  return static_cast<int>(chosen - range.chosen);
 }
 
-/// As the scalar level's.
-HWY_INLINE int SelectIn(const SelectCall& call, const SelectRange& range) {
-  switch (call.count) {
+/// Calls function.operator()<heads>(), or <0> where they are many.
+template <class Function>
+HWY_INLINE auto ForHeads(int heads, const Function& function) {
+  switch (heads) {
     case 1:
-      return SelectInOf<1>(call, range);
+      return function.template operator()<1>();
     case 2:
-      return SelectInOf<2>(call, range);
+      return function.template operator()<2>();
     case 3:
-      return SelectInOf<3>(call, range);
+      return function.template operator()<3>();
     case 4:
-      return SelectInOf<4>(call, range);
+      return function.template operator()<4>();
     case 5:
-      return SelectInOf<5>(call, range);
+      return function.template operator()<5>();
     case 6:
-      return SelectInOf<6>(call, range);
+      return function.template operator()<6>();
     case 7:
-      return SelectInOf<7>(call, range);
+      return function.template operator()<7>();
     case 8:
-      return SelectInOf<8>(call, range);
+      return function.template operator()<8>();
     default:
-      return SelectInOf<0>(call, range);
+      return function.template operator()<0>();
   }
+}
+
+HWY_INLINE int Choose(const SelectCall& call, int blocks, uint32_t* chosen) {
+  return ForHeads(call.count, [&]<int kHeads>() { return ChooseOf<kHeads>(call, blocks, chosen); });
+}
+
+HWY_INLINE void Weigh(const SelectCall& call, const WeighRange& range) {
+  ForHeads(call.count, [&]<int kHeads>() { WeighOf<kHeads>(call, range); });
 }
 
 #endif
 
 int SelectProductsImpl(const uint8_t* sums, int sums_stride, const uint8_t* codes, int blocks,
-                       const ProductLayout& layout, const ProductHead* heads, int count,
-                       uint32_t first_index, const ProductResults& results,
+                       WeighedBlocks weighed, const ProductLayout& layout, const ProductHead* heads,
+                       int count, uint32_t first_index, const ProductResults& results,
                        const uint8_t* next_codes) {
   SelectHead select[kHeadsMax];
   float fine_units[kHeadsMax];  // what one of the totals weighs
@@ -328,15 +375,17 @@ int SelectProductsImpl(const uint8_t* sums, int sums_stride, const uint8_t* code
     fine_units[h] = weight * (1.0F / (255.0F * 256.0F));
     results.sums[h] = 0.0F;
   }
-  const SelectCall call = {codes, next_codes, layout.BlockBytes(), layout.Symbols(), first_index,
-                           count, select};
-  int found = 0;
+  const SelectCall call = {
+      codes, next_codes, layout.BlockBytes(), layout.SketchOffset(), layout.Symbols(), first_index,
+      count, select};
+  const int found = Choose(call, blocks, results.chosen);
   const bool by_block = results.block_weights != nullptr;
+  const int weighed_blocks = weighed.Count(blocks);
   int32_t totals[kRangeBlocks * kHeadsMax];
-  for (int b = 0; b < blocks; b += kRangeBlocks) {
-    const int end = std::min(blocks, b + kRangeBlocks);
-    found += SelectIn(call, {b, end, results.chosen + found, totals, !by_block});
-    const int32_t* const last = by_block ? totals + (end - 1 - b) * kHeadsMax : totals;
+  for (int w = 0; w < weighed_blocks; w += kRangeBlocks) {
+    const int end = std::min(weighed_blocks, w + kRangeBlocks);
+    Weigh(call, {w, end, weighed, totals, !by_block});
+    const int32_t* const last = by_block ? totals + (end - 1 - w) * kHeadsMax : totals;
     for (int h = 0; h < count; ++h) {
       results.sums[h] += fine_units[h] * static_cast<float>(last[h]);
     }
@@ -345,8 +394,8 @@ int SelectProductsImpl(const uint8_t* sums, int sums_stride, const uint8_t* code
       int32_t before = 0;
       float* const weights =
           results.block_weights + static_cast<ptrdiff_t>(h) * results.blocks_stride;
-      for (int i = b; i < end; ++i) {
-        const int32_t total = totals[(i - b) * kHeadsMax + h];
+      for (int i = w; i < end; ++i) {
+        const int32_t total = totals[(i - w) * kHeadsMax + h];
         weights[i] = fine_units[h] * static_cast<float>(total - before);
         before = total;
       }
@@ -367,12 +416,13 @@ namespace kvseek::kernels {
 HWY_EXPORT(SelectProductsImpl);
 
 int SelectProducts(const uint8_t* sums, int sums_stride, const uint8_t* codes, int blocks,
-                   const ProductLayout& layout, const ProductHead* heads, int count,
-                   uint32_t first_index, const ProductResults& results,
+                   WeighedBlocks weighed, const ProductLayout& layout, const ProductHead* heads,
+                   int count, uint32_t first_index, const ProductResults& results,
                    const uint8_t* next_codes) noexcept {
   assert(count <= kHeadsMax && results.weights_stride % kScanBlock == 0);
-  return HWY_DYNAMIC_DISPATCH(SelectProductsImpl)(sums, sums_stride, codes, blocks, layout, heads,
-                                                  count, first_index, results, next_codes);
+  assert(weighed.step >= 1 && weighed.first < std::min(weighed.step, std::max(blocks, 1)));
+  return HWY_DYNAMIC_DISPATCH(SelectProductsImpl)(sums, sums_stride, codes, blocks, weighed, layout,
+                                                  heads, count, first_index, results, next_codes);
 }
 
 }  // namespace kvseek::kernels

@@ -54,7 +54,7 @@ struct Fp32 {
 template <class Element>
 struct ContiguousRows {
   const typename Element::T* base;
-  size_t dim;
+  size_t dim;  ///< from one row to the next
   HWY_INLINE const typename Element::T* operator[](int t) const {
     return base + static_cast<size_t>(t) * dim;
   }

@@ -29,9 +29,9 @@ HWY_INLINE void AddComponents(float unit, const int32_t* products, int weight_su
 
 /// All components for kHeads heads.
 template <int kHeads>
-KVSEEK_VNNI HWY_NOINLINE void AddSketchesOf(const uint8_t* codes, int blocks, int block_bytes,
-                                            const uint8_t* weights, int weights_stride,
-                                            const float* units, float* sums) {
+HWY_NOINLINE void AddSketchesOf(const uint8_t* codes, int blocks, int block_bytes,
+                                const uint8_t* weights, int weights_stride, const float* units,
+                                float* sums) {
   constexpr int kHalf = kSketchDim / 2;
   const __m512i ones = _mm512_set1_epi8(1);
   const __m512i nibble = _mm512_set1_epi8(15);
@@ -47,15 +47,15 @@ KVSEEK_VNNI HWY_NOINLINE void AddSketchesOf(const uint8_t* codes, int blocks, in
     __m512i block[kHeads];
     for (int h = 0; h < kHeads; ++h) {
       block[h] = _mm512_loadu_si512(weights + static_cast<ptrdiff_t>(h) * weights_stride);
-      weight_sums[h] = _mm512_dpbusd_epi32(weight_sums[h], block[h], ones);
+      weight_sums[h] = AddProducts(weight_sums[h], block[h], ones);
     }
     for (int c = 0; c < kHalf; ++c) {
       const __m512i row = _mm512_loadu_si512(codes + c * kScanBlock);
       const __m512i row_low = _mm512_and_si512(row, nibble);
       const __m512i row_both = _mm512_xor_si512(row, sign);
       for (int h = 0; h < kHeads; ++h) {
-        low[h][c] = _mm512_dpbusd_epi32(low[h][c], block[h], row_low);
-        both[h][c] = _mm512_dpbusd_epi32(both[h][c], block[h], row_both);
+        low[h][c] = AddProducts(low[h][c], block[h], row_low);
+        both[h][c] = AddProducts(both[h][c], block[h], row_both);
       }
     }
   }
@@ -131,11 +131,12 @@ HWY_NOINLINE void AddSketchesOf(const uint8_t* codes, int blocks, int block_byte
 
 #endif
 
-void AddSketchesImpl(const uint8_t* codes, int blocks, const ProductLayout& layout,
-                     const uint8_t* weights, int weights_stride, const float* units, int heads,
-                     float* sums) {
-  codes += layout.SketchOffset();
-  const int block_bytes = layout.BlockBytes();
+void AddSketchesImpl(const uint8_t* codes, int all_blocks, WeighedBlocks weighed,
+                     const ProductLayout& layout, const uint8_t* weights, int weights_stride,
+                     const float* units, int heads, float* sums) {
+  codes += layout.SketchOffset() + weighed.first * layout.BlockBytes();
+  const int block_bytes = weighed.step * layout.BlockBytes();
+  const int blocks = weighed.Count(all_blocks);
   int h = 0;
   for (; h + 2 <= heads; h += 2, weights += 2 * static_cast<ptrdiff_t>(weights_stride)) {
     AddSketchesOf<2>(codes, blocks, block_bytes, weights, weights_stride, units + h,
@@ -156,12 +157,12 @@ namespace kvseek::kernels {
 
 HWY_EXPORT(AddSketchesImpl);
 
-void AddSketches(const uint8_t* codes, int blocks, const ProductLayout& layout,
-                 const uint8_t* weights, int weights_stride, const float* units, int heads,
-                 float* sums) noexcept {
+void AddSketches(const uint8_t* codes, int blocks, WeighedBlocks weighed,
+                 const ProductLayout& layout, const uint8_t* weights, int weights_stride,
+                 const float* units, int heads, float* sums) noexcept {
   assert(layout.sketch);
   HWY_DYNAMIC_DISPATCH(AddSketchesImpl)
-  (codes, blocks, layout, weights, weights_stride, units, heads, sums);
+  (codes, blocks, weighed, layout, weights, weights_stride, units, heads, sums);
 }
 
 }  // namespace kvseek::kernels

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <iterator>
@@ -179,6 +180,42 @@ TEST(ProductIndexTest, TheSameInputGivesTheSameAnswers) {
   EXPECT_EQ(forward.out, backward.out);
   EXPECT_EQ(forward.lse, backward.lse);
   EXPECT_EQ(forward.report.missed_high, backward.report.missed_high);
+}
+
+// Two codebooks, whose tables are pieces of the first step beside the exact part.
+TEST(ProductIndexTest, TablesArePiecesOfTheirOwn) {
+  const cli::HeadTrace trace = TrainedTrace({.tokens = 85 * kSegmentTokens + 300,
+                                             .key_dim = 8,
+                                             .value_dim = 8,
+                                             .group = 2,
+                                             .value_drift = 2.0F});
+  const cli::StoredHead head(trace, 2);
+  const KvView view = head.view();
+  const auto built = ProductIndex::Build(InputOf(trace, view), {});
+  ASSERT_NE(built->stretches()[0]->codebook, built->stretches()[1]->codebook);
+  Scratch scratch;
+  Scratch other;
+  const SearchOptions options{.candidates = 2000};
+  for (const auto& [end, books, exact_parts] : std::vector<std::array<int64_t, 3>>{
+           {trace.tokens, 2, 2}, {view.SealedTokens(), 2, 0}, {60 * kSegmentTokens, 1, 0}}) {
+    const SearchQuery query{trace.StepQueries(0), trace.group, 0, end};
+    const SearchResult forward = built->Search(view, query, options, scratch);
+    const auto plan = built->Plan(view, query, options, other);
+    std::vector<int> pieces;  // of each step
+    do {
+      EXPECT_NE(plan->phase(), SearchPhase::kPlan);
+      pieces.push_back(plan->pieces());
+      for (int i = plan->pieces() - 1; i >= 0; --i) plan->Run(i, i % 2 == 0 ? scratch : other);
+    } while (plan->NextStep(other));
+    EXPECT_THAT(pieces, testing::ElementsAre(books + exact_parts, 4, testing::Ge(4), trace.group));
+    SearchResult backward;
+    plan->Finish(backward, other);
+    EXPECT_EQ(forward.out, backward.out);
+    EXPECT_EQ(forward.lse, backward.lse);
+    const SearchResult exact = ExactIndex().Search(view, query, {}, scratch);
+    EXPECT_LE(MeanError(trace, forward, exact), 0.3);
+    for (size_t h = 0; h < exact.lse.size(); ++h) EXPECT_NEAR(forward.lse[h], exact.lse[h], 0.1);
+  }
 }
 
 TEST(ProductIndexTest, LevelsAgree) {

@@ -19,6 +19,9 @@ struct TraceShape {
   int steps = 4;
   kernels::DType dtype = kernels::DType::kBf16;
   uint64_t seed = 1;
+  /// How far values drift with the keys. Without it they are noise, most of which cancels where
+  /// attention is flat, so that answers are small beside any error.
+  float value_drift = 0.0F;
 };
 
 inline cli::HeadTrace RandomTrace(const TraceShape& shape) {
@@ -43,7 +46,9 @@ inline cli::HeadTrace RandomTrace(const TraceShape& shape) {
       const float sink = t == 0 ? 4.0F : 0.0F;
       trace.keys.push_back(store(normal(random) + drift * static_cast<float>(d % 3) + sink));
     }
-    for (int d = 0; d < shape.value_dim; ++d) trace.values.push_back(store(normal(random)));
+    for (int d = 0; d < shape.value_dim; ++d) {
+      trace.values.push_back(store(normal(random) + shape.value_drift * drift));
+    }
   }
   const size_t queries = static_cast<size_t>(shape.steps) * static_cast<size_t>(shape.group) *
                          static_cast<size_t>(shape.key_dim);

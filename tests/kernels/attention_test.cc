@@ -276,8 +276,16 @@ TEST(Attention, AddsWeightedRows) {
             reference::WeightedRows(weights.data(), 7, rows.data(), DType::kBf16, count, dim);
         for (double& x : expected) x += 2.5;
         std::vector<float> acc(static_cast<size_t>(7 * dim), 2.5F);
-        AddWeightedRows(weights.data(), count, 7, rows.data(), count, dim, acc.data());
+        AddWeightedRows(weights.data(), count, 7, rows.data(), dim, count, dim, acc.data());
         EXPECT_THAT(acc, ::testing::Pointwise(::testing::DoubleNear(kTolerance), expected));
+        // With other rows between.
+        std::vector<uint16_t> apart(static_cast<size_t>(count * 3 * dim), 0x7fc0);
+        for (int t = 0; t < count; ++t) {
+          std::copy_n(rows.begin() + t * dim, dim, apart.begin() + t * 3 * dim);
+        }
+        std::vector<float> same(static_cast<size_t>(7 * dim), 2.5F);
+        AddWeightedRows(weights.data(), count, 7, apart.data(), 3 * dim, count, dim, same.data());
+        EXPECT_EQ(same, acc);
       }
     }
   });

@@ -78,7 +78,8 @@ TEST_P(LadderSelectTest, NoBlocks) {
   uint32_t chosen = 0;
   float weight = 5.0F;
   EXPECT_EQ(
-      SelectAndWeigh(sums.data(), 64, codes.data(), 0, 22, 1, &head, 1, 0, &chosen, &weight, 1), 0);
+      SelectAndWeigh(sums.data(), 64, codes.data(), 0, {}, 22, 1, &head, 1, 0, &chosen, &weight, 1),
+      0);
   EXPECT_EQ(weight, 5.0F);
 }
 
@@ -127,7 +128,7 @@ class SelectionCheck {
     std::vector<uint32_t> chosen(static_cast<size_t>(scan_.blocks * 64), 999999);
     std::vector<float> weights(heads * stride, -1.0F);
     const int count =
-        SelectAndWeigh(scan_.sums.data(), scan_.stride, scan_.codes.data(), scan_.blocks,
+        SelectAndWeigh(scan_.sums.data(), scan_.stride, scan_.codes.data(), scan_.blocks, {},
                        scan_.symbols, scan_.planes, scan_.scan_heads.data(), scan_.heads,
                        3000000000U, chosen.data(), weights.data(), static_cast<int>(stride));
     chosen.resize(static_cast<size_t>(count));
@@ -238,7 +239,7 @@ TEST_P(LadderSelectTest, SmallWeightsAreNeverSubnormal) {
       head.threshold = kInfinity;
       head.reference = reference;
     }
-    SelectAndWeigh(scan.sums.data(), scan.stride, scan.codes.data(), 2, scan.symbols, 1,
+    SelectAndWeigh(scan.sums.data(), scan.stride, scan.codes.data(), 2, {}, scan.symbols, 1,
                    scan.scan_heads.data(), 2, 0, chosen.data(), weights.data(), 2);
     EstimateScores(scan.sums.data(), scan.stride, scan.codes.data(), 2, scan.symbols, 1,
                    scan.scan_heads.data(), 2, estimates.data(), 128, each.data());
@@ -248,12 +249,45 @@ TEST_P(LadderSelectTest, SmallWeightsAreNeverSubnormal) {
   }
 }
 
+// The choice does not depend on which blocks are weighed, nor does a block's weight.
+TEST_P(LadderSelectTest, SomeBlocksAreWeighed) {
+  for (const int heads : {1, 4, 6}) {
+    for (const float centre : {0.0F, 400.0F}) {  // the second in single precision
+      Scan scan(heads, 128, 1, 37);
+      scan.scan_heads[0].centre += centre;
+      const auto select = [&](WeighedBlocks weighed, std::vector<uint32_t>& chosen,
+                              std::vector<float>& weights) {
+        chosen.assign(37 * 64, 0);
+        weights.assign(static_cast<size_t>(heads) * 37, -1.0F);
+        chosen.resize(static_cast<size_t>(SelectAndWeigh(
+            scan.sums.data(), scan.stride, scan.codes.data(), 37, weighed, scan.symbols, 1,
+            scan.scan_heads.data(), heads, 5, chosen.data(), weights.data(), 37)));
+      };
+      std::vector<uint32_t> all_chosen, chosen;
+      std::vector<float> all, some;
+      select({}, all_chosen, all);
+      for (const WeighedBlocks weighed : {WeighedBlocks{0, 2}, {3, 4}, {16, 20}, {36, 37}}) {
+        SCOPED_TRACE(testing::Message() << heads << ' ' << weighed.first << ' ' << weighed.step);
+        select(weighed, chosen, some);
+        EXPECT_EQ(chosen, all_chosen);
+        for (size_t h = 0; h < static_cast<size_t>(heads); ++h) {
+          for (int w = 0; w < 37; ++w) {
+            const auto block = static_cast<size_t>(weighed.first + w * weighed.step);
+            EXPECT_EQ(some[h * 37 + static_cast<size_t>(w)],
+                      block < 37 ? all[h * 37 + block] : -1.0F);
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST_P(LadderSelectTest, AllNoneAndAbsentKeys) {
   Scan scan(2, 128, 1, 2);
   std::vector<uint32_t> chosen(128);
   std::vector<float> weights(4, -1.0F);
   const auto select = [&] {
-    return SelectAndWeigh(scan.sums.data(), scan.stride, scan.codes.data(), 2, scan.symbols, 1,
+    return SelectAndWeigh(scan.sums.data(), scan.stride, scan.codes.data(), 2, {}, scan.symbols, 1,
                           scan.scan_heads.data(), 2, 10, chosen.data(), weights.data(), 2);
   };
   scan.scan_heads[0].threshold = scan.scan_heads[1].threshold = kInfinity;

@@ -225,17 +225,19 @@ TEST_P(ProductScanTest, SamplesAreEstimatedAndWeighed) {
 
 /// What SelectProducts finds in all blocks of a subject.
 struct Selected {
-  Selected(const Subject& subject, const std::vector<ProductHead>& heads, bool by_block = true)
+  Selected(const Subject& subject, const std::vector<ProductHead>& heads, bool by_block = true,
+           WeighedBlocks weighed = {})
       : stride(subject.blocks * 64),
         chosen(static_cast<size_t>(stride) + 1, 77777),
         weights(heads.size() * static_cast<size_t>(stride)),
         units(heads.size()),
         sums(heads.size()),
         block_weights(heads.size() * static_cast<size_t>(subject.blocks + 1), -1.0F) {
-    count = SelectProducts(subject.sums.data(), stride, subject.codes.data(), subject.blocks,
-                           subject.layout, heads.data(), static_cast<int>(heads.size()), 1000,
-                           {chosen.data(), weights.data(), stride, units.data(), sums.data(),
-                            by_block ? block_weights.data() : nullptr, subject.blocks + 1});
+    count =
+        SelectProducts(subject.sums.data(), stride, subject.codes.data(), subject.blocks, weighed,
+                       subject.layout, heads.data(), static_cast<int>(heads.size()), 1000,
+                       {chosen.data(), weights.data(), stride, units.data(), sums.data(),
+                        by_block ? block_weights.data() : nullptr, subject.blocks + 1});
   }
   float Weight(size_t h, size_t key) const {
     return units[h] * static_cast<float>(weights.data()[h * static_cast<size_t>(stride) + key]);
@@ -321,6 +323,40 @@ TEST_P(ProductScanTest, SumsAreOfAllBlocks) {
             sum += by_block.block_weights[h * static_cast<size_t>(blocks + 1) + b];
           }
           EXPECT_NEAR(whole.sums[h], sum, 1e-6 * sum);
+        }
+      }
+    }
+  }
+}
+
+// The choice does not depend on which blocks are weighed, nor does a block's weight.
+TEST_P(ProductScanTest, SomeBlocksAreWeighed) {
+  for (const int heads : {1, 4, 9}) {
+    for (const float threshold : {-kInfinity, 0.8F, kInfinity}) {
+      const Subject subject(11, true, 37, heads);
+      const auto given = subject.Heads(threshold, 0.7F);
+      const Selected all(subject, given);
+      for (const WeighedBlocks weighed : {WeighedBlocks{0, 2}, {3, 4}, {16, 20}, {36, 37}}) {
+        SCOPED_TRACE(testing::Message() << heads << ' ' << weighed.first << ' ' << weighed.step);
+        const Selected some(subject, given, true, weighed);
+        const Selected whole(subject, given, false, weighed);
+        EXPECT_EQ(some.count, all.count);
+        EXPECT_EQ(some.chosen, all.chosen);
+        EXPECT_EQ(some.units, all.units);
+        EXPECT_EQ(whole.sums, some.sums);
+        for (size_t h = 0; h < static_cast<size_t>(heads); ++h) {
+          float sum = 0.0F;
+          for (int w = 0; w < weighed.Count(37); ++w) {
+            const auto block = static_cast<size_t>(weighed.first + w * weighed.step);
+            const float weight = all.block_weights[h * 38 + block];
+            EXPECT_NEAR(some.block_weights[h * 38 + static_cast<size_t>(w)], weight,
+                        1e-6F * weight);
+            sum += weight;
+            const uint8_t* const from = all.weights.data() + h * 37 * 64 + block * 64;
+            EXPECT_TRUE(
+                std::equal(from, from + 64, some.weights.data() + h * 37 * 64 + w * size_t{64}));
+          }
+          EXPECT_NEAR(some.sums[h], sum, 1e-5F * sum);
         }
       }
     }

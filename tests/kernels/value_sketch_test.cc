@@ -29,7 +29,7 @@ TEST_P(ValueSketchTest, SketchesAddUp) {
     std::vector<float> units;
     for (int h = 0; h < heads; ++h) units.push_back(0.003F * static_cast<float>(h + 1));
     std::vector<float> sums(static_cast<size_t>(heads) * 8, 1.0F);
-    AddSketches(codes.data(), 3, layout, weights.data(), 192, units.data(), heads, sums.data());
+    AddSketches(codes.data(), 3, {}, layout, weights.data(), 192, units.data(), heads, sums.data());
     for (int h = 0; h < heads; ++h) {
       for (int c = 0; c < 8; ++c) {
         double sum = 1.0;
@@ -45,15 +45,37 @@ TEST_P(ValueSketchTest, SketchesAddUp) {
   }
 }
 
+// As if the blocks between were not there.
+TEST_P(ValueSketchTest, SomeBlocksAreWeighed) {
+  std::mt19937 bytes(10);
+  const ProductLayout layout;
+  const auto block_bytes = static_cast<size_t>(layout.BlockBytes());
+  std::vector<uint8_t> codes(11 * block_bytes);
+  for (uint8_t& byte : codes) byte = static_cast<uint8_t>(bytes());
+  std::vector<uint8_t> weights(3 * 4 * 64);
+  for (uint8_t& weight : weights) weight = static_cast<uint8_t>(bytes());
+  const std::vector<float> units = {0.1F, 0.2F, 0.3F};
+  const WeighedBlocks weighed = {1, 3};  // 1, 4, 7, 10
+  std::vector<uint8_t> some;
+  for (size_t b = 1; b < 11; b += 3) {
+    const auto block = codes.begin() + static_cast<ptrdiff_t>(b * block_bytes);
+    some.insert(some.end(), block, block + static_cast<ptrdiff_t>(block_bytes));
+  }
+  std::vector<float> sums(3 * 8), expected(3 * 8);
+  AddSketches(codes.data(), 11, weighed, layout, weights.data(), 256, units.data(), 3, sums.data());
+  AddSketches(some.data(), 4, {}, layout, weights.data(), 256, units.data(), 3, expected.data());
+  EXPECT_EQ(sums, expected);
+}
+
 TEST_P(ValueSketchTest, NoWeightsAddNothing) {
   const ProductLayout layout;
   const std::vector<uint8_t> codes(static_cast<size_t>(layout.BlockBytes()), 0xff);
   const std::vector<uint8_t> weights(3 * 64, 0);
   const std::vector<float> units(3, 1.0F);
   std::vector<float> sums(3 * 8, 5.0F);
-  AddSketches(codes.data(), 1, layout, weights.data(), 64, units.data(), 3, sums.data());
+  AddSketches(codes.data(), 1, {}, layout, weights.data(), 64, units.data(), 3, sums.data());
   EXPECT_EQ(sums, std::vector<float>(3 * 8, 5.0F));
-  AddSketches(codes.data(), 0, layout, weights.data(), 64, units.data(), 3, sums.data());
+  AddSketches(codes.data(), 0, {}, layout, weights.data(), 64, units.data(), 3, sums.data());
   EXPECT_EQ(sums, std::vector<float>(3 * 8, 5.0F));
 }
 
