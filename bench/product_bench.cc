@@ -38,6 +38,7 @@ struct Products {
   explicit Products(int subspaces)
       : layout{subspaces, true},
         code_storage(static_cast<size_t>(kSegmentBlocks * layout.BlockBytes()) + kLine),
+        sketch_storage(static_cast<size_t>(kSegmentBlocks * kSketchBlockBytes) + kLine),
         sum_storage(kHeadsMax * kSegmentKeys + kLine),
         weight_storage(kHeadsMax * kSegmentKeys + kLine),
         centroids(reference::RandomElements(1, kDim * kCentroids, 1.0F, DType::kBf16)),
@@ -46,7 +47,9 @@ struct Products {
         tables(kHeadsMax) {
     std::mt19937 random(3);
     for (uint8_t& byte : code_storage) byte = static_cast<uint8_t>(random());
+    for (uint8_t& byte : sketch_storage) byte = static_cast<uint8_t>(random());
     codes = Align(code_storage);
+    sketches = Align(sketch_storage);
     sums = Align(sum_storage);
     weights = Align(weight_storage);
     for (int g = 0; g <= subspaces; ++g) {
@@ -78,7 +81,7 @@ struct Products {
   }
   std::vector<float> Sketches(int heads) {
     std::vector<float> components(static_cast<size_t>(heads * kSketchDim));
-    AddSketches(codes, kSegmentBlocks, weighed, layout, weights, kSegmentKeys, units.data(), heads,
+    AddSketches(sketches, kSegmentBlocks, weighed, weights, kSegmentKeys, units.data(), heads,
                 components.data());
     return components;
   }
@@ -86,6 +89,7 @@ struct Products {
   ProductLayout layout;
   WeighedBlocks weighed{};
   std::vector<uint8_t> code_storage;
+  std::vector<uint8_t> sketch_storage;
   std::vector<uint8_t> sum_storage;
   std::vector<uint8_t> weight_storage;
   std::vector<uint16_t> centroids;
@@ -99,6 +103,7 @@ struct Products {
   std::vector<uint32_t> chosen;
   std::vector<float> units;
   uint8_t* codes;
+  uint8_t* sketches;
   uint8_t* sums;
   uint8_t* weights;
 };
@@ -131,7 +136,7 @@ void BenchScanProducts(benchmark::State& state, const std::string& level, int he
     products->Scan(heads);
     benchmark::ClobberMemory();
   }
-  const int bytes = products->layout.SketchOffset() * kSegmentBlocks;
+  const int bytes = products->layout.BlockBytes() * kSegmentBlocks;
   bench::Report(state, bytes, kSegmentKeys);
 }
 

@@ -17,7 +17,7 @@ namespace kvseek::index {
 namespace {
 
 constexpr absl::string_view kMagic = "kvsindex";
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;
 
 void AppendHeader(BuiltKind kind, uint8_t rank, int64_t covered, const KvShape& shape,
                   std::string& to) {

@@ -7,7 +7,7 @@
 //
 //   offset  bytes
 //        0      8  "kvsindex"
-//        8      4  version, 1
+//        8      4  version, 2
 //       12      1  kind: BuiltKind (0 landmark, 1 cluster, 2 graph, 3 product)
 //       13      1  rank: PartRank of landmark (0 bound, 1 spread, 2 landmark) and cluster (1); 0
 //       14      1  dtype of keys and values: 1 bf16, 2 fp16
@@ -47,6 +47,7 @@
 //       trained        u32 (1): segments that its codebook was trained on; 0: it has the one before
 //       codebook, unless it has the one before
 //       codes          u8: blocks as in kernels/cpu/product_codes.h, 16 a segment
+//       sketches       u8: the same, with a sketch only
 //       value means    bf16 (segments, value_dim), with a sketch only
 //
 //   codebook: the fields of ProductCodebook, the last two with a sketch only

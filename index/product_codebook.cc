@@ -235,7 +235,7 @@ std::shared_ptr<const ProductCodebook> ProductCodebook::Train(
 }
 
 void ProductCodebook::Encode(const KvShape& shape, const Segment& segment, uint8_t* codes,
-                             uint16_t* value_mean) const {
+                             uint8_t* sketches, uint16_t* value_mean) const {
   const auto dim = static_cast<size_t>(shape.key_dim);
   const int symbols_each = layout.Symbols();
   std::vector<float> residuals(kSegmentTokens * dim);
@@ -258,13 +258,12 @@ void ProductCodebook::Encode(const KvShape& shape, const Segment& segment, uint8
     const float level = std::min(std::round(levels * std::log(error / low)), kCentroids - 1.0F);
     symbols[(i + 1) * static_cast<size_t>(symbols_each) - 1] = static_cast<uint8_t>(level);
   }
-  std::vector<uint8_t> nibbles;
-  if (layout.sketch) {
-    const std::vector<float> mean = ValueMean(shape, segment);
-    std::transform(mean.begin(), mean.end(), value_mean, kernels::FloatToBf16);
-    nibbles = SketchNibbles(shape, segment, mean, *this);
-  }
-  kernels::PackProductBlocks(symbols.data(), nibbles.data(), kBlocks, layout, codes);
+  kernels::PackProductBlocks(symbols.data(), kBlocks, layout, codes);
+  if (!layout.sketch) return;
+  const std::vector<float> mean = ValueMean(shape, segment);
+  std::transform(mean.begin(), mean.end(), value_mean, kernels::FloatToBf16);
+  const std::vector<uint8_t> nibbles = SketchNibbles(shape, segment, mean, *this);
+  kernels::PackSketchBlocks(nibbles.data(), kBlocks, sketches);
 }
 
 void ProductCodebook::SetSearchRows() {

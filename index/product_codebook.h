@@ -44,9 +44,9 @@ struct ProductCodebook {
       const KvShape& shape, absl::Span<const std::shared_ptr<const Segment>> segments,
       const CholeskyFactor& queries, const kernels::ProductLayout& layout);
 
-  /// Encodes a segment's 16 blocks into `codes`, and its mean value, bf16, into value_mean
-  /// (value_dim) if there is a sketch.
-  void Encode(const KvShape& shape, const Segment& segment, uint8_t* codes,
+  /// Encodes a segment's 16 blocks into `codes`; and if there is a sketch, into `sketches`, and its
+  /// mean value, bf16, into value_mean (value_dim).
+  void Encode(const KvShape& shape, const Segment& segment, uint8_t* codes, uint8_t* sketches,
               uint16_t* value_mean) const;
   /// Sets search_rows, and sketch_rows if there is a sketch, from the others.
   void SetSearchRows();

@@ -1,7 +1,6 @@
 #include "index/product_file.h"
 
 #include <algorithm>
-#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -16,15 +15,16 @@ using kernels::kSketchDim;
 constexpr size_t kSegmentBlocks = kSegmentTokens / kernels::kScanBlock;
 
 template <typename T>
-std::vector<T> CopyOf(const AlignedArray<T>& array, size_t count) {
-  return {array.get(), array.get() + count};
+std::vector<T> CopyOf(const T* elements, size_t count) {
+  return {elements, elements + count};
 }
 
-template <typename T>
-AlignedArray<T> Aligned(const std::vector<T>& elements) {
-  auto array = MakeAligned<T>(elements.size());
-  if (!elements.empty()) std::memcpy(array.get(), elements.data(), elements.size() * sizeof(T));
-  return array;
+/// Of that many segments.
+size_t CodeBytes(int segments, const kernels::ProductLayout& layout) {
+  return static_cast<size_t>(segments) * kSegmentBlocks * static_cast<size_t>(layout.BlockBytes());
+}
+size_t SketchBytes(int segments) {
+  return static_cast<size_t>(segments) * kSegmentBlocks * kernels::kSketchBlockBytes;
 }
 
 bool ReadLayout(const KvShape& shape, Reader& reader, kernels::ProductLayout& layout) {
@@ -89,22 +89,23 @@ std::shared_ptr<const ProductStretch> ReadStretch(
                     "trained", "impossible")) {
     return nullptr;
   }
-  auto stretch = std::make_shared<ProductStretch>();
-  stretch->segments = segments;
-  stretch->codebook = trained[0] == 0 ? before : ReadCodebook(shape, layout, trained[0], reader);
-  if (stretch->codebook == nullptr) return nullptr;
+  const auto book = trained[0] == 0 ? before : ReadCodebook(shape, layout, trained[0], reader);
+  if (book == nullptr) return nullptr;
   const auto count = static_cast<size_t>(segments);
   std::vector<uint8_t> codes;
+  std::vector<uint8_t> sketches;
   std::vector<uint16_t> means;
-  if (!reader.Array("codes", count * kSegmentBlocks * static_cast<size_t>(layout.BlockBytes()),
-                    codes) ||
+  if (!reader.Array("codes", CodeBytes(segments, layout), codes) ||
       (layout.sketch &&
-       !reader.Numbers("value means", count * static_cast<size_t>(shape.value_dim), means))) {
+       (!reader.Array("sketches", SketchBytes(segments), sketches) ||
+        !reader.Numbers("value means", count * static_cast<size_t>(shape.value_dim), means)))) {
     return nullptr;
   }
-  stretch->codes = MakeProductCodes(segments, layout);
-  std::memcpy(stretch->codes.get(), codes.data(), codes.size());
-  stretch->value_means = Aligned(means);
+  auto stretch = std::make_shared<ProductStretch>(book, segments, shape.value_dim);
+  std::copy_n(codes.data(), codes.size(), stretch->codes);
+  if (!layout.sketch) return stretch;
+  std::copy_n(sketches.data(), sketches.size(), stretch->sketches);
+  std::copy_n(means.data(), means.size(), stretch->value_means.get());
   return stretch;
 }
 
@@ -131,14 +132,11 @@ void AppendProduct(const ProductIndex& index, std::string& to) {
         AppendArray(book.steps, to);
       }
     }
-    const auto segments = static_cast<size_t>(stretch->segments);
-    const uint8_t* const codes = stretch->Block(0);
-    AppendArray(std::vector<uint8_t>(codes, codes + segments * kSegmentBlocks *
-                                                        static_cast<size_t>(layout.BlockBytes())),
-                to);
+    AppendArray(CopyOf(stretch->Block(0), CodeBytes(stretch->segments, layout)), to);
     if (layout.sketch) {
-      AppendArray(CopyOf(stretch->value_means, segments * static_cast<size_t>(index.value_dim())),
-                  to);
+      AppendArray(CopyOf(stretch->Sketches(0), SketchBytes(stretch->segments)), to);
+      const int means = stretch->segments * index.value_dim();
+      AppendArray(CopyOf(stretch->value_means.get(), static_cast<size_t>(means)), to);
     }
     before = &book;
   }

@@ -36,51 +36,69 @@ std::shared_ptr<const ProductCodebook> FindCodebook(
   return segments < kTrainSegmentsMin ? before : nullptr;
 }
 
-size_t CodeBytes(int segments, const kernels::ProductLayout& layout) {
-  return static_cast<size_t>(std::bit_ceil(static_cast<uint32_t>(segments))) *
-         static_cast<size_t>(kSegmentBlocks) * static_cast<size_t>(layout.BlockBytes());
+/// How many segments there is memory for where there are so many. Powers of two, so that stretches
+/// that grow fit few kinds of slots (slab_memory.h).
+size_t RoomFor(int segments) {
+  return static_cast<size_t>(std::bit_ceil(static_cast<uint32_t>(segments)));
+}
+
+/// Of one segment.
+size_t CodeBytes(const kernels::ProductLayout& layout) {
+  return static_cast<size_t>(kSegmentBlocks * layout.BlockBytes());
+}
+size_t SketchBytes(const kernels::ProductLayout& layout) {
+  return layout.sketch ? static_cast<size_t>(kSegmentBlocks * kernels::kSketchBlockBytes) : 0;
 }
 
 /// Codes of `segments` with `book`: those of `previous` where it has the same, then new ones. Null
 /// when it is given up.
 std::shared_ptr<const ProductStretch> EncodeStretch(
     const BuildInput& input, absl::Span<const std::shared_ptr<const Segment>> segments,
-    std::shared_ptr<const ProductCodebook> book, const ProductStretch* previous) {
+    const std::shared_ptr<const ProductCodebook>& book, const ProductStretch* previous) {
   const KvShape& shape = input.view.shape;
-  const size_t codes_each =
-      static_cast<size_t>(kSegmentBlocks) * static_cast<size_t>(book->layout.BlockBytes());
+  const size_t codes_each = CodeBytes(book->layout);
+  const size_t sketches_each = SketchBytes(book->layout);
   const size_t mean_each = book->layout.sketch ? static_cast<size_t>(shape.value_dim) : 0;
-  auto stretch = std::make_shared<ProductStretch>();
-  stretch->segments = static_cast<int>(segments.size());
-  stretch->codes = MakeProductCodes(stretch->segments, book->layout, shape.node);
-  stretch->value_means = MakeAligned<uint16_t>(segments.size() * mean_each);
+  auto stretch = std::make_shared<ProductStretch>(book, static_cast<int>(segments.size()),
+                                                  shape.value_dim, shape.node);
   size_t done = 0;
   if (previous != nullptr && previous->codebook == book) {
     done = std::min(static_cast<size_t>(previous->segments), segments.size());
-    std::memcpy(stretch->codes.get(), previous->codes.get(), done * codes_each);
-    std::memcpy(stretch->value_means.get(), previous->value_means.get(),
-                done * mean_each * sizeof(uint16_t));
+    std::memcpy(stretch->codes, previous->codes, done * codes_each);
+    if (book->layout.sketch) {
+      std::memcpy(stretch->sketches, previous->sketches, done * sketches_each);
+      std::memcpy(stretch->value_means.get(), previous->value_means.get(),
+                  done * mean_each * sizeof(uint16_t));
+    }
   }
   for (; done < segments.size(); ++done) {
     if (input.give_up()) return nullptr;
-    book->Encode(shape, *segments[done],
-                 reinterpret_cast<uint8_t*>(stretch->codes.get() + done * codes_each),
+    book->Encode(shape, *segments[done], stretch->codes + done * codes_each,
+                 stretch->sketches + done * sketches_each,
                  stretch->value_means.get() + done * mean_each);
   }
-  stretch->codebook = std::move(book);
   return stretch;
 }
 
 }  // namespace
 
+ProductStretch::ProductStretch(std::shared_ptr<const ProductCodebook> book, int count,
+                               int value_dim, int node)
+    : codebook(std::move(book)),
+      segments(count),
+      memory(MakeSlot(
+          RoomFor(count) * (CodeBytes(codebook->layout) + SketchBytes(codebook->layout)), node)) {
+  codes = reinterpret_cast<uint8_t*>(memory.get());
+  if (!codebook->layout.sketch) return;
+  sketches = codes + RoomFor(count) * CodeBytes(codebook->layout);
+  value_means = MakeAligned<uint16_t>(static_cast<size_t>(count) * static_cast<size_t>(value_dim));
+}
+
 size_t ProductStretch::Bytes(int value_dim) const {
   const kernels::ProductLayout& layout = codebook->layout;
   const size_t means = layout.sketch ? static_cast<size_t>(value_dim) * sizeof(uint16_t) : 0;
-  return CodeBytes(segments, layout) + static_cast<size_t>(segments) * means;
-}
-
-Slot MakeProductCodes(int segments, const kernels::ProductLayout& layout, int node) {
-  return MakeSlot(CodeBytes(segments, layout), node);
+  return RoomFor(segments) * (CodeBytes(layout) + SketchBytes(layout)) +
+         static_cast<size_t>(segments) * means;
 }
 
 std::shared_ptr<const ProductIndex> ProductIndex::Build(const BuildInput& input,

@@ -26,19 +26,24 @@ inline constexpr int kProductQueriesMin = 64;  ///< tokens whose queries are nee
 struct ProductStretch {
   std::shared_ptr<const ProductCodebook> codebook;
   int segments = 0;                    ///< 1..kStretchSegments
-  Slot codes;                          ///< (segments * 16) blocks, and room for a few more
-  AlignedArray<uint16_t> value_means;  ///< (segments, value_dim) bf16; with a sketch only
+  uint8_t* codes = nullptr;            ///< (segments * 16) blocks
+  uint8_t* sketches = nullptr;         ///< the same; with a sketch only, as value_means
+  AlignedArray<uint16_t> value_means;  ///< (segments, value_dim) bf16
+  Slot memory;                         ///< of codes and sketches, with room for a few more
+
+  /// With memory for so many segments, not yet filled, on NUMA node `node`.
+  ProductStretch(std::shared_ptr<const ProductCodebook> codebook, int segments, int value_dim,
+                 int node = 0);
 
   size_t Bytes(int value_dim) const;
   /// Of one block.
   const uint8_t* Block(int64_t block) const {
-    return reinterpret_cast<const uint8_t*>(codes.get()) + block * codebook->layout.BlockBytes();
+    return codes + block * codebook->layout.BlockBytes();
+  }
+  const uint8_t* Sketches(int64_t block) const {
+    return sketches + block * kernels::kSketchBlockBytes;
   }
 };
-
-/// Memory for the codes of that many segments. The sizes are powers of two, so that stretches that
-/// grow fit few kinds of slots (slab_memory.h).
-Slot MakeProductCodes(int segments, const kernels::ProductLayout& layout, int node = 0);
 
 class ProductIndex final : public BuiltIndex {
  public:

@@ -132,9 +132,9 @@ void ProductScan::AddRest(const SegmentPart& part, const ScanResults& results,
     rest.weights[h * RestSums::kSegments + rest.segments] = results.sums[h];
   }
   ++rest.segments;
-  kernels::AddSketches(Block(part.block), part.blocks, part.weighed, layout_, results.key_weights,
-                       part.blocks * kScanBlock, results.weight_units, queries_.group,
-                       rest.components);
+  kernels::AddSketches(StretchOf(part.block).Sketches(part.block % kStretchBlocks), part.blocks,
+                       part.weighed, results.key_weights, part.blocks * kScanBlock,
+                       results.weight_units, queries_.group, rest.components);
 }
 
 void ProductScan::FinishRest(RestSums& rest) const {
@@ -176,10 +176,10 @@ void ProductScan::PrefetchRest(const SegmentPart& part) const {
   const ProductStretch& stretch = StretchOf(part.block);
   kernels::PrefetchRange(stretch.value_means.get() + number % kStretchSegments * value_dim,
                          view_.shape.ValueRowBytes());
-  const int sketch = layout_.SketchOffset();
-  const auto sketch_bytes = static_cast<size_t>(layout_.BlockBytes() - sketch);
+  const uint8_t* const sketches = stretch.Sketches(part.block % kStretchBlocks);
   for (int b = part.weighed.first; b < part.blocks; b += part.weighed.step) {
-    kernels::PrefetchRange(Block(part.block + b) + sketch, sketch_bytes);
+    kernels::PrefetchRange(sketches + static_cast<ptrdiff_t>(b) * kernels::kSketchBlockBytes,
+                           kernels::kSketchBlockBytes);
   }
 }
 
@@ -195,8 +195,8 @@ int64_t ProductScan::BytesRead(int64_t blocks, int64_t sampled, int weighed_step
   const int64_t book = dim * (dim + kernels::kCentroids) * static_cast<int64_t>(sizeof(uint16_t)) +
                        kernels::kCentroids * static_cast<int64_t>(sizeof(float)) +
                        (layout_.sketch ? kSketchDim * value_bytes : 0);
-  return (blocks + sampled) * layout_.SketchOffset() +
-         weighed * (layout_.BlockBytes() - layout_.SketchOffset()) + means * value_bytes +
+  return (blocks + sampled) * layout_.BlockBytes() +
+         (layout_.sketch ? weighed * kernels::kSketchBlockBytes : 0) + means * value_bytes +
          static_cast<int64_t>(tables_.size()) * book;
 }
 

@@ -37,7 +37,7 @@ class ProductScan final : public ScanCode {
              float* deviations) const override;
   void PrefetchRest(const SegmentPart& part) const override;
   const uint8_t* Block(int64_t block) const override;
-  int ScannedBytes() const override { return layout_.SketchOffset(); }
+  int ScannedBytes() const override { return layout_.BlockBytes(); }
   int64_t BytesRead(int64_t blocks, int64_t sampled, int weighed_step) const override;
 
  private:

@@ -26,7 +26,6 @@ struct ScanShape {
   int symbols;
   int planes;
   int block_bytes;
-  int code_bytes;       ///< of a block, what is fetched
   const uint8_t* next;  ///< as many blocks again that will be scanned next, or null
 };
 
@@ -36,7 +35,7 @@ struct ScanShape {
 HWY_INLINE void FetchNext(const ScanShape& shape, int b) {
   if (shape.next == nullptr) return;
   const uint8_t* block = shape.next + static_cast<ptrdiff_t>(b) * shape.block_bytes;
-  for (int i = 0; i < shape.code_bytes / 2; i += 64) __builtin_prefetch(block + i, 0, 2);
+  for (int i = 0; i < shape.block_bytes / 2; i += 64) __builtin_prefetch(block + i, 0, 2);
 }
 
 #if HWY_TARGET == HWY_SCALAR || HWY_TARGET == HWY_EMU128 || HWY_HAVE_SCALABLE

@@ -70,8 +70,7 @@ void BuildTablesImpl(const float* rotated_queries, int heads, int padded_dim, in
 
 void ScanCodesImpl(const uint8_t* codes, int blocks, int symbols, int planes, const int8_t* tables,
                    int heads, int16_t* sums, int sums_stride, const uint8_t* next_codes) {
-  const int block_bytes = ScanBlockBytes(symbols, planes);
-  ScanShape shape = {blocks, symbols, planes, block_bytes, block_bytes, next_codes};
+  ScanShape shape = {blocks, symbols, planes, ScanBlockBytes(symbols, planes), next_codes};
   for (int h = 0; h < heads; h += kLookupHeads, shape.next = nullptr) {
     LookUpHeads(codes, shape, tables + static_cast<ptrdiff_t>(h) * symbols * kTableSize,
                 std::min(kLookupHeads, heads - h), sums + static_cast<ptrdiff_t>(h) * sums_stride,

@@ -108,8 +108,8 @@ void NearestCentroids(const float* points, int stride, int count, const float* c
   (points, stride, count, centroids, dim, symbols, symbol_stride, squares);
 }
 
-void PackProductBlocks(const uint8_t* symbols, const uint8_t* nibbles, int blocks,
-                       const ProductLayout& layout, uint8_t* out) noexcept {
+void PackProductBlocks(const uint8_t* symbols, int blocks, const ProductLayout& layout,
+                       uint8_t* out) noexcept {
   const int count = layout.Symbols();
   const int quads = count / 4;
   for (int b = 0; b < blocks; ++b, out += layout.BlockBytes()) {
@@ -122,11 +122,17 @@ void PackProductBlocks(const uint8_t* symbols, const uint8_t* nibbles, int block
         }
       }
       for (int g = 4 * quads; g < count; ++g, row += kScanBlock) *row = symbols[g];
-      if (!layout.sketch) continue;
-      for (int r = 0; r < kSketchDim / 2; ++r, row += kScanBlock) {
-        *row = static_cast<uint8_t>(nibbles[r] | nibbles[r + kSketchDim / 2] << 4);
+    }
+  }
+}
+
+void PackSketchBlocks(const uint8_t* nibbles, int blocks, uint8_t* out) noexcept {
+  for (int b = 0; b < blocks; ++b, out += kSketchBlockBytes) {
+    for (int key = 0; key < kScanBlock; ++key, nibbles += kSketchDim) {
+      for (int r = 0; r < kSketchDim / 2; ++r) {
+        out[r * kScanBlock + key] =
+            static_cast<uint8_t>(nibbles[r] | nibbles[r + kSketchDim / 2] << 4);
       }
-      nibbles += kSketchDim;
     }
   }
 }

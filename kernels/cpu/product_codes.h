@@ -7,12 +7,14 @@
 // steps. A value less its segment's mean is replaced by four bits for each of 8 principal
 // components, its *sketch*.
 //
-// Keys stand in blocks of 64. One block, ProductBlockBytes() in all, is rows of 64 bytes, byte i
-// belonging to key i:
+// Keys stand in blocks of 64. A block is rows of 64 bytes, byte i belonging to key i:
 //
-//   PlaneRows(symbols) rows: the symbols as in ladder_codes.h, the level last
-//   with a sketch, 4 rows:   row r has component r in its low nibble and component r + 4 in its
-//                            high one; a nibble n means n - 7.5 steps of the component
+//   codes      PlaneRows(symbols) rows: the symbols as in ladder_codes.h, the level last
+//   sketches   4 rows: row r has component r in its low nibble and component r + 4 in its high one;
+//              a nibble n means n - 7.5 steps of the component
+//
+// Sketches stand apart from codes: a search reads all codes one after the other, and sketches of
+// some blocks.
 #ifndef KVSEEK_KERNELS_CPU_PRODUCT_CODES_H_
 #define KVSEEK_KERNELS_CPU_PRODUCT_CODES_H_
 
@@ -25,16 +27,16 @@ namespace kvseek::kernels {
 inline constexpr int kCentroids = 64;       ///< of a sub-space, and levels
 inline constexpr int kSketchDim = 8;        ///< components of a value's sketch
 inline constexpr float kSketchBias = 7.5F;  ///< of a nibble
+inline constexpr int kSketchBlockBytes = kSketchDim / 2 * kScanBlock;
 inline constexpr int kSubspacesMax = 63;
 
-/// What a block of product codes is made of.
+/// What product codes are made of.
 struct ProductLayout {
   int subspaces = 11;  ///< 1..kSubspacesMax
   bool sketch = true;  ///< whether values are sketched
 
   int Symbols() const { return subspaces + 1; }
-  int SketchOffset() const { return PlaneRows(Symbols()) * kScanBlock; }
-  int BlockBytes() const { return SketchOffset() + (sketch ? kSketchDim / 2 * kScanBlock : 0); }
+  int BlockBytes() const { return PlaneRows(Symbols()) * kScanBlock; }  ///< of codes
   bool operator==(const ProductLayout&) const = default;
 };
 
@@ -44,10 +46,12 @@ struct ProductLayout {
 void NearestCentroids(const float* points, int stride, int count, const float* centroids, int dim,
                       uint8_t* symbols, int symbol_stride, float* squares) noexcept;
 
-/// Writes `blocks` blocks. symbols is (blocks * 64, layout.Symbols()), each < 64; nibbles is
-/// (blocks * 64, 8), each < 16, and not read without a sketch.
-void PackProductBlocks(const uint8_t* symbols, const uint8_t* nibbles, int blocks,
-                       const ProductLayout& layout, uint8_t* out) noexcept;
+/// Writes `blocks` blocks of codes. symbols is (blocks * 64, layout.Symbols()), each < 64.
+void PackProductBlocks(const uint8_t* symbols, int blocks, const ProductLayout& layout,
+                       uint8_t* out) noexcept;
+
+/// Writes `blocks` blocks of sketches. nibbles is (blocks * 64, 8), each < 16.
+void PackSketchBlocks(const uint8_t* nibbles, int blocks, uint8_t* out) noexcept;
 
 /// Symbol `index` of key `key` of a block.
 uint8_t ProductSymbol(const uint8_t* block, const ProductLayout& layout, int index,

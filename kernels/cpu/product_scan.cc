@@ -104,7 +104,7 @@ void ScanProductsImpl(const uint8_t* codes, int blocks, const ProductLayout& lay
                       const uint8_t* entries, int heads, uint8_t* sums, int sums_stride,
                       const uint8_t* next_codes) {
   const int symbols = layout.Symbols();
-  ScanShape shape = {blocks, symbols, 1, layout.BlockBytes(), layout.SketchOffset(), next_codes};
+  ScanShape shape = {blocks, symbols, 1, layout.BlockBytes(), next_codes};
   for (int h = 0; h < heads; h += 4, shape.next = nullptr) {
     const uint8_t* const tables = entries + static_cast<ptrdiff_t>(h) * symbols * kTableSize;
     uint8_t* const out = sums + static_cast<ptrdiff_t>(h) * sums_stride;
@@ -191,7 +191,7 @@ void SampleProductsImpl(const ProductSample& sample, const ProductLayout& layout
   for (int b = 0; b < sample.blocks; ++b) {
     if (b + kSampleAhead < sample.blocks) {
       const uint8_t* const ahead = sample.codes[b + kSampleAhead];
-      for (int i = 0; i < layout.SketchOffset(); i += 64) __builtin_prefetch(ahead + i, 0, 3);
+      for (int i = 0; i < layout.BlockBytes(); i += 64) __builtin_prefetch(ahead + i, 0, 3);
     }
     ScanProductsImpl(sample.codes[b], 1, layout, entries, heads, sums + b * kScanBlock, stride,
                      nullptr);

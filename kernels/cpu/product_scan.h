@@ -53,8 +53,7 @@ void BuildProductTables(const float* queries, int heads, int dim, const uint16_t
                         uint8_t* entries, ProductTables* tables) noexcept;
 
 /// Adds up table entries for every key of `blocks` consecutive blocks: sums[h * sums_stride + key].
-/// Alignment, strides and `next_codes` as ScanCodes (ladder_scan.h); sketches are not fetched. The
-/// same bits at every level.
+/// Alignment, strides and `next_codes` as ScanCodes (ladder_scan.h). The same bits at every level.
 void ScanProducts(const uint8_t* codes, int blocks, const ProductLayout& layout,
                   const uint8_t* entries, int heads, uint8_t* sums, int sums_stride,
                   const uint8_t* next_codes = nullptr) noexcept;

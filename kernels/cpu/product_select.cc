@@ -70,7 +70,6 @@ struct SelectCall {
   const uint8_t* codes;
   const uint8_t* next;  ///< as many blocks that are scanned next, or null
   int block_bytes;
-  int code_bytes;  ///< of a block, before its sketch
   int symbols;
   uint32_t first_index;
   int count;
@@ -91,8 +90,8 @@ struct WeighRange {
 constexpr int kRangeBlocks = 16;
 
 /// The half of a block's codes that ScanProducts left.
-HWY_INLINE void FetchRest(const uint8_t* block, int code_bytes) {
-  for (int i = code_bytes / 2; i < code_bytes; i += 64) __builtin_prefetch(block + i, 0, 2);
+HWY_INLINE void FetchRest(const uint8_t* block, int block_bytes) {
+  for (int i = block_bytes / 2; i < block_bytes; i += 64) __builtin_prefetch(block + i, 0, 2);
 }
 
 #if HWY_TARGET == HWY_SCALAR || HWY_TARGET == HWY_EMU128 || HWY_HAVE_SCALABLE
@@ -125,7 +124,7 @@ int Choose(const SelectCall& call, int blocks, uint32_t* chosen) {
   const uint32_t* const begin = chosen;
   for (int b = 0; b < blocks; ++b) {
     if (call.next != nullptr) {
-      FetchRest(call.next + static_cast<ptrdiff_t>(b) * call.block_bytes, call.code_bytes);
+      FetchRest(call.next + static_cast<ptrdiff_t>(b) * call.block_bytes, call.block_bytes);
     }
     for (int key = b * kScanBlock; key < (b + 1) * kScanBlock; ++key) {
       if (IsChosen(call, key)) *chosen++ = call.first_index + static_cast<uint32_t>(key);
@@ -257,7 +256,7 @@ HWY_NOINLINE int ChooseOf(const SelectCall& call, int blocks, uint32_t* chosen) 
   BlockIndices indices(call.first_index);
   for (int b = 0; b < blocks; ++b) {
     if (next != nullptr) {
-      FetchRest(next, call.code_bytes);
+      FetchRest(next, call.block_bytes);
       next += call.block_bytes;
     }
     hn::Mask<D8> any[kByteVectors];
@@ -375,9 +374,8 @@ int SelectProductsImpl(const uint8_t* sums, int sums_stride, const uint8_t* code
     fine_units[h] = weight * (1.0F / (255.0F * 256.0F));
     results.sums[h] = 0.0F;
   }
-  const SelectCall call = {
-      codes, next_codes, layout.BlockBytes(), layout.SketchOffset(), layout.Symbols(), first_index,
-      count, select};
+  const SelectCall call = {codes, next_codes, layout.BlockBytes(), layout.Symbols(), first_index,
+                           count, select};
   const int found = Choose(call, blocks, results.chosen);
   const bool by_block = results.block_weights != nullptr;
   const int weighed_blocks = weighed.Count(blocks);

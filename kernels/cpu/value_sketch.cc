@@ -1,6 +1,5 @@
 #include "kernels/cpu/value_sketch.h"
 
-#include <cassert>
 #include <cmath>
 #include <cstddef>
 
@@ -29,7 +28,7 @@ HWY_INLINE void AddComponents(float unit, const int32_t* products, int weight_su
 
 /// All components for kHeads heads.
 template <int kHeads>
-HWY_NOINLINE void AddSketchesOf(const uint8_t* codes, int blocks, int block_bytes,
+HWY_NOINLINE void AddSketchesOf(const uint8_t* sketches, int blocks, int step_bytes,
                                 const uint8_t* weights, int weights_stride, const float* units,
                                 float* sums) {
   constexpr int kHalf = kSketchDim / 2;
@@ -43,14 +42,14 @@ HWY_NOINLINE void AddSketchesOf(const uint8_t* codes, int blocks, int block_byte
     for (int c = 0; c < kHalf; ++c) low[h][c] = both[h][c] = _mm512_setzero_si512();
     weight_sums[h] = _mm512_setzero_si512();
   }
-  for (int b = 0; b < blocks; ++b, codes += block_bytes, weights += kScanBlock) {
+  for (int b = 0; b < blocks; ++b, sketches += step_bytes, weights += kScanBlock) {
     __m512i block[kHeads];
     for (int h = 0; h < kHeads; ++h) {
       block[h] = _mm512_loadu_si512(weights + static_cast<ptrdiff_t>(h) * weights_stride);
       weight_sums[h] = AddProducts(weight_sums[h], block[h], ones);
     }
     for (int c = 0; c < kHalf; ++c) {
-      const __m512i row = _mm512_loadu_si512(codes + c * kScanBlock);
+      const __m512i row = _mm512_loadu_si512(sketches + c * kScanBlock);
       const __m512i row_low = _mm512_and_si512(row, nibble);
       const __m512i row_both = _mm512_xor_si512(row, sign);
       for (int h = 0; h < kHeads; ++h) {
@@ -82,7 +81,7 @@ constexpr int kLanes = static_cast<int>(hn::MaxLanes(D32()));
 
 /// Half of the components, those of the low or the high nibbles, for kHeads heads.
 template <int kHeads>
-HWY_INLINE void AddHalfSketches(const uint8_t* codes, int blocks, int block_bytes, int half,
+HWY_INLINE void AddHalfSketches(const uint8_t* sketches, int blocks, int step_bytes, int half,
                                 const uint8_t* weights, int weights_stride, const float* units,
                                 float* sums) {
   const D32 d;
@@ -94,11 +93,11 @@ HWY_INLINE void AddHalfSketches(const uint8_t* codes, int blocks, int block_byte
     weight_sums[h] = hn::Zero(d);
     for (int c = 0; c < kHalf; ++c) totals[h][c] = hn::Zero(d);
   }
-  for (int b = 0; b < blocks; ++b, codes += block_bytes, weights += kScanBlock) {
+  for (int b = 0; b < blocks; ++b, sketches += step_bytes, weights += kScanBlock) {
     for (int i = 0; i < kScanBlock; i += kLanes) {
       hn::Vec<D32> components[kHalf];
       for (int c = 0; c < kHalf; ++c) {
-        const auto byte = hn::PromoteTo(d, hn::LoadU(d8, codes + c * kScanBlock + i));
+        const auto byte = hn::PromoteTo(d, hn::LoadU(d8, sketches + c * kScanBlock + i));
         components[c] = hn::And(hn::ShiftRightSame(byte, 4 * half), hn::Set(d, 15));
       }
       for (int h = 0; h < kHeads; ++h) {
@@ -121,29 +120,30 @@ HWY_INLINE void AddHalfSketches(const uint8_t* codes, int blocks, int block_byte
 
 /// All components.
 template <int kHeads>
-HWY_NOINLINE void AddSketchesOf(const uint8_t* codes, int blocks, int block_bytes,
+HWY_NOINLINE void AddSketchesOf(const uint8_t* sketches, int blocks, int step_bytes,
                                 const uint8_t* weights, int weights_stride, const float* units,
                                 float* sums) {
   for (int half = 0; half < 2; ++half) {
-    AddHalfSketches<kHeads>(codes, blocks, block_bytes, half, weights, weights_stride, units, sums);
+    AddHalfSketches<kHeads>(sketches, blocks, step_bytes, half, weights, weights_stride, units,
+                            sums);
   }
 }
 
 #endif
 
-void AddSketchesImpl(const uint8_t* codes, int all_blocks, WeighedBlocks weighed,
-                     const ProductLayout& layout, const uint8_t* weights, int weights_stride,
-                     const float* units, int heads, float* sums) {
-  codes += layout.SketchOffset() + weighed.first * layout.BlockBytes();
-  const int block_bytes = weighed.step * layout.BlockBytes();
+void AddSketchesImpl(const uint8_t* sketches, int all_blocks, WeighedBlocks weighed,
+                     const uint8_t* weights, int weights_stride, const float* units, int heads,
+                     float* sums) {
+  sketches += weighed.first * kSketchBlockBytes;
+  const int step_bytes = weighed.step * kSketchBlockBytes;
   const int blocks = weighed.Count(all_blocks);
   int h = 0;
   for (; h + 2 <= heads; h += 2, weights += 2 * static_cast<ptrdiff_t>(weights_stride)) {
-    AddSketchesOf<2>(codes, blocks, block_bytes, weights, weights_stride, units + h,
+    AddSketchesOf<2>(sketches, blocks, step_bytes, weights, weights_stride, units + h,
                      sums + h * kSketchDim);
   }
   if (h < heads) {
-    AddSketchesOf<1>(codes, blocks, block_bytes, weights, weights_stride, units + h,
+    AddSketchesOf<1>(sketches, blocks, step_bytes, weights, weights_stride, units + h,
                      sums + h * kSketchDim);
   }
 }
@@ -157,12 +157,10 @@ namespace kvseek::kernels {
 
 HWY_EXPORT(AddSketchesImpl);
 
-void AddSketches(const uint8_t* codes, int blocks, WeighedBlocks weighed,
-                 const ProductLayout& layout, const uint8_t* weights, int weights_stride,
-                 const float* units, int heads, float* sums) noexcept {
-  assert(layout.sketch);
+void AddSketches(const uint8_t* sketches, int blocks, WeighedBlocks weighed, const uint8_t* weights,
+                 int weights_stride, const float* units, int heads, float* sums) noexcept {
   HWY_DYNAMIC_DISPATCH(AddSketchesImpl)
-  (codes, blocks, weighed, layout, weights, weights_stride, units, heads, sums);
+  (sketches, blocks, weighed, weights, weights_stride, units, heads, sums);
 }
 
 }  // namespace kvseek::kernels

@@ -10,12 +10,11 @@
 namespace kvseek::kernels {
 
 /// sums[h * 8 + c] += units[h] * sum over keys of weight * component c of the key's sketch, in
-/// steps, for the weighed ones of `blocks` blocks. REQUIRES: layout.sketch; weights and units as
+/// steps, for the weighed ones of `blocks` blocks of sketches. REQUIRES: weights and units as
 /// SelectProducts (product_scan.h) writes them; at most 64 blocks. Whole numbers but for the last
 /// multiplication: the same at every level.
-void AddSketches(const uint8_t* codes, int blocks, WeighedBlocks weighed,
-                 const ProductLayout& layout, const uint8_t* weights, int weights_stride,
-                 const float* units, int heads, float* sums) noexcept;
+void AddSketches(const uint8_t* sketches, int blocks, WeighedBlocks weighed, const uint8_t* weights,
+                 int weights_stride, const float* units, int heads, float* sums) noexcept;
 
 }  // namespace kvseek::kernels
 

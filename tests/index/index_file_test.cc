@@ -346,7 +346,7 @@ TEST_P(DamagedFileTest, HeadersThatLie) {
     return damaged;
   };
   ExpectDataLoss(with(0, 'K'), "magic");
-  ExpectDataLoss(with(8, uint32_t{2}), "version");
+  ExpectDataLoss(with(8, uint32_t{1}), "version");
   ExpectDataLoss(with(12, uint8_t{4}), "kind");
   ExpectDataLoss(with(13, uint8_t{3}), "rank");
   ExpectDataLoss(with(15, uint8_t{1}), "header");
@@ -432,7 +432,7 @@ class DamagedProductTest : public DamagedFileTest {};
 INSTANTIATE_TEST_SUITE_P(Kinds, DamagedProductTest, ::testing::Values(AllKinds()[6]), NameOf);
 
 TEST_P(DamagedProductTest, NamesTheSection) {
-  ASSERT_EQ(sections_.size(), 12U);
+  ASSERT_EQ(sections_.size(), 13U);
   ExpectDataLoss(With(0, 0, -1.0), "build seconds");
   ExpectDataLoss(With(1, 0, uint32_t{0}), "layout");
   ExpectDataLoss(With(1, 0, uint32_t{64}), "layout");
@@ -447,7 +447,7 @@ TEST_P(DamagedProductTest, NamesTheSection) {
   ExpectDataLoss(With(7, 5, 0.0F), "stretch 0, errors");
   ExpectDataLoss(With(8, 5, std::nanf("")), "stretch 0, components");
   ExpectDataLoss(With(9, 7, -1.0F), "stretch 0, steps");
-  ExpectDataLoss(With(11, 3, uint16_t{0x7fc0}), "stretch 0, value means");
+  ExpectDataLoss(With(12, 3, uint16_t{0x7fc0}), "stretch 0, value means");
 }
 
 class DamagedPartsTest : public DamagedFileTest {};

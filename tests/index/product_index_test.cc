@@ -253,7 +253,7 @@ TEST(ProductIndexTest, GrowsByWhatIsNew) {
   const auto more = build(15, first);
   EXPECT_EQ(book(*more, 0), book(*first, 0)) << "not yet twice as many";
   EXPECT_EQ(more->covered(), 15 * kSegmentTokens);
-  EXPECT_EQ(std::memcmp(more->stretches()[0]->codes.get(), first->stretches()[0]->codes.get(),
+  EXPECT_EQ(std::memcmp(more->stretches()[0]->codes, first->stretches()[0]->codes,
                         size_t{8 * 16} * static_cast<size_t>(first->layout().BlockBytes())),
             0);
   const auto twice = build(16, more);

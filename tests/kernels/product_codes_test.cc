@@ -64,32 +64,40 @@ TEST_P(ProductCodesTest, FirstOfEqualCentroids) {
 TEST(ProductLayoutTest, PacksAndUnpacks) {
   std::mt19937 random(3);
   for (const int subspaces : {1, 2, 3, 4, 11, 12, 22, 63}) {
-    for (const bool sketch : {false, true}) {
-      const ProductLayout layout = {subspaces, sketch};
-      const int each = layout.Symbols();
-      constexpr int kBlocks = 2;
-      std::vector<uint8_t> symbols(static_cast<size_t>(kBlocks * 64 * each));
-      std::vector<uint8_t> nibbles(kBlocks * 64 * 8);
-      for (uint8_t& symbol : symbols) symbol = static_cast<uint8_t>(random() % 64);
-      for (uint8_t& nibble : nibbles) nibble = static_cast<uint8_t>(random() % 16);
-      std::vector<uint8_t> codes(static_cast<size_t>(kBlocks * layout.BlockBytes()), 0xaa);
-      PackProductBlocks(symbols.data(), nibbles.data(), kBlocks, layout, codes.data());
-      for (int key = 0; key < kBlocks * 64; ++key) {
-        const uint8_t* const block =
-            codes.data() + static_cast<ptrdiff_t>(key / 64) * layout.BlockBytes();
-        for (int g = 0; g < each; ++g) {
-          ASSERT_EQ(ProductSymbol(block, layout, g, key % 64),
-                    symbols[static_cast<size_t>(key * each + g)]);
-        }
-        for (int c = 0; c < 8 && sketch; ++c) {
-          const uint8_t byte = block[layout.SketchOffset() + c % 4 * 64 + key % 64];
-          ASSERT_EQ(c < 4 ? byte & 15 : byte >> 4, nibbles[static_cast<size_t>(key * 8 + c)]);
-        }
+    const ProductLayout layout = {subspaces, false};
+    const int each = layout.Symbols();
+    constexpr int kBlocks = 2;
+    std::vector<uint8_t> symbols(static_cast<size_t>(kBlocks * 64 * each));
+    for (uint8_t& symbol : symbols) symbol = static_cast<uint8_t>(random() % 64);
+    std::vector<uint8_t> codes(static_cast<size_t>(kBlocks * layout.BlockBytes()), 0xaa);
+    PackProductBlocks(symbols.data(), kBlocks, layout, codes.data());
+    for (int key = 0; key < kBlocks * 64; ++key) {
+      const uint8_t* const block =
+          codes.data() + static_cast<ptrdiff_t>(key / 64) * layout.BlockBytes();
+      for (int g = 0; g < each; ++g) {
+        ASSERT_EQ(ProductSymbol(block, layout, g, key % 64),
+                  symbols[static_cast<size_t>(key * each + g)]);
       }
     }
   }
-  EXPECT_EQ(ProductLayout({11, true}).BlockBytes(), 13 * 64);
+  EXPECT_EQ(ProductLayout({11, true}).BlockBytes(), 9 * 64);
   EXPECT_EQ(ProductLayout({22, false}).BlockBytes(), 18 * 64);
+}
+
+TEST(ProductLayoutTest, PacksSketches) {
+  std::mt19937 random(4);
+  constexpr int kBlocks = 3;
+  std::vector<uint8_t> nibbles(kBlocks * 64 * 8);
+  for (uint8_t& nibble : nibbles) nibble = static_cast<uint8_t>(random() % 16);
+  std::vector<uint8_t> sketches(kBlocks * kSketchBlockBytes, 0xaa);
+  PackSketchBlocks(nibbles.data(), kBlocks, sketches.data());
+  for (int key = 0; key < kBlocks * 64; ++key) {
+    for (int c = 0; c < 8; ++c) {
+      const int at = key / 64 * kSketchBlockBytes + c % 4 * 64 + key % 64;
+      const uint8_t byte = sketches[static_cast<size_t>(at)];
+      ASSERT_EQ(c < 4 ? byte & 15 : byte >> 4, nibbles[static_cast<size_t>(key * 8 + c)]);
+    }
+  }
 }
 
 }  // namespace
