@@ -72,7 +72,7 @@ void ProductScan::Scan(const SegmentPart& part, const uint8_t* next, std::byte* 
 }
 
 void ProductScan::Sample(absl::Span<const int64_t> blocks, const float* factors,
-                         const SampleResults& results, Scratch& scratch) const {
+                         const kernels::SampleResults& results, Scratch& scratch) const {
   auto* const codes = scratch.Take<const uint8_t*>(blocks.size());
   auto* const centres = scratch.Take<const float*>(blocks.size());
   auto* const sums =

@@ -26,8 +26,8 @@ class ProductScan final : public ScanCode {
   int TableParts() const override { return static_cast<int>(tables_.size()); }
   void BuildTables(int part, Scratch& scratch) override;
   void Scan(const SegmentPart& part, const uint8_t* next, std::byte* sums) const override;
-  void Sample(absl::Span<const int64_t> blocks, const float* factors, const SampleResults& results,
-              Scratch& scratch) const override;
+  void Sample(absl::Span<const int64_t> blocks, const float* factors,
+              const kernels::SampleResults& results, Scratch& scratch) const override;
   bool RestByBlock() const override { return !layout_.sketch; }
   int Select(const SegmentPart& part, const std::byte* sums, const ScanBounds& bounds,
              const uint8_t* next, const ScanResults& results) const override;

@@ -13,6 +13,7 @@
 #include "index/segment.h"
 #include "kernels/attention_state.h"
 #include "kernels/cpu/ladder_codes.h"
+#include "kernels/cpu/sample.h"
 
 namespace kvseek::index {
 
@@ -74,14 +75,6 @@ void AddBlockMeans(const Segment& segment, const SegmentPart& part, const ScanRe
                    int group, int value_dim, float* acc);
 void PrefetchBlockMeans(const Segment& segment, const SegmentPart& part, int value_dim);
 
-/// What a sample comes to, added up over parts of it.
-struct SampleResults {
-  float* estimates;  ///< [h * stride + key]: what thresholds are compared with
-  int stride;
-  float* largest;  ///< (group), estimate so far; -infinity at first
-  float* mass;     ///< (group), summed weight so far over exp(largest); 0 at first
-};
-
 /// Bytes of a key's sum for each head. What they are is the code's own affair.
 inline constexpr size_t kSumBytes = 2;
 
@@ -106,7 +99,7 @@ class ScanCode {
   /// times. Of the blocks, the first kernels::kSampleAhead are the caller's to fetch. `scratch`
   /// lends memory; it is not reset.
   virtual void Sample(absl::Span<const int64_t> blocks, const float* factors,
-                      const SampleResults& results, Scratch& scratch) const = 0;
+                      const kernels::SampleResults& results, Scratch& scratch) const = 0;
   /// Whether AddRest reads ScanResults::block_weights, so that Select has to be given them.
   virtual bool RestByBlock() const = 0;
   /// Chooses keys and weighs the others; returns how many it chose.

@@ -5,8 +5,8 @@
 
 #include "kernels/cpu/attention.h"
 #include "kernels/cpu/ladder_codes.h"
+#include "kernels/cpu/ladder_sample.h"
 #include "kernels/cpu/prefetch.h"
-#include "kernels/cpu/reduce.h"
 #include "kernels/cpu/rotation.h"
 
 namespace kvseek::index {
@@ -45,35 +45,22 @@ void SignScan::Scan(const SegmentPart& part, const uint8_t* next, std::byte* sum
 }
 
 void SignScan::Sample(absl::Span<const int64_t> blocks, const float* factors,
-                      const SampleResults& results, Scratch& scratch) const {
+                      const kernels::SampleResults& results, Scratch& scratch) const {
   const auto group = static_cast<size_t>(queries_.group);
-  const int planes = view_.shape.scan_bits;
-  auto* const sums = scratch.Take<int16_t>(group * kScanBlock);
-  auto* const chosen = scratch.Take<uint32_t>(kScanBlock);  // none
-  auto* const weights = scratch.Take<float>(group);
-  kernels::ScanHead heads[kMaxGroup];
+  auto* const codes = scratch.Take<const uint8_t*>(blocks.size());
+  auto* const centres = scratch.Take<const float*>(blocks.size());
+  auto* const noises = scratch.Take<float>(blocks.size());
+  auto* const sums = scratch.Take<int16_t>(group * blocks.size() * kScanBlock);
   for (size_t i = 0; i < blocks.size(); ++i) {
-    if (i + kernels::kSampleAhead < blocks.size()) {
-      kernels::PrefetchRange(Block(blocks[i + kernels::kSampleAhead]),
-                             static_cast<size_t>(ScannedBytes()));
-    }
-    const uint8_t* const codes = Block(blocks[i]);
-    float* const estimates = results.estimates + i * kScanBlock;
-    FillHeads(blocks[i] / kSegmentBlocks, {{}, results.largest}, heads);
-    kernels::ScanCodes(codes, 1, symbols_, planes, tables_, queries_.group, sums, kScanBlock);
-    kernels::EstimateScores(sums, kScanBlock, codes, 1, symbols_, planes, heads, queries_.group,
-                            estimates, results.stride, nullptr);
-    for (size_t h = 0; h < group; ++h) {
-      const float best =
-          kernels::MaxElement(estimates + h * static_cast<size_t>(results.stride), kScanBlock);
-      if (best <= results.largest[h]) continue;
-      results.mass[h] *= std::exp(results.largest[h] - best);
-      results.largest[h] = heads[h].reference = best;
-    }
-    kernels::SelectAndWeigh(sums, kScanBlock, codes, 1, {}, symbols_, planes, heads, queries_.group,
-                            0, chosen, weights, 1);
-    for (size_t h = 0; h < group; ++h) results.mass[h] += weights[h] * factors[i];
+    codes[i] = Block(blocks[i]);
+    centres[i] = CentreScores(blocks[i] / kSegmentBlocks);
+    noises[i] = SegmentOf(blocks[i]).scan_noise();
   }
+  kernels::SampleHead heads[kMaxGroup];
+  for (size_t h = 0; h < group; ++h)
+    heads[h] = {Slope(h), view_.shape.softmax_scale * query_norms_[h]};
+  kernels::SampleCodes({codes, centres, factors, static_cast<int>(blocks.size())}, noises, symbols_,
+                       view_.shape.scan_bits, tables_, heads, queries_.group, sums, results);
 }
 
 int SignScan::Select(const SegmentPart& part, const std::byte* sums, const ScanBounds& bounds,
@@ -121,17 +108,23 @@ void SignScan::PrefetchRest(const SegmentPart& part) const {
   PrefetchBlockMeans(SegmentOf(part.block), part, view_.shape.value_dim);
 }
 
+float SignScan::Slope(size_t head) const {
+  const float sum_unit = view_.shape.scan_bits == 1 ? 1.0F : kernels::kTwoBitStep / 2.0F;
+  return view_.shape.softmax_scale * sum_unit * table_units_[head];
+}
+
+const float* SignScan::CentreScores(int64_t segment) const {
+  return queries_.centre_scores + (segment - queries_.first_segment) * queries_.group;
+}
+
 void SignScan::FillHeads(int64_t segment, const ScanBounds& bounds,
                          kernels::ScanHead* heads) const {
-  const Segment& codes = *view_.segments[static_cast<size_t>(segment)];
-  const float* const centres =
-      queries_.centre_scores + (segment - queries_.first_segment) * queries_.group;
-  const float scale = view_.shape.softmax_scale;
-  const float sum_unit = view_.shape.scan_bits == 1 ? 1.0F : kernels::kTwoBitStep / 2.0F;
+  const float noise =
+      view_.shape.softmax_scale * view_.segments[static_cast<size_t>(segment)]->scan_noise();
+  const float* const centres = CentreScores(segment);
   for (int h = 0; h < queries_.group; ++h) {
     const auto i = static_cast<size_t>(h);
-    heads[h] = {centres[h], scale * sum_unit * table_units_[i],
-                scale * query_norms_[i] * codes.scan_noise(),
+    heads[h] = {centres[h], Slope(i), noise * query_norms_[i],
                 bounds.thresholds.empty() ? kInfinity : bounds.thresholds[i], bounds.reference[i]};
   }
 }

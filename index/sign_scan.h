@@ -23,8 +23,8 @@ class SignScan final : public ScanCode {
   SignScan(const KvView& view, const ScanQueries& queries, Scratch& memory);
 
   void Scan(const SegmentPart& part, const uint8_t* next, std::byte* sums) const override;
-  void Sample(absl::Span<const int64_t> blocks, const float* factors, const SampleResults& results,
-              Scratch& scratch) const override;
+  void Sample(absl::Span<const int64_t> blocks, const float* factors,
+              const kernels::SampleResults& results, Scratch& scratch) const override;
   bool RestByBlock() const override { return true; }
   int Select(const SegmentPart& part, const std::byte* sums, const ScanBounds& bounds,
              const uint8_t* next, const ScanResults& results) const override;
@@ -40,6 +40,9 @@ class SignScan final : public ScanCode {
  private:
   /// What turns the sums of a segment into scores.
   void FillHeads(int64_t segment, const ScanBounds& bounds, kernels::ScanHead* heads) const;
+  /// Of one unit of a sum times its key's gain, and (group) of a segment's centre.
+  float Slope(size_t head) const;
+  const float* CentreScores(int64_t segment) const;
   const Segment& SegmentOf(int64_t block) const;
 
   const KvView& view_;

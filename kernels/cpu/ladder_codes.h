@@ -54,9 +54,7 @@ namespace kvseek::kernels {
 inline constexpr int kScanBlock = 64;  ///< keys of one scan block
 inline constexpr int kSymbolBits = 6;  ///< dimensions of one symbol
 inline constexpr int kTableSize = 64;  ///< entries of one symbol's table
-/// How many blocks a sample fetches before they are used: they are far apart.
-inline constexpr int kSampleAhead = 8;
-inline constexpr int kTableMax = 31;  ///< |table entry| at most: four of them add up in an int8
+inline constexpr int kTableMax = 31;   ///< |table entry| at most: four of them add up in an int8
 inline constexpr float kTwoBitStep = 0.9957F;
 inline constexpr float kFourBitStep = 0.3352F;
 

@@ -10,11 +10,13 @@
 #define KVSEEK_KERNELS_CPU_LADDER_LOOKUP_INL_H_
 #endif
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
 #include "hwy/highway.h"
 #include "kernels/cpu/ladder_codes.h"
+#include "kernels/cpu/sample.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace kvseek::kernels {
@@ -22,21 +24,46 @@ namespace HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
 struct ScanShape {
-  int blocks;
   int symbols;
   int planes;
-  int block_bytes;
-  const uint8_t* next;  ///< as many blocks again that will be scanned next, or null
 };
 
-/// Fetches the first half of block b's codes of what comes next into L2 while this one is worked
-/// on; SelectAndWeigh fetches the second. Pages are too small and segments too many for the
-/// hardware to guess.
-HWY_INLINE void FetchNext(const ScanShape& shape, int b) {
-  if (shape.next == nullptr) return;
-  const uint8_t* block = shape.next + static_cast<ptrdiff_t>(b) * shape.block_bytes;
-  for (int i = 0; i < shape.block_bytes / 2; i += 64) __builtin_prefetch(block + i, 0, 2);
-}
+/// Blocks to be scanned: side by side, or anywhere. Where they are, and what is fetched while one
+/// of them is worked on.
+struct AdjacentBlocks {
+  const uint8_t* codes;
+  int count;
+  int block_bytes;
+  const uint8_t* next;  ///< as many blocks again that will be scanned next, or null
+
+  HWY_INLINE const uint8_t* At(int b) const {
+    return codes + static_cast<ptrdiff_t>(b) * block_bytes;
+  }
+  /// The first half of block b of what comes next into L2; SelectAndWeigh fetches the second. Pages
+  /// are too small and segments too many for the hardware to guess.
+  HWY_INLINE void Fetch(int b) const {
+    if (next == nullptr) return;
+    const uint8_t* const block = next + static_cast<ptrdiff_t>(b) * block_bytes;
+    for (int i = 0; i < block_bytes / 2; i += 64) __builtin_prefetch(block + i, 0, 2);
+  }
+  void StopFetching() { next = nullptr; }
+};
+
+struct ScatteredBlocks {
+  const uint8_t* const* codes;
+  int count;
+  int block_bytes;
+  bool fetches = true;
+
+  HWY_INLINE const uint8_t* At(int b) const { return codes[b]; }
+  /// One of those that come soon.
+  HWY_INLINE void Fetch(int b) const {
+    if (!fetches || b + kSampleAhead >= count) return;
+    const uint8_t* const block = codes[b + kSampleAhead];
+    for (int i = 0; i < block_bytes; i += 64) __builtin_prefetch(block + i, 0, 3);
+  }
+  void StopFetching() { fetches = false; }
+};
 
 #if HWY_TARGET == HWY_SCALAR || HWY_TARGET == HWY_EMU128 || HWY_HAVE_SCALABLE
 
@@ -51,11 +78,13 @@ HWY_INLINE int SymbolOf(const uint8_t* rows, int symbols, int g, int key) {
   return quad[0] >> 6 | quad[kScanBlock] >> 6 << 2 | quad[2 * kScanBlock] >> 6 << 4;
 }
 
-HWY_INLINE void LookUpHeads(const uint8_t* codes, const ScanShape& shape, const int8_t* tables,
+template <class Blocks>
+HWY_INLINE void LookUpHeads(const Blocks& blocks, const ScanShape& shape, const int8_t* tables,
                             int heads, int16_t* sums, int sums_stride) {
   const int plane_bytes = PlaneRows(shape.symbols) * kScanBlock;
   const int table_bytes = shape.symbols * kTableSize;
-  for (int b = 0; b < shape.blocks; ++b, codes += shape.block_bytes, sums += kScanBlock) {
+  for (int b = 0; b < blocks.count; ++b, sums += kScanBlock) {
+    const uint8_t* const codes = blocks.At(b);
     for (int key = 0; key < kScanBlock; ++key) {
       int totals[kLookupHeads] = {};
       for (int plane = 0; plane < shape.planes; ++plane) {
@@ -268,16 +297,17 @@ HWY_INLINE void StoreSums(V16 all, V16 biased_odd, V16 bias, int16_t* sums) {
 #endif
 }
 
-template <int kHeads>
-HWY_NOINLINE void LookUpT(const uint8_t* codes, const ScanShape& shape, const int8_t* head_tables,
+template <int kHeads, class Blocks>
+HWY_NOINLINE void LookUpT(const Blocks& blocks, const ScanShape& shape, const int8_t* head_tables,
                           int16_t* sums, int sums_stride) {
   const D16 d16;
   const Tables<kHeads> tables(head_tables, shape.symbols);
   const int plane_bytes = PlaneRows(shape.symbols) * kScanBlock;
   const int widened = (shape.symbols + 3) / 4 * (shape.planes == 2 ? 3 : 1);
   const auto bias = hn::Set(d16, static_cast<uint16_t>(widened * kBias));
-  for (int b = 0; b < shape.blocks; ++b, codes += shape.block_bytes) {
-    FetchNext(shape, b);
+  for (int b = 0; b < blocks.count; ++b) {
+    blocks.Fetch(b);
+    const uint8_t* const codes = blocks.At(b);
     for (int i = 0; i < kScanBlock; i += kByteLanes, sums += kByteLanes) {
       WideSums<kHeads> wide;
       for (int h = 0; h < kHeads; ++h) wide.all[h] = wide.odd[h] = hn::Zero(d16);
@@ -296,29 +326,42 @@ HWY_NOINLINE void LookUpT(const uint8_t* codes, const ScanShape& shape, const in
   }
 }
 
-HWY_INLINE void LookUpHeads(const uint8_t* codes, const ScanShape& shape, const int8_t* tables,
+template <class Blocks>
+HWY_INLINE void LookUpHeads(const Blocks& blocks, const ScanShape& shape, const int8_t* tables,
                             int heads, int16_t* sums, int sums_stride) {
   switch (heads) {
     case 1:
-      return LookUpT<1>(codes, shape, tables, sums, sums_stride);
+      return LookUpT<1>(blocks, shape, tables, sums, sums_stride);
     case 2:
-      return LookUpT<2>(codes, shape, tables, sums, sums_stride);
+      return LookUpT<2>(blocks, shape, tables, sums, sums_stride);
     case 3:
-      return LookUpT<3>(codes, shape, tables, sums, sums_stride);
+      return LookUpT<3>(blocks, shape, tables, sums, sums_stride);
     case 4:
-      return LookUpT<4>(codes, shape, tables, sums, sums_stride);
+      return LookUpT<4>(blocks, shape, tables, sums, sums_stride);
     case 5:
-      return LookUpT<5>(codes, shape, tables, sums, sums_stride);
+      return LookUpT<5>(blocks, shape, tables, sums, sums_stride);
     case 6:
-      return LookUpT<6>(codes, shape, tables, sums, sums_stride);
+      return LookUpT<6>(blocks, shape, tables, sums, sums_stride);
     case 7:
-      return LookUpT<7>(codes, shape, tables, sums, sums_stride);
+      return LookUpT<7>(blocks, shape, tables, sums, sums_stride);
     default:
-      return LookUpT<8>(codes, shape, tables, sums, sums_stride);
+      return LookUpT<8>(blocks, shape, tables, sums, sums_stride);
   }
 }
 
 #endif
+
+/// Adds up table entries for every key of the blocks: sums[h * sums_stride + key].
+template <class Blocks>
+HWY_INLINE void LookUpAll(Blocks blocks, const ScanShape& shape, const int8_t* tables, int heads,
+                          int16_t* sums, int sums_stride) {
+  for (int h = 0; h < heads; h += kLookupHeads) {
+    LookUpHeads(blocks, shape, tables + static_cast<ptrdiff_t>(h) * shape.symbols * kTableSize,
+                std::min(kLookupHeads, heads - h), sums + static_cast<ptrdiff_t>(h) * sums_stride,
+                sums_stride);
+    blocks.StopFetching();
+  }
+}
 
 }  // namespace HWY_NAMESPACE
 }  // namespace kvseek::kernels

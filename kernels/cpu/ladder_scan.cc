@@ -1,6 +1,7 @@
 #include "kernels/cpu/ladder_scan.h"
 
 #include <algorithm>
+#include <bit>
 #include <cassert>
 #include <cmath>
 #include <cstddef>
@@ -19,30 +20,35 @@ namespace HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
 using DF = hn::ScalableTag<float>;
+using DI = hn::RebindToSigned<DF>;
 constexpr int kLanes = static_cast<int>(hn::MaxLanes(DF()));
 
-/// One symbol's table: round(sum_b +-q[b]) for q in table units.
+/// sum + q where bit `bit` of a lane's number is set, sum - q elsewhere.
+template <class D>
+HWY_INLINE hn::Vec<D> AddSigned(D d, hn::Vec<D> sum, float q, hn::Vec<DI> number, int bit) {
+  const auto value = hn::Set(d, q);
+  const auto set = hn::TestBit(number, hn::Set(DI(), 1 << bit));
+  const auto is_set = hn::MaskFromVec(hn::BitCast(d, hn::VecFromMask(DI(), set)));
+  return hn::Add(sum, hn::IfThenElse(is_set, value, hn::Neg(value)));
+}
+
+/// One symbol's table: round(sum_b +-q[b]) for q in table units. Bits that are the same in all
+/// lanes of a vector are those of its number.
 HWY_INLINE void FillTable(const float* q, int8_t* table) {
   const DF d;
-  const hn::RebindToSigned<DF> di;
   const hn::Rebind<int8_t, DF> d8;
-  const auto rounding = hn::Set(d, 12582912.0F);
-  const auto limit = hn::Set(di, kTableMax);
-  const auto step = hn::Set(di, kLanes);
-  const auto one = hn::Set(di, 1);
-  auto symbol = hn::Iota(di, 0);
-  for (int s = 0; s < kTableSize; s += kLanes, symbol = hn::Add(symbol, step)) {
-    auto sum = hn::Zero(d);
-    auto bit = one;
-    for (int b = 0; b < kSymbolBits; ++b, bit = hn::Add(bit, bit)) {
-      const auto value = hn::Set(d, q[b]);
-      const auto set =
-          hn::MaskFromVec(hn::BitCast(d, hn::VecFromMask(di, hn::TestBit(symbol, bit))));
-      sum = hn::Add(sum, hn::IfThenElse(set, value, hn::Neg(value)));
+  constexpr int kLaneBits = std::bit_width(static_cast<unsigned>(kLanes)) - 1;
+  const auto limit = hn::Set(DI(), kTableMax);
+  auto sum = hn::Zero(d);
+  for (int b = 0; b < kLaneBits; ++b) sum = AddSigned(d, sum, q[b], hn::Iota(DI(), 0), b);
+  for (int v = 0; v < kTableSize / kLanes; ++v) {
+    auto total = sum;
+    for (int b = kLaneBits; b < kSymbolBits; ++b) {
+      const bool set = (v >> (b - kLaneBits) & 1) != 0;
+      total = hn::Add(total, hn::Set(d, set ? q[b] : -q[b]));
     }
-    const auto rounded = hn::ConvertTo(di, hn::Sub(hn::Add(sum, rounding), rounding));
-    const auto entry = hn::Max(hn::Min(rounded, limit), hn::Neg(limit));
-    hn::StoreU(hn::DemoteTo(d8, entry), d8, table + s);
+    const auto entry = hn::Max(hn::Min(hn::NearestInt(total), limit), hn::Neg(limit));
+    hn::StoreU(hn::DemoteTo(d8, entry), d8, table + v * kLanes);
   }
 }
 
@@ -70,12 +76,8 @@ void BuildTablesImpl(const float* rotated_queries, int heads, int padded_dim, in
 
 void ScanCodesImpl(const uint8_t* codes, int blocks, int symbols, int planes, const int8_t* tables,
                    int heads, int16_t* sums, int sums_stride, const uint8_t* next_codes) {
-  ScanShape shape = {blocks, symbols, planes, ScanBlockBytes(symbols, planes), next_codes};
-  for (int h = 0; h < heads; h += kLookupHeads, shape.next = nullptr) {
-    LookUpHeads(codes, shape, tables + static_cast<ptrdiff_t>(h) * symbols * kTableSize,
-                std::min(kLookupHeads, heads - h), sums + static_cast<ptrdiff_t>(h) * sums_stride,
-                sums_stride);
-  }
+  const AdjacentBlocks all = {codes, blocks, ScanBlockBytes(symbols, planes), next_codes};
+  LookUpAll(all, {symbols, planes}, tables, heads, sums, sums_stride);
 }
 
 }  // namespace HWY_NAMESPACE

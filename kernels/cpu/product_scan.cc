@@ -25,11 +25,11 @@ constexpr int kLanes = static_cast<int>(hn::MaxLanes(DF()));
 
 #if HWY_TARGET == HWY_SCALAR || HWY_TARGET == HWY_EMU128 || HWY_HAVE_SCALABLE
 
-void ScanProductsImpl(const uint8_t* codes, int blocks, const ProductLayout& layout,
-                      const uint8_t* entries, int heads, uint8_t* sums, int sums_stride,
-                      const uint8_t* /*next_codes*/) {
-  const int symbols = layout.Symbols();
-  for (int b = 0; b < blocks; ++b, codes += layout.BlockBytes(), sums += kScanBlock) {
+template <class Blocks>
+void ScanAll(const Blocks& blocks, int symbols, const uint8_t* entries, int heads, uint8_t* sums,
+             int sums_stride) {
+  for (int b = 0; b < blocks.count; ++b, sums += kScanBlock) {
+    const uint8_t* const codes = blocks.At(b);
     for (int key = 0; key < kScanBlock; ++key) {
       for (int h = 0; h < heads; ++h) {
         int total = 0;
@@ -65,15 +65,16 @@ HWY_INLINE void AddSymbol(V8 row, const uint8_t* tables, ptrdiff_t head_bytes, V
   }
 }
 
-template <int kHeads>
-HWY_NOINLINE void ScanT(const uint8_t* codes, const ScanShape& shape, const uint8_t* entries,
-                        uint8_t* sums, int sums_stride) {
+template <int kHeads, class Blocks>
+HWY_NOINLINE void ScanT(const Blocks& blocks, int symbols, const uint8_t* entries, uint8_t* sums,
+                        int sums_stride) {
   const D8 d8;
-  const int groups = shape.symbols / 4;
-  const int rest = shape.symbols % 4;
-  const ptrdiff_t head_bytes = static_cast<ptrdiff_t>(shape.symbols) * kTableSize;
-  for (int b = 0; b < shape.blocks; ++b, codes += shape.block_bytes, sums += kScanBlock) {
-    FetchNext(shape, b);
+  const int groups = symbols / 4;
+  const int rest = symbols % 4;
+  const ptrdiff_t head_bytes = static_cast<ptrdiff_t>(symbols) * kTableSize;
+  for (int b = 0; b < blocks.count; ++b, sums += kScanBlock) {
+    blocks.Fetch(b);
+    const uint8_t* const codes = blocks.At(b);
     for (int i = 0; i < kScanBlock; i += kByteLanes) {
       const uint8_t* rows = codes + i;
       const uint8_t* tables = entries;
@@ -83,8 +84,8 @@ HWY_NOINLINE void ScanT(const uint8_t* codes, const ScanShape& shape, const uint
         const auto row0 = hn::LoadU(d8, rows);
         const auto row1 = hn::LoadU(d8, rows + kScanBlock);
         const auto row2 = hn::LoadU(d8, rows + 2 * kScanBlock);
-        const V8 symbols[4] = {row0, row1, row2, FourthSymbol(row0, row1, row2)};
-        for (const V8& symbol : symbols) {
+        const V8 quad[4] = {row0, row1, row2, FourthSymbol(row0, row1, row2)};
+        for (const V8& symbol : quad) {
           AddSymbol<kHeads>(symbol, tables, head_bytes, totals);
           tables += kTableSize;
         }
@@ -100,26 +101,24 @@ HWY_NOINLINE void ScanT(const uint8_t* codes, const ScanShape& shape, const uint
   }
 }
 
-void ScanProductsImpl(const uint8_t* codes, int blocks, const ProductLayout& layout,
-                      const uint8_t* entries, int heads, uint8_t* sums, int sums_stride,
-                      const uint8_t* next_codes) {
-  const int symbols = layout.Symbols();
-  ScanShape shape = {blocks, symbols, 1, layout.BlockBytes(), next_codes};
-  for (int h = 0; h < heads; h += 4, shape.next = nullptr) {
+template <class Blocks>
+HWY_INLINE void ScanAll(Blocks blocks, int symbols, const uint8_t* entries, int heads,
+                        uint8_t* sums, int sums_stride) {
+  for (int h = 0; h < heads; h += 4, blocks.StopFetching()) {
     const uint8_t* const tables = entries + static_cast<ptrdiff_t>(h) * symbols * kTableSize;
     uint8_t* const out = sums + static_cast<ptrdiff_t>(h) * sums_stride;
     switch (std::min(4, heads - h)) {
       case 1:
-        ScanT<1>(codes, shape, tables, out, sums_stride);
+        ScanT<1>(blocks, symbols, tables, out, sums_stride);
         break;
       case 2:
-        ScanT<2>(codes, shape, tables, out, sums_stride);
+        ScanT<2>(blocks, symbols, tables, out, sums_stride);
         break;
       case 3:
-        ScanT<3>(codes, shape, tables, out, sums_stride);
+        ScanT<3>(blocks, symbols, tables, out, sums_stride);
         break;
       default:
-        ScanT<4>(codes, shape, tables, out, sums_stride);
+        ScanT<4>(blocks, symbols, tables, out, sums_stride);
         break;
     }
   }
@@ -142,6 +141,13 @@ HWY_INLINE void LowerSums(const uint8_t* codes, const ProductLayout& layout,
 
 #endif
 
+void ScanProductsImpl(const uint8_t* codes, int blocks, const ProductLayout& layout,
+                      const uint8_t* entries, int heads, uint8_t* sums, int sums_stride,
+                      const uint8_t* next_codes) {
+  const AdjacentBlocks all = {codes, blocks, layout.BlockBytes(), next_codes};
+  ScanAll(all, layout.Symbols(), entries, heads, sums, sums_stride);
+}
+
 /// kLanes sums, as floats.
 HWY_INLINE hn::Vec<DF> LoadSums(const uint8_t* sums) {
   const hn::RebindToSigned<DF> di;
@@ -150,12 +156,12 @@ HWY_INLINE hn::Vec<DF> LoadSums(const uint8_t* sums) {
 }
 
 /// Writes the estimates of one head; returns the largest.
-HWY_INLINE float EstimateSample(const ProductSample& sample, const ProductTables& tables, int head,
+HWY_INLINE float EstimateSample(const SampleBlocks& sample, const ProductTables& tables, int head,
                                 const uint8_t* sums, float* estimates) {
   const DF d;
   const auto unit = hn::Set(d, tables.unit);
   auto most = hn::Set(d, -std::numeric_limits<float>::infinity());
-  for (int b = 0; b < sample.blocks; ++b) {
+  for (int b = 0; b < sample.count; ++b) {
     const auto base = hn::Set(d, sample.centres[b][head] + tables.base);
     for (int i = b * kScanBlock; i < (b + 1) * kScanBlock; i += kLanes) {
       const auto estimate = hn::MulAdd(unit, LoadSums(sums + i), base);
@@ -167,12 +173,12 @@ HWY_INLINE float EstimateSample(const ProductSample& sample, const ProductTables
 }
 
 /// Returns one head's summed weight over exp(largest), from lowered sums.
-HWY_INLINE float WeighSample(const ProductSample& sample, const ProductTables& tables, int head,
+HWY_INLINE float WeighSample(const SampleBlocks& sample, const ProductTables& tables, int head,
                              const uint8_t* sums, float largest) {
   const DF d;
   const auto unit = hn::Set(d, tables.unit * ladder_exp::kLog2E);
   auto mass = hn::Zero(d);
-  for (int b = 0; b < sample.blocks; ++b) {
+  for (int b = 0; b < sample.count; ++b) {
     const auto base =
         hn::Set(d, (sample.centres[b][head] + tables.base - largest) * ladder_exp::kLog2E);
     auto sum = hn::Zero(d);
@@ -184,18 +190,12 @@ HWY_INLINE float WeighSample(const ProductSample& sample, const ProductTables& t
   return hn::GetLane(hn::SumOfLanes(d, mass));
 }
 
-void SampleProductsImpl(const ProductSample& sample, const ProductLayout& layout,
+void SampleProductsImpl(const SampleBlocks& sample, const ProductLayout& layout,
                         const uint8_t* entries, const ProductTables* tables, int heads,
-                        uint8_t* sums, const ProductSampled& results) {
-  const int stride = sample.blocks * kScanBlock;
-  for (int b = 0; b < sample.blocks; ++b) {
-    if (b + kSampleAhead < sample.blocks) {
-      const uint8_t* const ahead = sample.codes[b + kSampleAhead];
-      for (int i = 0; i < layout.BlockBytes(); i += 64) __builtin_prefetch(ahead + i, 0, 3);
-    }
-    ScanProductsImpl(sample.codes[b], 1, layout, entries, heads, sums + b * kScanBlock, stride,
-                     nullptr);
-  }
+                        uint8_t* sums, const SampleResults& results) {
+  const int stride = sample.count * kScanBlock;
+  const ScatteredBlocks blocks = {sample.codes, sample.count, layout.BlockBytes()};
+  ScanAll(blocks, layout.Symbols(), entries, heads, sums, stride);
   for (int h = 0; h < heads; ++h) {
     const float largest =
         EstimateSample(sample, tables[h], h, sums + h * stride,
@@ -204,7 +204,7 @@ void SampleProductsImpl(const ProductSample& sample, const ProductLayout& layout
     results.mass[h] *= std::exp(results.largest[h] - largest);
     results.largest[h] = largest;
   }
-  for (int b = 0; b < sample.blocks; ++b) {
+  for (int b = 0; b < sample.count; ++b) {
     LowerSums(sample.codes[b], layout, tables, heads, sums + b * kScanBlock, stride);
   }
   for (int h = 0; h < heads; ++h) {
@@ -259,10 +259,10 @@ void ScanProducts(const uint8_t* codes, int blocks, const ProductLayout& layout,
   (codes, blocks, layout, entries, heads, sums, sums_stride, next_codes);
 }
 
-void SampleProducts(const ProductSample& sample, const ProductLayout& layout,
-                    const uint8_t* entries, const ProductTables* tables, int heads, uint8_t* sums,
-                    const ProductSampled& results) noexcept {
-  assert(results.stride >= sample.blocks * kScanBlock);
+void SampleProducts(const SampleBlocks& sample, const ProductLayout& layout, const uint8_t* entries,
+                    const ProductTables* tables, int heads, uint8_t* sums,
+                    const SampleResults& results) noexcept {
+  assert(results.stride >= sample.count * kScanBlock);
   HWY_DYNAMIC_DISPATCH(SampleProductsImpl)
   (sample, layout, entries, tables, heads, sums, results);
 }

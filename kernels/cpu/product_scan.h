@@ -19,6 +19,7 @@
 #include <cstdint>
 
 #include "kernels/cpu/product_codes.h"
+#include "kernels/cpu/sample.h"
 
 namespace kvseek::kernels {
 
@@ -72,28 +73,12 @@ void EstimateProducts(const uint8_t* sums, int sums_stride, const uint8_t* codes
                       const ProductLayout& layout, const ProductHead* heads, int count,
                       float* estimates, float* weights, float* deviations, int stride) noexcept;
 
-/// Blocks anywhere, of which some estimates are wanted before all are scanned.
-struct ProductSample {
-  const uint8_t* const* codes;  ///< (blocks)
-  const float* const* centres;  ///< (blocks), each (heads): ProductHead::centre
-  const float* factors;         ///< (blocks): how many times the weights of a block count
-  int blocks;
-};
-
-/// What is added up over samples: largest is -infinity and mass 0 at first.
-struct ProductSampled {
-  float* estimates;  ///< [h * stride + key]: upper estimates
-  int stride;
-  float* largest;  ///< (heads), of the estimates
-  float* mass;     ///< (heads): summed weight over exp(largest)
-};
-
-/// Scans, estimates and weighs a sample, whose blocks have the same tables. Weights are of levels
-/// rounded to units, as SelectProducts'. Fetches blocks kSampleAhead before they are used; the
-/// first so many are the caller's. sums is (heads, blocks * 64), 64-byte aligned, and overwritten.
-void SampleProducts(const ProductSample& sample, const ProductLayout& layout,
-                    const uint8_t* entries, const ProductTables* tables, int heads, uint8_t* sums,
-                    const ProductSampled& results) noexcept;
+/// Scans, estimates and weighs a sample, whose blocks have the same tables; estimates are upper
+/// ones, and weights of levels rounded to units, as SelectProducts'. sums is (heads, sample.count *
+/// 64), 64-byte aligned, and overwritten.
+void SampleProducts(const SampleBlocks& sample, const ProductLayout& layout, const uint8_t* entries,
+                    const ProductTables* tables, int heads, uint8_t* sums,
+                    const SampleResults& results) noexcept;
 
 /// What SelectProducts finds, for `blocks` blocks, of which `weighed` are weighed, and `count`
 /// heads.

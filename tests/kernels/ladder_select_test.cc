@@ -8,6 +8,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/ladder_codes.h"
+#include "kernels/cpu/ladder_sample.h"
 #include "kernels/cpu/ladder_scan.h"
 #include "tests/kernels/aligned.h"
 #include "tests/kernels/ladder_reference.h"
@@ -41,9 +42,9 @@ struct Scan {
         symbols(Symbols(dim)),
         stride(block_count * 64 + 64),
         codes(RandomCodes(block_count, dim, plane_count)),
-        sums(static_cast<size_t>(head_count * stride)) {
+        sums(static_cast<size_t>(head_count * stride)),
+        tables(static_cast<size_t>(head_count * symbols * 64)) {
     const auto queries = reference::RandomFloats(17, static_cast<size_t>(heads * dim), 1.0F);
-    std::vector<int8_t> tables(static_cast<size_t>(heads * symbols * 64));
     std::vector<float> units(static_cast<size_t>(heads));
     BuildTables(queries.data(), heads, dim, tables.data(), units.data());
     ScanCodes(codes.data(), blocks, symbols, planes, tables.data(), heads, sums.data(), stride);
@@ -68,6 +69,7 @@ struct Scan {
   int stride;
   Aligned<uint8_t> codes;
   Aligned<int16_t> sums;
+  std::vector<int8_t> tables;
   std::vector<ScanHead> scan_heads;
 };
 
@@ -107,6 +109,64 @@ TEST_P(LadderSelectTest, EstimatesAndWeightsMatchTheReference) {
                       1e-5 * std::max(1.0, std::abs(estimate)));
           ASSERT_NEAR(static_cast<double>(weights[at]), weight, 1e-3 * weight) << h << ' ' << key;
         }
+      }
+    }
+  }
+}
+
+// The last block first, so that they do not follow each other, and in two calls.
+TEST_P(LadderSelectTest, SamplesAreEstimatedAndWeighed) {
+  for (const int heads : {1, 4, 11}) {
+    for (const int planes : {1, 2}) {
+      SCOPED_TRACE(testing::Message() << heads << ' ' << planes);
+      constexpr int kBlocks = 21;
+      Scan scan(heads, 96, planes, kBlocks);
+      const auto block_bytes = static_cast<ptrdiff_t>(ScanBlockBytes(scan.symbols, planes));
+      std::vector<const uint8_t*> codes;
+      std::vector<float> centres;
+      std::vector<const float*> rows;
+      std::vector<float> noises;
+      std::vector<float> factors;
+      for (int b = 0; b < kBlocks; ++b) {
+        codes.push_back(scan.codes.data() + (kBlocks - 1 - b) * block_bytes);
+        for (int h = 0; h < heads; ++h)
+          centres.push_back(0.3F * static_cast<float>((b * 5 + h) % 7));
+        noises.push_back(0.5F + 0.01F * static_cast<float>(b));
+        factors.push_back(1.0F + static_cast<float>(b % 3));
+      }
+      for (int b = 0; b < kBlocks; ++b) rows.push_back(centres.data() + b * heads);
+      std::vector<SampleHead> sample_heads;
+      for (const ScanHead& head : scan.scan_heads) sample_heads.push_back({head.slope, 1.2F});
+      const int stride = kBlocks * 64 + 16;
+      std::vector<float> estimates(static_cast<size_t>(heads * stride), -77.0F);
+      std::vector<float> largest(static_cast<size_t>(heads), -kInfinity);
+      std::vector<float> mass(static_cast<size_t>(heads));
+      for (const auto& [begin, end] : std::vector<std::pair<int, int>>{{0, 13}, {13, kBlocks}}) {
+        Aligned<int16_t> sums(static_cast<size_t>(heads * (end - begin) * 64));
+        SampleCodes(
+            {codes.data() + begin, rows.data() + begin, factors.data() + begin, end - begin},
+            noises.data() + begin, scan.symbols, planes, scan.tables.data(), sample_heads.data(),
+            heads, sums.data(),
+            {estimates.data() + begin * 64, stride, largest.data(), mass.data()});
+      }
+      for (int h = 0; h < heads; ++h) {
+        const auto i = static_cast<size_t>(h);
+        const auto head_estimates = estimates.begin() + h * stride;
+        EXPECT_EQ(largest[i], *std::max_element(head_estimates, head_estimates + kBlocks * 64));
+        EXPECT_THAT(std::vector<float>(head_estimates + kBlocks * 64, head_estimates + stride),
+                    testing::Each(-77.0F));
+        double sum = 0.0;
+        for (int key = 0; key < kBlocks * 64; ++key) {
+          const int b = key / 64;
+          const auto block = static_cast<size_t>(b);
+          const int at = (kBlocks - 1 - b) * 64 + key % 64;  // in the scan
+          const ScanHead head = {rows[block][h], scan.scan_heads[i].slope, 1.2F * noises[block],
+                                 0.0F, largest[i]};
+          const double estimate = reference::Estimate(head, scan.Gain(at), scan.Sum(h, at));
+          ASSERT_NEAR(head_estimates[key], estimate, 1e-5 * std::max(1.0, std::abs(estimate)));
+          sum += factors[block] * reference::Weight(head, scan.Gain(at), estimate);
+        }
+        EXPECT_NEAR(mass[i], sum, 1e-3 * sum);
       }
     }
   }
