@@ -124,7 +124,7 @@ using FirstIndex = uint32_t;
 #endif
 
 /// Writes first + i for every set bit i; returns how many there are.
-HWY_INLINE int PutIndicesFrom(uint64_t bits, FirstIndex first, uint32_t* chosen) {
+HWY_INLINE int PutIndices(uint64_t bits, FirstIndex first, uint32_t* chosen) {
   const int count = std::popcount(bits);
 #if HWY_TARGET <= HWY_AVX3_DL
   alignas(64) static constexpr uint8_t kNumbers[64] = {
@@ -161,15 +161,6 @@ HWY_INLINE int PutIndicesFrom(uint64_t bits, FirstIndex first, uint32_t* chosen)
   return count;
 }
 
-/// Writes first_index + i for every set bit i; returns how many there are.
-HWY_INLINE int PutIndices(uint64_t bits, uint32_t first_index, uint32_t* chosen) {
-#if HWY_TARGET <= HWY_AVX3_DL
-  return PutIndicesFrom(bits, _mm512_set1_epi32(static_cast<int>(first_index)), chosen);
-#else
-  return PutIndicesFrom(bits, first_index, chosen);
-#endif
-}
-
 /// The same for one block after the other.
 class BlockIndices {
  public:
@@ -179,7 +170,7 @@ class BlockIndices {
   explicit BlockIndices(uint32_t first) : first_(first) {}
 #endif
   HWY_INLINE int Put(uint64_t bits, uint32_t* chosen) {
-    const int count = PutIndicesFrom(bits, first_, chosen);
+    const int count = PutIndices(bits, first_, chosen);
 #if HWY_TARGET <= HWY_AVX3_DL
     first_ = _mm512_add_epi32(first_, _mm512_set1_epi32(kScanBlock));
 #else

@@ -138,15 +138,23 @@ HWY_INLINE int16_t LargestBelow(int score, int slope) {
   return static_cast<int16_t>(std::clamp<int64_t>(floor, -kLimit - 1, kLimit));
 }
 
-/// False if 16 bits do not hold the head's scores. `gain_max` is 1 of the fixed gains.
-HWY_INLINE bool MakeFixedHead(const ScanHead& head, float gain_max, float largest_sum, int shift,
-                              FixedHead& fixed) {
+/// Of the gains of consecutive blocks.
+struct GainRange {
+  float largest;
+  float scale;   ///< a power of two above the largest: 1 of the fixed gains
+  int exponent;  ///< of the largest, as it stands in its bits
+};
+
+/// False if 16 bits do not hold the head's scores.
+HWY_INLINE bool MakeFixedHead(const ScanHead& head, const GainRange& gains, float largest_sum,
+                              int shift, FixedHead& fixed) {
   const float centre = (head.centre - head.reference) * kLogNat;
-  const float unit = head.slope * gain_max * kLogNat;
-  const float slope = unit / static_cast<float>(1 << shift) * kFixedOne;
-  const float noise = head.noise * gain_max;
+  const float largest = head.slope * gains.largest * largest_sum * kLogNat;
+  const float slope =
+      head.slope * gains.scale * kLogNat / static_cast<float>(1 << shift) * kFixedOne;
+  const float noise = head.noise * gains.scale;
   const float half_noise2 = 0.5F * noise * noise * kLogNat;
-  if (!(std::abs(centre) + unit * largest_sum < kFixedBound) || !(slope < kFixedOne) ||
+  if (!(std::abs(centre) + largest < kFixedBound) || !(slope < kFixedOne) ||
       !(half_noise2 < kFixedOne)) {
     return false;
   }
@@ -159,29 +167,37 @@ HWY_INLINE bool MakeFixedHead(const ScanHead& head, float gain_max, float larges
   return true;
 }
 
-/// Largest of the gains of `blocks` blocks, which stand block_bytes apart.
-HWY_INLINE float LargestGain(const uint8_t* gains, int blocks, int block_bytes) {
+/// Of `blocks` blocks, which stand block_bytes apart.
+HWY_INLINE GainRange RangeOf(const uint8_t* gains, int blocks, int block_bytes) {
   const DI16 d;  // bf16 numbers above zero are ordered as their bits are
-  auto largest = hn::Zero(d);
+  auto most = hn::Zero(d);
   for (int b = 0; b < blocks; ++b, gains += block_bytes) {
     for (int i = 0; i < kScanBlock; i += kLanes16) {
-      largest = hn::Max(largest, hn::LoadU(d, reinterpret_cast<const int16_t*>(gains) + i));
+      most = hn::Max(most, hn::LoadU(d, reinterpret_cast<const int16_t*>(gains) + i));
     }
   }
   HWY_ALIGN int16_t lanes[kLanes16];
-  hn::Store(largest, d, lanes);
-  const int16_t bits = *std::max_element(lanes, lanes + kLanes16);
-  return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
+  hn::Store(most, d, lanes);
+  // Not zero, so that a gain of zero is below all that FixGains tells from it.
+  constexpr int16_t kLeast = 32 << 7;
+  const auto bits =
+      static_cast<uint32_t>(std::max(*std::max_element(lanes, lanes + kLanes16), kLeast));
+  const uint32_t exponent = bits >> 7;
+  return {std::bit_cast<float>(bits << 16), std::bit_cast<float>((exponent + 1) << 23),
+          static_cast<int>(exponent)};
 }
 
-/// 64 gains as 15-bit fractions of the largest one.
-HWY_INLINE void FixGains(const uint16_t* gains, float to_fixed, int16_t* fixed) {
-  const DF d;
-  const hn::Rebind<int16_t, DF> d16;
-  const auto factor = hn::Set(d, to_fixed);
-  for (int i = 0; i < kScanBlock; i += kLanes) {
-    const auto gain = hn::Mul(LoadGains(d, gains + i), factor);
-    hn::StoreU(hn::DemoteTo(d16, hn::NearestInt(gain)), d16, fixed + i);
+/// 64 gains as 15-bit fractions of the range's scale: exact down to 2^-7 of it, since a gain has
+/// eight bits.
+HWY_INLINE void FixGains(const uint16_t* gains, const GainRange& range, int16_t* fixed) {
+  const hn::RebindToUnsigned<DI16> d;
+  const auto exponent = hn::Set(d, static_cast<uint16_t>(range.exponent));
+  for (int i = 0; i < kScanBlock; i += kLanes16) {
+    const auto bits = hn::LoadU(d, gains + i);
+    const auto mantissa = hn::Or(hn::And(bits, hn::Set(d, 0x7f)), hn::Set(d, 0x80));
+    const auto below = hn::Min(hn::Sub(exponent, hn::ShiftRight<7>(bits)), hn::Set(d, 15));
+    const auto fraction = hn::Shr(hn::ShiftLeft<7>(mantissa), below);
+    hn::StoreU(hn::BitCast(DI16(), fraction), DI16(), fixed + i);
   }
 }
 
@@ -214,13 +230,17 @@ HWY_INLINE uint64_t ChooseFixed(const Selection& selection, const int16_t* bound
                                 const int16_t* gains) {
   const DI16 d;
   constexpr int kVectors = kScanBlock / kLanes16;
+  hn::Vec<DI16> gain[kVectors];
   hn::Mask<DI16> any[kVectors];
   for (int v = 0; v < kVectors; ++v) {
-    const auto gain = hn::LoadU(d, gains + v * kLanes16);
+    gain[v] = hn::LoadU(d, gains + v * kLanes16);
     any[v] = hn::MaskFromVec(hn::Zero(d));
-    for (int h = 0; h < selection.heads; ++h) {
-      const auto gained = GainedSums<kShift>(selection, h, block, v, gain);
-      any[v] = hn::Or(any[v], hn::Gt(gained, hn::Load(d, bounds + h * kLanes16)));
+  }
+  for (int h = 0; h < selection.heads; ++h) {
+    const auto bound = hn::Load(d, bounds + h * kLanes16);
+    for (int v = 0; v < kVectors; ++v) {
+      const auto gained = GainedSums<kShift>(selection, h, block, v, gain[v]);
+      any[v] = hn::Or(any[v], hn::Gt(gained, bound));
     }
   }
   return MaskBits(d, any);
@@ -286,17 +306,17 @@ struct SomeBlocks {
 
 template <int kShift>
 HWY_INLINE int SelectSome(const Selection& selection, const SomeBlocks& some, uint32_t* chosen) {
-  const float gain_max = std::max(LargestGain(some.gains, some.count, some.block_bytes), 1e-30F);
+  const GainRange range = RangeOf(some.gains, some.count, some.block_bytes);
   FixedHead fixed_heads[kHeadsMax];
   bool fits = true;
   for (int h = 0; h < selection.heads; ++h) {
-    fits = MakeFixedHead(selection.scan_heads[h], gain_max, selection.largest_sum, kShift,
+    fits = MakeFixedHead(selection.scan_heads[h], range, selection.largest_sum, kShift,
                          fixed_heads[h]) &&
            fits;
   }
   HWY_ALIGN int16_t bounds[kHeadsMax * kLanes16];
   for (int h = 0; h < selection.heads; ++h) {
-    std::fill_n(bounds + h * kLanes16, kLanes16, fixed_heads[h].bound);
+    hn::Store(hn::Set(DI16(), fixed_heads[h].bound), DI16(), bounds + h * kLanes16);
   }
   const auto gains_of = [&](int b) {
     return reinterpret_cast<const uint16_t*>(some.gains +
@@ -305,11 +325,12 @@ HWY_INLINE int SelectSome(const Selection& selection, const SomeBlocks& some, ui
   // All of them first: a load waits long for narrower stores just before it.
   HWY_ALIGN int16_t fixed_gains[kFixedBlocks * kScanBlock];
   for (int b = 0; b < some.count && fits; ++b) {
-    FixGains(gains_of(b), static_cast<float>(kFixedOne) / gain_max, fixed_gains + b * kScanBlock);
+    FixGains(gains_of(b), range, fixed_gains + b * kScanBlock);
   }
   const WeighedBlocks& weighed = some.weighed;
   const bool weighs_all = fits && weighed.step == 1;  // one look at the sums is enough
   int count = 0;
+  BlockIndices indices(some.first_index);
   for (int b = 0; b < some.count; ++b) {
     if (some.next_codes != nullptr) {  // the half that ScanCodes left
       const uint8_t* next = some.next_codes + static_cast<ptrdiff_t>(b) * some.block_bytes;
@@ -328,8 +349,7 @@ HWY_INLINE int SelectSome(const Selection& selection, const SomeBlocks& some, ui
     } else {
       bits = ChooseFixed<kShift>(selection, bounds, block, gains);
     }
-    count +=
-        PutIndices(bits, some.first_index + static_cast<uint32_t>(b * kScanBlock), chosen + count);
+    count += indices.Put(bits, chosen + count);
   }
   if (weighs_all) return count;
   int w = weighed.first >= some.first ? 0 : weighed.Count(some.first);
