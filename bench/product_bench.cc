@@ -170,7 +170,7 @@ void BenchAddSketches(benchmark::State& state, const std::string& level, int hea
     return state.SkipWithError("differs from the scalar level");
   }
   for (auto _ : state) benchmark::DoNotOptimize(products->Sketches(heads));
-  bench::Report(state, (1.0 * heads + kSketchDim / 2) * kSegmentKeys, kSegmentKeys);
+  bench::Report(state, (1.0 * heads + kSketchDim / 2.0) * kSegmentKeys, kSegmentKeys);
 }
 
 void BenchProductTables(benchmark::State& state, const std::string& level, int heads) {
