@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
 #include <functional>
+#include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
@@ -123,20 +125,27 @@ class SteadyStateTest : public testing::Test {
                          {queries_.data() + h * kGroup * kDim, kGroup, 0, state->tokens},
                          options});
       }
-      std::atomic<int> answers{0};
+      // They outlive the job below, which returns before another worker is done with the searches.
+      std::mutex mutex;
+      std::condition_variable answered;
+      bool is_answered = false;
+      uint64_t before = 0;
+      const auto done = [&](const auto& results, index::Scratch&) {
+        const uint64_t made = Allocations() - before;
+        EXPECT_TRUE(results.ok());
+        const std::lock_guard lock(mutex);
+        counts.push_back(made);
+        is_answered = true;
+        answered.notify_one();
+      };
       service_.pool().Submit([&](index::Scratch& scratch) {
-        const uint64_t before = Allocations();
-        const auto done = [&](const auto& results, index::Scratch&) {
-          counts.push_back(Allocations() - before);
-          EXPECT_TRUE(results.ok());
-          answers.store(1);
-          answers.notify_one();
-        };
         const GiveUp give_up = {std::chrono::steady_clock::now() + std::chrono::minutes(1), nullptr,
                                 nullptr};
+        before = Allocations();
         RunSearches(service_.pool(), tasks, give_up, std::ref(done), scratch);
       });
-      answers.wait(0);
+      std::unique_lock lock(mutex);
+      answered.wait(lock, [&] { return is_answered; });
     }
     return Middle(std::move(counts));
   }
