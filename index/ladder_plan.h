@@ -66,7 +66,7 @@ class LadderPlan final : public SearchPlan {
 
  private:
   friend struct LadderAudit;
-  friend struct LadderPlanPeer;  // ladder_index_test.cc
+  friend struct LadderPlanPeer;  // exact_rows_test.cc
 
   static constexpr int kSegmentBlocks = kSegmentTokens / kernels::kScanBlock;
   // Segments of a piece: so many that a search has a dozen pieces, within these bounds.

@@ -12,19 +12,9 @@ namespace {
 using kernels::kCentroids;
 using kernels::kSketchDim;
 
-constexpr size_t kSegmentBlocks = kSegmentTokens / kernels::kScanBlock;
-
 template <typename T>
 std::vector<T> CopyOf(const T* elements, size_t count) {
   return {elements, elements + count};
-}
-
-/// Of that many segments.
-size_t CodeBytes(int segments, const kernels::ProductLayout& layout) {
-  return static_cast<size_t>(segments) * kSegmentBlocks * static_cast<size_t>(layout.BlockBytes());
-}
-size_t SketchBytes(int segments) {
-  return static_cast<size_t>(segments) * kSegmentBlocks * kernels::kSketchBlockBytes;
 }
 
 bool ReadLayout(const KvShape& shape, Reader& reader, kernels::ProductLayout& layout) {
@@ -95,9 +85,9 @@ std::shared_ptr<const ProductStretch> ReadStretch(
   std::vector<uint8_t> codes;
   std::vector<uint8_t> sketches;
   std::vector<uint16_t> means;
-  if (!reader.Array("codes", CodeBytes(segments, layout), codes) ||
+  if (!reader.Array("codes", count * CodeBytes(layout), codes) ||
       (layout.sketch &&
-       (!reader.Array("sketches", SketchBytes(segments), sketches) ||
+       (!reader.Array("sketches", count * SketchBytes(layout), sketches) ||
         !reader.Numbers("value means", count * static_cast<size_t>(shape.value_dim), means)))) {
     return nullptr;
   }
@@ -132,11 +122,12 @@ void AppendProduct(const ProductIndex& index, std::string& to) {
         AppendArray(book.steps, to);
       }
     }
-    AppendArray(CopyOf(stretch->Block(0), CodeBytes(stretch->segments, layout)), to);
+    const auto count = static_cast<size_t>(stretch->segments);
+    AppendArray(CopyOf(stretch->Block(0), count * CodeBytes(layout)), to);
     if (layout.sketch) {
-      AppendArray(CopyOf(stretch->Sketches(0), SketchBytes(stretch->segments)), to);
-      const int means = stretch->segments * index.value_dim();
-      AppendArray(CopyOf(stretch->value_means.get(), static_cast<size_t>(means)), to);
+      AppendArray(CopyOf(stretch->Sketches(0), count * SketchBytes(layout)), to);
+      const size_t means = count * static_cast<size_t>(index.value_dim());
+      AppendArray(CopyOf(stretch->value_means.get(), means), to);
     }
     before = &book;
   }

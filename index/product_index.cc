@@ -42,14 +42,6 @@ size_t RoomFor(int segments) {
   return static_cast<size_t>(std::bit_ceil(static_cast<uint32_t>(segments)));
 }
 
-/// Of one segment.
-size_t CodeBytes(const kernels::ProductLayout& layout) {
-  return static_cast<size_t>(kSegmentBlocks * layout.BlockBytes());
-}
-size_t SketchBytes(const kernels::ProductLayout& layout) {
-  return layout.sketch ? static_cast<size_t>(kSegmentBlocks * kernels::kSketchBlockBytes) : 0;
-}
-
 /// Codes of `segments` with `book`: those of `previous` where it has the same, then new ones. Null
 /// when it is given up.
 std::shared_ptr<const ProductStretch> EncodeStretch(
@@ -81,6 +73,14 @@ std::shared_ptr<const ProductStretch> EncodeStretch(
 }
 
 }  // namespace
+
+size_t CodeBytes(const kernels::ProductLayout& layout) {
+  return static_cast<size_t>(kSegmentBlocks * layout.BlockBytes());
+}
+
+size_t SketchBytes(const kernels::ProductLayout& layout) {
+  return layout.sketch ? static_cast<size_t>(kSegmentBlocks * kernels::kSketchBlockBytes) : 0;
+}
 
 ProductStretch::ProductStretch(std::shared_ptr<const ProductCodebook> book, int count,
                                int value_dim, int node)

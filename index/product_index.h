@@ -22,6 +22,10 @@ namespace kvseek::index {
 inline constexpr int kStretchSegments = 64;
 inline constexpr int kProductQueriesMin = 64;  ///< tokens whose queries are needed to train
 
+/// Bytes of a segment's codes, and of its sketches: 0 without.
+size_t CodeBytes(const kernels::ProductLayout& layout);
+size_t SketchBytes(const kernels::ProductLayout& layout);
+
 /// What a stretch of segments has in place of sign codes. Immutable.
 struct ProductStretch {
   std::shared_ptr<const ProductCodebook> codebook;

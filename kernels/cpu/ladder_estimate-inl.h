@@ -36,7 +36,6 @@ HWY_INLINE hn::Vec<DF> Estimate(DF d, const ScanHead& head, hn::Vec<DF> gain, co
 
 /// What weights need of a head, in units of log2.
 struct WeightHead {
-  WeightHead() = default;
   explicit WeightHead(const ScanHead& head)
       : half_noise2(0.5F * ladder_exp::kLog2E * head.noise * head.noise),
         reference(ladder_exp::kLog2E * head.reference) {}

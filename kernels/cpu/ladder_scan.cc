@@ -24,8 +24,8 @@ using DI = hn::RebindToSigned<DF>;
 constexpr int kLanes = static_cast<int>(hn::MaxLanes(DF()));
 
 /// sum + q where bit `bit` of a lane's number is set, sum - q elsewhere.
-template <class D>
-HWY_INLINE hn::Vec<D> AddSigned(D d, hn::Vec<D> sum, float q, hn::Vec<DI> number, int bit) {
+HWY_INLINE hn::Vec<DF> AddSigned(hn::Vec<DF> sum, float q, hn::Vec<DI> number, int bit) {
+  const DF d;
   const auto value = hn::Set(d, q);
   const auto set = hn::TestBit(number, hn::Set(DI(), 1 << bit));
   const auto is_set = hn::MaskFromVec(hn::BitCast(d, hn::VecFromMask(DI(), set)));
@@ -40,7 +40,7 @@ HWY_INLINE void FillTable(const float* q, int8_t* table) {
   constexpr int kLaneBits = std::bit_width(static_cast<unsigned>(kLanes)) - 1;
   const auto limit = hn::Set(DI(), kTableMax);
   auto sum = hn::Zero(d);
-  for (int b = 0; b < kLaneBits; ++b) sum = AddSigned(d, sum, q[b], hn::Iota(DI(), 0), b);
+  for (int b = 0; b < kLaneBits; ++b) sum = AddSigned(sum, q[b], hn::Iota(DI(), 0), b);
   for (int v = 0; v < kTableSize / kLanes; ++v) {
     auto total = sum;
     for (int b = kLaneBits; b < kSymbolBits; ++b) {

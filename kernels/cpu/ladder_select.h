@@ -23,7 +23,7 @@ struct ScanHead {
 
 /// estimates[h * estimates_stride + key] for every key of `blocks` blocks (scores before
 /// correction); and, where `weights` is not null, the corrected weights beside them (same stride).
-/// For sampling, audits and tests.
+/// For audits and tests.
 void EstimateScores(const int16_t* sums, int sums_stride, const uint8_t* codes, int blocks,
                     int symbols, int planes, const ScanHead* scan_heads, int heads,
                     float* estimates, int estimates_stride, float* weights) noexcept;

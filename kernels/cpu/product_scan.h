@@ -68,7 +68,7 @@ struct ProductHead {
 };
 
 /// estimates[h * stride + key] for every key of `blocks` blocks: upper estimates; and, where they
-/// are not null, weights and deviations beside them (same stride). For sampling, audits and tests.
+/// are not null, weights and deviations beside them (same stride). For audits and tests.
 void EstimateProducts(const uint8_t* sums, int sums_stride, const uint8_t* codes, int blocks,
                       const ProductLayout& layout, const ProductHead* heads, int count,
                       float* estimates, float* weights, float* deviations, int stride) noexcept;

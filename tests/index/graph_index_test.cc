@@ -14,6 +14,7 @@
 #include "cli/reference.h"
 #include "index/key_index.h"
 #include "tests/index/random_trace.h"
+#include "tests/index/real_trace.h"
 
 namespace kvseek::index {
 namespace {
@@ -30,14 +31,6 @@ cli::HeadTrace TrainedTrace(const TraceShape& shape, int samples) {
     }
   }
   return trace;
-}
-
-cli::HeadTrace RealTrace(const std::string& head) {
-  const std::string data = std::string(KVSEEK_SOURCE_DIR) + "/tests/data/";
-  auto trace = cli::LoadHeadTrace(data + "code8." + head + ".safetensors",
-                                  data + "code8.queries.safetensors", head);
-  EXPECT_TRUE(trace.ok()) << trace.status();
-  return *std::move(trace);
 }
 
 BuildInput InputOf(const cli::HeadTrace& trace, const cli::StoredHead& head) {

@@ -20,6 +20,7 @@
 #include "index/parts_index.h"
 #include "index/product_index.h"
 #include "tests/index/random_trace.h"
+#include "tests/index/real_trace.h"
 
 namespace kvseek::index {
 namespace {
@@ -80,14 +81,6 @@ cli::HeadTrace TrainedTrace(const TraceShape& shape) {
     trace.prefill_positions.push_back(shape.tokens * (i + 1) / training.steps - 1);
   }
   return trace;
-}
-
-cli::HeadTrace RealTrace(const std::string& head) {
-  const std::string data = std::string(KVSEEK_SOURCE_DIR) + "/tests/data/";
-  auto trace = cli::LoadHeadTrace(data + "code8." + head + ".safetensors",
-                                  data + "code8.queries.safetensors", head);
-  EXPECT_TRUE(trace.ok()) << trace.status();
-  return *std::move(trace);
 }
 
 BuildInput InputOf(const cli::HeadTrace& trace, const KvView& view) {
