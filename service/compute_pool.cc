@@ -92,6 +92,7 @@ ComputePool::ComputePool(const DaemonOptions& options, Topology topology)
       requests_max_(options.queue_limit),
       retry_after_(options.retry_after),
       spin_(options.worker_spin),
+      lookers_(WorkerCount(options, topology_)),
       node_workers_(topology_.size()),
       search_counts_(WorkerCount(options, topology_)) {
   const std::vector<Place> places = Places(topology_);
@@ -134,28 +135,44 @@ absl::StatusOr<ComputePool::Admission> ComputePool::Admit() {
   return Admission(this);
 }
 
-ComputePool::Wakeup ComputePool::Queue(Job job, int count) {
-  if (count <= 0) return {};
-  for (int i = 1; i < count; ++i) jobs_.push_back(job);
-  jobs_.push_back(std::move(job));
-  waiting_.fetch_add(count, std::memory_order_relaxed);
-  const int beyond_lookers = std::max(0, static_cast<int>(jobs_.size()) - looking_);
-  const int sleepers = std::min({count, beyond_lookers, sleeping_});
-  return {sleepers, sleepers == sleeping_};
-}
-
-void ComputePool::Wake(Wakeup wakeup) {
-  if (wakeup.sleepers > 1 && wakeup.all) return job_waits_.notify_all();
-  for (int i = 0; i < wakeup.sleepers; ++i) job_waits_.notify_one();
+int ComputePool::HandOver(Job& job, int count) {
+  using State = Looker::State;
+  // What is queued is taken first.
+  if (spin_.count() == 0 || waiting_.load(std::memory_order_relaxed) > 0) return 0;
+  int handed = 0;
+  for (size_t w = 0; w < lookers_.size() && handed < count; ++w) {
+    Looker& looker = lookers_[w];
+    State state = looker.state.load(std::memory_order_relaxed);
+    if (state != State::kLooking) continue;
+    const bool last = handed + 1 == count;
+    Job copy = last ? nullptr : job;
+    if (!looker.state.compare_exchange_strong(state, State::kHanding, std::memory_order_acquire)) {
+      continue;
+    }
+    looker.job = std::move(last ? job : copy);
+    idle_.fetch_sub(1, std::memory_order_relaxed);
+    looker.state.store(State::kHanded, std::memory_order_release);
+    ++handed;
+  }
+  return handed;
 }
 
 void ComputePool::Submit(Job job, int count) {
-  Wakeup wakeup;
+  if (count > 0) count -= HandOver(job, count);
+  if (count <= 0) return;
+  int sleepers = 0;
+  bool all = false;
   {
     const auto lock = LockShortly(mutex_);
-    wakeup = Queue(std::move(job), count);
+    for (int i = 1; i < count; ++i) jobs_.push_back(job);
+    jobs_.push_back(std::move(job));
+    waiting_.fetch_add(count, std::memory_order_relaxed);
+    sleepers = std::min(count, sleeping_);
+    all = sleepers == sleeping_;
   }
-  Wake(wakeup);  // without the lock, which they want first of all
+  // Without the lock, which they want first of all.
+  if (sleepers > 1 && all) return job_waits_.notify_all();
+  for (int i = 0; i < sleepers; ++i) job_waits_.notify_one();
 }
 
 void ComputePool::ForEach(int count, absl::FunctionRef<void(int, index::Scratch&)> work,
@@ -166,13 +183,9 @@ void ComputePool::ForEach(int count, absl::FunctionRef<void(int, index::Scratch&
     return work(0, scratch);
   }
   const auto sharing = std::make_shared<Sharing>(count, work);
-  Wakeup wakeup;
-  {
-    const std::lock_guard lock(mutex_);
-    const int helpers = std::min(count - 1, idle_ - static_cast<int>(jobs_.size()));
-    wakeup = Queue([sharing](index::Scratch& own) { sharing->Run(own); }, helpers);
-  }
-  Wake(wakeup);
+  const int64_t idle = idle_.load(std::memory_order_relaxed) - waiting_.load();
+  Submit([sharing](index::Scratch& own) { sharing->Run(own); },
+         static_cast<int>(std::min<int64_t>(count - 1, idle)));
   sharing->Run(scratch);
   std::unique_lock lock(sharing->mutex);
   while (sharing->unfinished > 0) sharing->finished.wait(lock);
@@ -189,45 +202,60 @@ bool ComputePool::Claim() {
   return false;
 }
 
-bool ComputePool::ClaimWithin(std::chrono::microseconds time) {
-  const auto end = std::chrono::steady_clock::now() + time;
-  do {
-    if (Claim()) return true;
-    transport::Pause();
-  } while (std::chrono::steady_clock::now() < end && !stopping_.load(std::memory_order_relaxed));
-  return false;
+ComputePool::Job ComputePool::TakeQueued() {
+  idle_.fetch_sub(1, std::memory_order_relaxed);
+  Job job = std::move(jobs_.front());
+  jobs_.pop_front();
+  return job;
 }
 
-ComputePool::Job ComputePool::Next() {
-  std::unique_lock lock = LockShortly(mutex_);
-  ++idle_;
-  bool claimed = Claim();
-  if (!claimed && spin_.count() > 0) {
-    ++looking_;
-    lock.unlock();
-    claimed = ClaimWithin(spin_);
-    lock = LockShortly(mutex_);
-    --looking_;
+ComputePool::Job ComputePool::Look(Looker& own) {
+  using State = Looker::State;
+  const auto end = std::chrono::steady_clock::now() + spin_;
+  own.state.store(State::kLooking, std::memory_order_release);
+  while (own.state.load(std::memory_order_relaxed) == State::kLooking) {
+    transport::Pause();
+    const bool over =
+        std::chrono::steady_clock::now() >= end || stopping_.load(std::memory_order_relaxed);
+    if (!over && waiting_.load(std::memory_order_relaxed) <= 0) continue;
+    State looking = State::kLooking;
+    if (!own.state.compare_exchange_strong(looking, State::kAway)) break;
+    if (Claim()) {
+      const auto lock = LockShortly(mutex_);
+      return TakeQueued();
+    }
+    if (over) return nullptr;
+    own.state.store(State::kLooking, std::memory_order_release);
   }
-  while (!claimed) {
-    claimed = Claim();
-    if (claimed || stopping_.load(std::memory_order_relaxed)) break;
+  while (own.state.load(std::memory_order_acquire) != State::kHanded) transport::Pause();
+  own.state.store(State::kAway, std::memory_order_relaxed);
+  return std::exchange(own.job, nullptr);
+}
+
+ComputePool::Job ComputePool::Next(Looker& own) {
+  idle_.fetch_add(1, std::memory_order_relaxed);
+  if (spin_.count() > 0) {
+    if (Job job = Look(own)) return job;
+  }
+  std::unique_lock lock = LockShortly(mutex_);
+  while (!Claim()) {
+    if (stopping_.load(std::memory_order_relaxed)) {
+      idle_.fetch_sub(1, std::memory_order_relaxed);
+      return nullptr;
+    }
     ++sleeping_;
     job_waits_.wait(lock);
     --sleeping_;
   }
-  --idle_;
-  if (!claimed) return nullptr;
-  Job job = std::move(jobs_.front());
-  jobs_.pop_front();
-  return job;
+  return TakeQueued();
 }
 
 void ComputePool::Work(int worker) {
   const std::string name = absl::StrCat("kvseek-work-", worker);
   pthread_setname_np(pthread_self(), name.substr(0, 15).c_str());
   index::Scratch scratch;
-  while (const Job job = Next()) {
+  Looker& own = lookers_[static_cast<size_t>(worker)];
+  while (const Job job = Next(own)) {
     scratch.Reset();
     job(scratch);
   }

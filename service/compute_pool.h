@@ -5,9 +5,9 @@
 // bounded by about queue_limit * max(workers, layers_max) (a request may be answered before its
 // last jobs, which then do nothing). Jobs run in the order of submission.
 //
-// A worker without a job looks for one for options.worker_spin before it sleeps. Looking takes no
-// lock: who sees a job claims it in the counter of waiting jobs and takes the lock only to fetch
-// it. Sleepers are woken only for jobs that no looking worker will take.
+// A worker without a job looks for one for options.worker_spin before it sleeps. Who submits a job
+// hands it to a worker that looks, each in a cache line of its own and without a lock; jobs are
+// queued, and sleepers woken, only where none looks.
 //
 // A worker belongs to one NUMA node and, where there are several, runs on its cpus only. Jobs are
 // anybody's; those that consist of parts may prefer the parts of their worker's node (CallersNode).
@@ -83,7 +83,7 @@ class ComputePool {
   void ForEach(int count, absl::FunctionRef<void(int, index::Scratch&)> work,
                index::Scratch& scratch) ABSL_LOCKS_EXCLUDED(mutex_);
 
-  /// Whether more jobs are waiting than workers are there to take them, or on their way: a long job
+  /// Whether more jobs are queued than workers are there to take them, or on their way: a long job
   /// then makes room.
   bool Crowded() const {
     return waiting_.load(std::memory_order_relaxed) > idle_.load(std::memory_order_relaxed);
@@ -107,33 +107,45 @@ class ComputePool {
   uint64_t requests_max() const { return requests_max_; }
 
  private:
-  /// How many sleepers to wake, and whether these are all.
-  struct Wakeup {
-    int sleepers = 0;
-    bool all = false;
+  /// What a worker that looks is handed a job through.
+  struct alignas(64) Looker {
+    enum class State : uint8_t {
+      kAway,     ///< its worker does not look
+      kLooking,  ///< may be handed a job by whoever makes this kHanding
+      kHanding,  ///< is about to get it
+      kHanded,
+    };
+    std::atomic<State> state{State::kAway};
+    Job job;  ///< valid while kHanded
   };
-  Wakeup Queue(Job job, int count) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void Wake(Wakeup wakeup) ABSL_LOCKS_EXCLUDED(mutex_);
+  /// Hands copies to workers that look, as far as there are such. Returns how many; after `count`
+  /// of them, `job` is gone.
+  int HandOver(Job& job, int count);
   void Work(int worker);
   /// The next job, as soon as there is one; null when the pool stops.
-  Job Next() ABSL_LOCKS_EXCLUDED(mutex_);
-  /// Makes one of the waiting jobs the caller's, who then finds it in jobs_.
+  Job Next(Looker& own) ABSL_LOCKS_EXCLUDED(mutex_);
+  /// Looks for a job as long as options.worker_spin says; null: there was none.
+  Job Look(Looker& own) ABSL_LOCKS_EXCLUDED(mutex_);
+  /// Makes one of the queued jobs the caller's, who then finds it in jobs_.
   bool Claim();
-  bool ClaimWithin(std::chrono::microseconds time);
+  /// A claimed job.
+  Job TakeQueued() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   const Topology topology_;
   const uint64_t requests_max_;
   const std::chrono::milliseconds retry_after_;
   const std::chrono::microseconds spin_;
+  std::vector<Looker> lookers_;  ///< by worker
   std::atomic<uint64_t> requests_{0};
-  std::atomic<int64_t> waiting_{0};  ///< jobs in jobs_ that nobody has claimed; grows with the lock
-  std::atomic<int> idle_{0};         ///< workers without a job; changes with the lock
-  std::atomic<bool> stopping_{false};  ///< set with the lock
 
-  std::mutex mutex_;
+  // What workers that look read, apart from what changes at each job.
+  alignas(64) std::atomic<int64_t> waiting_{0};  ///< jobs in jobs_ that nobody has claimed
+  std::atomic<bool> stopping_{false};            ///< set with the lock
+  alignas(64) std::atomic<int> idle_{0};         ///< workers that have no job and are handed none
+
+  alignas(64) std::mutex mutex_;
   std::condition_variable job_waits_;  ///< or the pool stops
   std::deque<Job> jobs_ ABSL_GUARDED_BY(mutex_);
-  int looking_ ABSL_GUARDED_BY(mutex_) = 0;   ///< idle workers that look for jobs
   int sleeping_ ABSL_GUARDED_BY(mutex_) = 0;  ///< idle workers that sleep, or are waking up
   std::vector<int> node_workers_;             ///< by node
   SearchCounts search_counts_;

@@ -107,10 +107,11 @@ class SearchRun {
   // the last of them calls `done`. Likewise a runner stops being counted before it looks for units
   // a last time, and units are there before runners are counted: either the one sees the others or
   // these see it.
-  std::atomic<int> holders_{1};  ///< who has not let go
+  alignas(64) std::atomic<int> holders_{1};  ///< who has not let go
   std::atomic<int> runners_{0};  ///< jobs queued or running, in order to work or to look
   std::atomic<int> working_{0};  ///< runners that may have a unit
-  std::atomic<bool> failed_{false};
+  // Apart from those, since all runners read these at each unit.
+  alignas(64) std::atomic<bool> failed_{false};
   std::atomic<bool> done_called_{false};
   std::mutex mutex_;
   absl::Status failure_ ABSL_GUARDED_BY(mutex_);
