@@ -136,8 +136,23 @@ LadderPlan::HeadCandidates LadderPlan::FindBest(int head, Scratch& scratch) cons
   return best;
 }
 
+void LadderPlan::PrefetchPieces(int head) const {
+  for (const Piece& piece : pieces_) {
+    const auto [begin, end] = piece.lists.Of(head);
+    const int listed = std::min(end, piece.lists.capacity) - begin;
+    if (listed > 0) {
+      kernels::PrefetchRange(piece.lists.keys + begin,
+                             static_cast<size_t>(listed) * sizeof(Listed));
+    }
+    if (merged_) continue;
+    const kernels::GroupState state = HeadState(piece.state, head);
+    kernels::PrefetchRange(state.acc, static_cast<size_t>(state.value_dim) * sizeof(float));
+    kernels::PrefetchRange(state.max, sizeof(float));
+  }
+}
+
 void LadderPlan::RefineBest(int head, Scratch& scratch) {
-  if (!merged_) MergeHead(head);
+  PrefetchPieces(head);
   scratch.Reset();
   const HeadCandidates best = FindBest(head, scratch);
   picks_[static_cast<size_t>(head)].assign(best.numbers, best.numbers + best.count);
@@ -162,6 +177,7 @@ void LadderPlan::RefineBest(int head, Scratch& scratch) {
     kernels::PrefetchRange(values[i], view_.shape.ValueRowBytes());
   }
   // While the rows arrive.
+  if (!merged_) MergeHead(head);
   const kernels::GroupState fine = MakeState(1, view_.shape.value_dim, scratch);
   kernels::AccumulateFine(fine_rows, count, static_cast<int>(value_offset), best.scores, count,
                           fine);

@@ -269,6 +269,8 @@ class LadderPlan final : public SearchPlan {
   /// The best options_.exact_rows of all. The same whether they are chosen among listed ones or
   /// all.
   HeadCandidates FindBest(int head, Scratch& scratch) const;
+  /// What other workers wrote of a head: fetched from their caches at once.
+  void PrefetchPieces(int head) const;
   /// Merges a head, if that was left to it, and replaces the 4-bit parts of its best candidates by
   /// exact ones.
   void RefineBest(int head, Scratch& scratch);

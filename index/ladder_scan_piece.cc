@@ -93,6 +93,10 @@ void LadderPlan::ScanSegmentPart(Piece& piece, const SegmentPart& part, const Sc
   const bool full = piece.candidates.count >= bound;
 
   chosen.segment = part.block / kSegmentBlocks;
+  const auto after_next = static_cast<size_t>(chosen.segment) + 2;  // NextCodes reads what it is
+  if (after_next < view_.segments.size()) {
+    kernels::PrefetchRange(view_.segments[after_next].get(), sizeof(Segment));
+  }
   const uint8_t* next = NextCodes(part);
   codes_->PrefetchRest(part);
   codes_->Scan(part, next, buffers.sums);
@@ -163,10 +167,14 @@ void LadderPlan::AddCandidates(Piece& piece, const Chosen& chosen, Pending& pend
   candidates.Reserve(chosen.count, group_);
   kernels::FineRow* const rows = pending.rows + pending.count;
   int64_t* const positions = candidates.positions + candidates.count;
-  for (int i = 0; i < chosen.count; ++i) {
-    rows[i] = {segment.fine_records() + chosen.keys[i] * record_bytes,
-               segment.fine_factors() + chosen.keys[i]};
-    positions[i] = chosen.segment * kSegmentTokens + chosen.keys[i];
+  const uint8_t* const records = segment.fine_records();
+  const kernels::FineFactors* const factors = segment.fine_factors();
+  const int64_t first = chosen.segment * kSegmentTokens;
+  const uint32_t* const keys = chosen.keys;
+  const int count = chosen.count;
+  for (int i = 0; i < count; ++i) {
+    rows[i] = {records + keys[i] * record_bytes, factors + keys[i]};
+    positions[i] = first + keys[i];
   }
   const float* const centres = centre_scores_ + (chosen.segment - FirstSegment()) * group_;
   for (int h = 0; h < group_; ++h) {

@@ -13,7 +13,8 @@ constexpr float kEmpty = -std::numeric_limits<float>::infinity();
 /// exp(part - reference) for reference >= part. 0 for an empty part, even where the reference is
 /// empty too and the difference would be NaN.
 float Weight(float part, float reference) noexcept {
-  return part == kEmpty ? 0.0F : std::exp(part - reference);
+  if (part == kEmpty) return 0.0F;
+  return part == reference ? 1.0F : std::exp(part - reference);
 }
 
 /// into := a * into + b * from. A weight of 0 must win over whatever stands there.
