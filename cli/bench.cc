@@ -24,7 +24,10 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr uint64_t kDistinctSteps = 16;  // queries that requests choose from
-constexpr uint32_t kSampledEvery = 32;   // tokens whose queries go along, one in so many
+// As a decoder's: half of what fp32 would be travels.
+constexpr DType kQueryDType = DType::kBf16;
+constexpr DType kStateDType = DType::kFp16;
+constexpr uint32_t kSampledEvery = 32;  // tokens whose queries go along, one in so many
 constexpr uint64_t kUncoveredMax = 4096 + index::kSegmentTokens;  // that a daemon leaves, at least
 
 Clock::duration Seconds(double seconds) {
@@ -50,7 +53,10 @@ class Bench {
     if (absl::Status status = FillAll(); !status.ok()) return status;
     for (uint32_t layer = 0; layer < options_.shape.layers; ++layer) {
       for (uint64_t step = 0; step < kDistinctSteps; ++step) {
-        queries_.push_back(model_.Queries(layer, step));
+        std::vector<uint16_t>& queries = queries_.emplace_back();
+        for (const float element : model_.Queries(layer, step)) {
+          queries.push_back(kernels::FloatToBf16(element));
+        }
       }
     }
     if (!options_.build.empty()) {
@@ -290,11 +296,15 @@ class Bench {
       request.items = Items(session, layer, step);
       request.options = search_;
       request.k = options_.k;
+      request.query_dtype = kQueryDType;
+      request.state_dtype = kStateDType;
       Client(session).TopKAsync(request, call, done);
     } else {
       AttendRequest request;
       request.items = Items(session, layer, step);
       request.options = search_;
+      request.query_dtype = kQueryDType;
+      request.state_dtype = kStateDType;
       Client(session).AttendAsync(request, call, done);
     }
   }
@@ -327,7 +337,7 @@ class Bench {
   Progress& progress_;
   SyntheticModel model_;
   std::vector<Session> sessions_;
-  std::vector<std::vector<float>> queries_;  // (layers * kDistinctSteps)
+  std::vector<std::vector<uint16_t>> queries_;  // (layers * kDistinctSteps), bf16
   std::vector<uint64_t> sample_positions_;
   std::vector<uint16_t> sample_rows_;
   SearchOptions search_;
