@@ -17,6 +17,9 @@
 namespace kvseek::service {
 namespace {
 
+// A worker looks several times a microsecond, unless it does not run.
+constexpr std::chrono::microseconds kLookerAway{20};
+
 thread_local int callers_node = 0;
 thread_local size_t callers_worker = 0;
 
@@ -139,11 +142,14 @@ int ComputePool::HandOver(Job& job, int count) {
   using State = Looker::State;
   // What is queued is taken first.
   if (spin_.count() == 0 || waiting_.load(std::memory_order_relaxed) > 0) return 0;
+  const auto oldest = (std::chrono::steady_clock::now() - kLookerAway).time_since_epoch().count();
   int handed = 0;
   for (size_t w = 0; w < lookers_.size() && handed < count; ++w) {
     Looker& looker = lookers_[w];
     State state = looker.state.load(std::memory_order_relaxed);
-    if (state != State::kLooking) continue;
+    if (state != State::kLooking || looker.looked.load(std::memory_order_relaxed) < oldest) {
+      continue;
+    }
     const bool last = handed + 1 == count;
     Job copy = last ? nullptr : job;
     if (!looker.state.compare_exchange_strong(state, State::kHanding, std::memory_order_acquire)) {
@@ -211,12 +217,15 @@ ComputePool::Job ComputePool::TakeQueued() {
 
 ComputePool::Job ComputePool::Look(Looker& own) {
   using State = Looker::State;
-  const auto end = std::chrono::steady_clock::now() + spin_;
+  auto now = std::chrono::steady_clock::now();
+  const auto end = now + spin_;
+  own.looked.store(now.time_since_epoch().count(), std::memory_order_relaxed);
   own.state.store(State::kLooking, std::memory_order_release);
   while (own.state.load(std::memory_order_relaxed) == State::kLooking) {
     transport::Pause();
-    const bool over =
-        std::chrono::steady_clock::now() >= end || stopping_.load(std::memory_order_relaxed);
+    now = std::chrono::steady_clock::now();
+    own.looked.store(now.time_since_epoch().count(), std::memory_order_relaxed);
+    const bool over = now >= end || stopping_.load(std::memory_order_relaxed);
     if (!over && waiting_.load(std::memory_order_relaxed) <= 0) continue;
     State looking = State::kLooking;
     if (!own.state.compare_exchange_strong(looking, State::kAway)) break;

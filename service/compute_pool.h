@@ -116,6 +116,9 @@ class ComputePool {
       kHanded,
     };
     std::atomic<State> state{State::kAway};
+    /// When its worker looked last, of the steady clock: one that the system has put aside since is
+    /// handed nothing.
+    std::atomic<std::chrono::steady_clock::rep> looked{0};
     Job job;  ///< valid while kHanded
   };
   /// Hands copies to workers that look, as far as there are such. Returns how many; after `count`
