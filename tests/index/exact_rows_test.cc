@@ -12,7 +12,7 @@
 #include "index/ladder_plan.h"
 #include "index/selection.h"
 #include "tests/index/random_trace.h"
-#include "tests/index/real_trace.h"
+#include "tests/index/recorded_trace.h"
 
 namespace kvseek::index {
 
@@ -103,7 +103,7 @@ TEST(ExactRowsTest, AreTheBestWhateverIsListed) {
     std::copy_n(repeated.keys.begin() + static_cast<ptrdiff_t>(row % 1024 * 64), 64,
                 repeated.keys.begin() + static_cast<ptrdiff_t>(row * 64));
   }
-  for (const cli::HeadTrace& trace : {RealTrace("layer15.kv1"), repeated}) {
+  for (const cli::HeadTrace& trace : {RecordedTrace("layer15.kv1"), repeated}) {
     const cli::StoredHead head(trace, 2);
     Scratch scratch;
     const SearchOptions options{.candidates = 2048, .exact_rows = 48};

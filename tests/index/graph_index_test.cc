@@ -14,7 +14,7 @@
 #include "cli/reference.h"
 #include "index/key_index.h"
 #include "tests/index/random_trace.h"
-#include "tests/index/real_trace.h"
+#include "tests/index/recorded_trace.h"
 
 namespace kvseek::index {
 namespace {
@@ -97,7 +97,7 @@ TEST(GraphIndexTest, EveryKeyIsReachable) {
     }
   }
   for (const char* name : {"layer15.kv1", "layer20.kv0"}) {
-    const cli::HeadTrace trace = RealTrace(name);
+    const cli::HeadTrace trace = RecordedTrace(name);
     const cli::StoredHead head(trace, 2);
     const auto index = GraphIndex::Build(InputOf(trace, head));
     ASSERT_NE(index, nullptr);
@@ -253,7 +253,7 @@ TEST(GraphIndexTest, SeesItsRangeOnlyAndWhatCameLater) {
 }
 
 TEST(GraphIndexTest, TopKAndBeta) {
-  const cli::HeadTrace trace = RealTrace("layer20.kv0");
+  const cli::HeadTrace trace = RecordedTrace("layer20.kv0");
   const cli::StoredHead head(trace, 2);
   const auto index = GraphIndex::Build(InputOf(trace, head));
   Scratch scratch;
@@ -293,7 +293,7 @@ TEST(GraphIndexTest, FloorsOnRealHeads) {
       {"layer20.kv0", 1024, 0.95, 0.078},
   };
   for (const Floor& floor : kFloors) {
-    const cli::HeadTrace trace = RealTrace(floor.head);
+    const cli::HeadTrace trace = RecordedTrace(floor.head);
     const cli::StoredHead head(trace, 2);
     const auto index = GraphIndex::Build(InputOf(trace, head));
     cli::PieceRunner runner(1);

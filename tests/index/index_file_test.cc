@@ -20,7 +20,7 @@
 #include "index/parts_index.h"
 #include "index/product_index.h"
 #include "tests/index/random_trace.h"
-#include "tests/index/real_trace.h"
+#include "tests/index/recorded_trace.h"
 
 namespace kvseek::index {
 namespace {
@@ -180,7 +180,7 @@ TEST_P(IndexFileTest, LoadedIndexAnswersIdentically) {
 }
 
 TEST_P(IndexFileTest, LoadedIndexOfARealHeadAnswersIdentically) {
-  for (const char* name : {"layer15.kv1", "layer20.kv0"}) ExpectRoundTrip(RealTrace(name));
+  for (const char* name : {"layer15.kv1", "layer20.kv0"}) ExpectRoundTrip(RecordedTrace(name));
 }
 
 TEST_P(IndexFileTest, TheNextBuildTakesALoadedIndexOver) {

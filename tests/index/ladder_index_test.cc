@@ -14,7 +14,7 @@
 #include "kernels/cpu/attention.h"
 #include "kernels/cpu/simd_level.h"
 #include "tests/index/random_trace.h"
-#include "tests/index/real_trace.h"
+#include "tests/index/recorded_trace.h"
 
 namespace kvseek::index {
 namespace {
@@ -193,7 +193,7 @@ TEST(LadderIndexTest, OrderOfPiecesDoesNotMatter) {
 
 TEST(LadderIndexTest, TopKRowsAndRestMakeTheWhole) {
   for (const std::string name : {"layer15.kv1", "layer20.kv0"}) {
-    const cli::HeadTrace trace = RealTrace(name);
+    const cli::HeadTrace trace = RecordedTrace(name);
     const cli::StoredHead head(trace, 2);
     Scratch scratch;
     double error = 0.0;
@@ -274,7 +274,7 @@ TEST(LadderIndexTest, SomeBlocksStandForTheRestOfLongRanges) {
 }
 
 TEST(LadderIndexTest, BudgetIsKeptRoughly) {
-  const cli::HeadTrace trace = RealTrace("layer20.kv0");
+  const cli::HeadTrace trace = RecordedTrace("layer20.kv0");
   const cli::StoredHead head(trace, 2);
   Scratch scratch;
   for (const int candidates : {64, 512, 2048}) {
@@ -332,7 +332,7 @@ TEST(LadderIndexTest, EqualKeysAndZeroQueriesAreFine) {
 }
 
 TEST(LadderIndexTest, EverySimdLevelAgrees) {
-  const cli::HeadTrace trace = RealTrace("layer15.kv1");
+  const cli::HeadTrace trace = RecordedTrace("layer15.kv1");
   const cli::StoredHead head(trace, 2);
   Scratch scratch;
   const SearchOptions options{.candidates = 1024};
@@ -348,7 +348,7 @@ TEST(LadderIndexTest, EverySimdLevelAgrees) {
 }
 
 TEST(LadderAuditTest, SameSeedSameAnswer) {
-  const cli::HeadTrace trace = RealTrace("layer15.kv1");
+  const cli::HeadTrace trace = RecordedTrace("layer15.kv1");
   const cli::StoredHead head(trace, 2);
   Scratch scratch;
   SearchOptions options{.candidates = 512, .audit_samples = 64, .seed = 1};

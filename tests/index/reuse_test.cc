@@ -11,20 +11,13 @@
 #include "cli/evaluation.h"
 #include "cli/reference.h"
 #include "tests/index/random_trace.h"
+#include "tests/index/recorded_trace.h"
 
 namespace kvseek::index {
 namespace {
 
 SearchQuery WholeRange(const cli::HeadTrace& trace, int step) {
   return {trace.StepQueries(step), trace.group, 0, trace.tokens};
-}
-
-cli::HeadTrace RealTrace(const std::string& head) {
-  const std::string data = std::string(KVSEEK_SOURCE_DIR) + "/tests/data/";
-  auto trace = cli::LoadHeadTrace(data + "code8." + head + ".safetensors",
-                                  data + "code8.queries.safetensors", head);
-  EXPECT_TRUE(trace.ok()) << trace.status();
-  return *std::move(trace);
 }
 
 SearchResult RunPlan(SearchPlan& plan, Scratch& scratch, bool backwards = false) {
@@ -184,7 +177,7 @@ TEST(ReuseTest, AnotherRangeIsSearched) {
 }
 
 TEST(ReuseTest, AChangedQueryIsNotTrusted) {
-  const cli::HeadTrace trace = RealTrace("layer15.kv1");
+  const cli::HeadTrace trace = RecordedTrace("layer15.kv1");
   const cli::StoredHead head(trace, 2);
   Scratch scratch;
   const SearchOptions options{.candidates = 256, .exact_rows = 16};
@@ -229,7 +222,7 @@ TEST(ReuseTest, TheOrderOfPiecesDoesNotMatter) {
 }
 
 TEST(ReuseTest, EveryIndexThatKeepsCanBeReused) {
-  const cli::HeadTrace trace = RealTrace("layer20.kv0");
+  const cli::HeadTrace trace = RecordedTrace("layer20.kv0");
   const cli::StoredHead head(trace, 2);
   Scratch scratch;
   for (const std::string name : {"landmark", "cluster"}) {
@@ -263,7 +256,7 @@ struct Floor {
 /// 7.5K keys, an eighth of them candidates as 4096 are of 32K.
 TEST(ReuseTest, HalfOfTheSearchesAtNoMoreError) {
   for (const Floor& floor : {Floor{"layer15.kv1", 1.10, 0.5}, Floor{"layer20.kv0", 1.10, 0.5}}) {
-    const cli::HeadTrace trace = RealTrace(floor.head);
+    const cli::HeadTrace trace = RecordedTrace(floor.head);
     const cli::StoredHead head(trace, 2);
     Scratch scratch;
     const SearchOptions options{.candidates = 1024, .exact_rows = 64, .list_read = true};
