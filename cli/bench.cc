@@ -53,10 +53,7 @@ class Bench {
     if (absl::Status status = FillAll(); !status.ok()) return status;
     for (uint32_t layer = 0; layer < options_.shape.layers; ++layer) {
       for (uint64_t step = 0; step < kDistinctSteps; ++step) {
-        std::vector<uint16_t>& queries = queries_.emplace_back();
-        for (const float element : model_.Queries(layer, step)) {
-          queries.push_back(kernels::FloatToBf16(element));
-        }
+        AppendQueries(layer, step, queries_.emplace_back());
       }
     }
     if (!options_.build.empty()) {
@@ -141,15 +138,20 @@ class Bench {
     return absl::OkStatus();
   }
 
-  /// Some queries of [at, at + tokens) of a layer, in the session's dtype.
+  /// In the session's dtype.
+  void AppendQueries(uint32_t layer, uint64_t step, std::vector<uint16_t>& to) const {
+    for (const float element : model_.Queries(layer, step)) {
+      to.push_back(kernels::FloatToBf16(element));
+    }
+  }
+
+  /// Some queries of [at, at + tokens) of a layer.
   void SampleQueries(uint32_t layer, uint32_t at, uint32_t tokens) {
     sample_positions_.clear();
     sample_rows_.clear();
     for (uint32_t t = 0; t < tokens && !options_.build.empty(); t += kSampledEvery) {
       sample_positions_.push_back(at + t);
-      for (const float element : model_.Queries(layer, kDistinctSteps + at + t)) {
-        sample_rows_.push_back(kernels::FloatToBf16(element));
-      }
+      AppendQueries(layer, kDistinctSteps + at + t, sample_rows_);
     }
   }
 

@@ -93,7 +93,8 @@ void LadderPlan::ScanSegmentPart(Piece& piece, const SegmentPart& part, const Sc
   const bool full = piece.candidates.count >= bound;
 
   chosen.segment = part.block / kSegmentBlocks;
-  const auto after_next = static_cast<size_t>(chosen.segment) + 2;  // NextCodes reads what it is
+  // Its pointers are read when its codes are asked for, while the segment before it is scanned.
+  const auto after_next = static_cast<size_t>(chosen.segment) + 2;
   if (after_next < view_.segments.size()) {
     kernels::PrefetchRange(view_.segments[after_next].get(), sizeof(Segment));
   }
@@ -167,14 +168,10 @@ void LadderPlan::AddCandidates(Piece& piece, const Chosen& chosen, Pending& pend
   candidates.Reserve(chosen.count, group_);
   kernels::FineRow* const rows = pending.rows + pending.count;
   int64_t* const positions = candidates.positions + candidates.count;
-  const uint8_t* const records = segment.fine_records();
-  const kernels::FineFactors* const factors = segment.fine_factors();
-  const int64_t first = chosen.segment * kSegmentTokens;
-  const uint32_t* const keys = chosen.keys;
-  const int count = chosen.count;
-  for (int i = 0; i < count; ++i) {
-    rows[i] = {records + keys[i] * record_bytes, factors + keys[i]};
-    positions[i] = first + keys[i];
+  for (int i = 0; i < chosen.count; ++i) {
+    rows[i] = {segment.fine_records() + chosen.keys[i] * record_bytes,
+               segment.fine_factors() + chosen.keys[i]};
+    positions[i] = chosen.segment * kSegmentTokens + chosen.keys[i];
   }
   const float* const centres = centre_scores_ + (chosen.segment - FirstSegment()) * group_;
   for (int h = 0; h < group_; ++h) {

@@ -3,7 +3,7 @@
 // A request is admitted once (queue_limit of them at a time) and may then submit jobs. It keeps no
 // more of them queued than there are workers or, for an append, layers in it, so the queue is
 // bounded by about queue_limit * max(workers, layers_max) (a request may be answered before its
-// last jobs, which then do nothing). Jobs run in the order of submission.
+// last jobs, which then do nothing). Queued jobs are taken in the order of submission.
 //
 // A worker without a job looks for one for options.worker_spin before it sleeps. Who submits a job
 // hands it to a worker that looks, each in a cache line of its own and without a lock; jobs are
@@ -73,7 +73,7 @@ class ComputePool {
   /// resource_exhausted with retry-after when queue_limit requests are there already.
   absl::StatusOr<Admission> Admit();
 
-  /// Queues a job, or `count` copies of it.
+  /// Has a job, or `count` copies of it, run: by workers that look for one, else it is queued.
   void Submit(Job job, int count = 1) ABSL_LOCKS_EXCLUDED(mutex_);
 
   /// Calls work(0) .. work(count - 1), each once, in the calling worker and in workers that are

@@ -61,10 +61,6 @@ struct LadderPlanPeer {
 
 namespace {
 
-SearchQuery WholeRange(const cli::HeadTrace& trace, int step) {
-  return {trace.StepQueries(step), trace.group, 0, trace.tokens};
-}
-
 void RunStep(SearchPlan& plan, Scratch& scratch) {
   const int pieces = plan.pieces();
   for (int p = 0; p < pieces; ++p) plan.Run(p, scratch);

@@ -42,10 +42,6 @@ BuildInput InputOf(const cli::HeadTrace& trace, const cli::StoredHead& head) {
   return input;
 }
 
-SearchQuery WholeRange(const cli::HeadTrace& trace, int step) {
-  return {trace.StepQueries(step), trace.group, 0, trace.tokens};
-}
-
 double MeanError(const cli::HeadTrace& trace, const SearchResult& result,
                  const SearchResult& exact) {
   const auto dim = static_cast<size_t>(trace.value_dim);

@@ -21,10 +21,6 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-SearchQuery WholeRange(const cli::HeadTrace& trace, int step) {
-  return {trace.StepQueries(step), trace.group, 0, trace.tokens};
-}
-
 double MeanError(const cli::HeadTrace& trace, const SearchResult& result,
                  const SearchResult& exact) {
   double sum = 0.0;

@@ -53,10 +53,6 @@ KvView Part(const cli::StoredHead& head, size_t segments) {
   return view;
 }
 
-SearchQuery WholeRange(const cli::HeadTrace& trace, int step) {
-  return {trace.StepQueries(step), trace.group, 0, trace.tokens};
-}
-
 double MeanError(const cli::HeadTrace& trace, const SearchResult& result,
                  const SearchResult& exact) {
   double sum = 0.0;

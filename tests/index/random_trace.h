@@ -7,6 +7,7 @@
 #include <random>
 
 #include "cli/trace.h"
+#include "index/key_index.h"
 #include "kernels/dtype.h"
 
 namespace kvseek::index {
@@ -54,6 +55,11 @@ inline cli::HeadTrace RandomTrace(const TraceShape& shape) {
                          static_cast<size_t>(shape.key_dim);
   for (size_t i = 0; i < queries; ++i) trace.queries.push_back(1.5F * normal(random));
   return trace;
+}
+
+/// A step's queries, over all of the trace.
+inline SearchQuery WholeRange(const cli::HeadTrace& trace, int step) {
+  return {trace.StepQueries(step), trace.group, 0, trace.tokens};
 }
 
 }  // namespace kvseek::index

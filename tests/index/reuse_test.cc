@@ -16,10 +16,6 @@
 namespace kvseek::index {
 namespace {
 
-SearchQuery WholeRange(const cli::HeadTrace& trace, int step) {
-  return {trace.StepQueries(step), trace.group, 0, trace.tokens};
-}
-
 SearchResult RunPlan(SearchPlan& plan, Scratch& scratch, bool backwards = false) {
   do {
     for (int i = 0; i < plan.pieces(); ++i) {
