@@ -4,15 +4,9 @@
 #include <cstdint>
 
 #include "service/short_lock.h"
+#include "transport/pause.h"
 
 namespace kvseek::service {
-
-void UnitQueue::List::PushBack(Step& step) {
-  step.next = nullptr;
-  if (back != nullptr) back->next = &step;
-  back = &step;
-  if (front.load() == nullptr) front.store(&step);
-}
 
 UnitQueue::UnitQueue(size_t searches_max, absl::Span<const int> workers_of_nodes,
                      std::pmr::memory_resource* memory)
@@ -23,13 +17,15 @@ UnitQueue::UnitQueue(size_t searches_max, absl::Span<const int> workers_of_nodes
 }
 
 void UnitQueue::Add(int node) {
-  const std::lock_guard lock(mutex_);
   Step& step = steps_[searches_++];
   step.node = static_cast<int>(static_cast<size_t>(node) % nodes_.size());
-  ++unfinished_;
   Node& own = nodes_[static_cast<size_t>(step.node)];
-  own.waiting.PushBack(step);
-  UpdatePlansReady(own);
+  if (own.last_plan == nullptr) {
+    own.plan.store(&step);
+  } else {
+    own.last_plan->next_plan = &step;
+  }
+  own.last_plan = &step;
 }
 
 std::optional<SearchUnit> UnitQueue::Take(int node) {
@@ -42,68 +38,76 @@ std::optional<SearchUnit> UnitQueue::Take(int node) {
 
 std::optional<SearchUnit> UnitQueue::TakeOf(Node& node) {
   for (;;) {
-    if (node.plans_ready.load()) {
+    if (PlansFirst(node)) {
       if (const auto plan = TakePlan(node)) return plan;
     }
-    Step* const step = node.open.front.load();
+    Step* step = node.front.load();
     if (step == nullptr) {
-      if (!node.plans_ready.load()) return std::nullopt;
+      if (!PlansFirst(node)) return std::nullopt;
       continue;
     }
-    if (step->left.load(std::memory_order_relaxed) > 0) {
-      // A late worker may find the next step of the same search: its pieces are as good.
-      const int left = step->left.fetch_sub(1, std::memory_order_acquire);
-      if (left > 0) {
-        const SearchUnit unit = {Number(*step), step->pieces - left, step->node};
-        if (left == 1) DropTaken(node);
-        return unit;
-      }
+    // Steps that nobody has dropped yet are passed over. One that is opened again meanwhile may end
+    // the walk early; another follows, as long as the list is not empty.
+    for (; step != nullptr; step = step->next.load(std::memory_order_acquire)) {
+      const auto piece = TakePiece(*step);
+      if (!piece.has_value()) continue;
+      if (piece->piece + 1 == step->pieces) DropTaken(node);
+      return piece;
     }
     DropTaken(node);
   }
 }
 
 std::optional<SearchUnit> UnitQueue::TakePlan(Node& node) {
-  const auto lock = LockShortly(mutex_);
-  if (!node.plans_ready.load()) return std::nullopt;
-  Step& step = *node.waiting.front.load();
-  Unlist(node.waiting, step);
-  ++node.begun;
-  ++planned_;
-  UpdatePlansReady(node);
-  return SearchUnit{Number(step), SearchUnit::kPlan, step.node};
+  int begun = node.begun.load();
+  do {
+    if (begun >= node.begun_max && node.front.load() != nullptr) return std::nullopt;
+  } while (!node.begun.compare_exchange_weak(begun, begun + 1));
+  Step* step = node.plan.load();
+  while (step != nullptr && !node.plan.compare_exchange_weak(step, step->next_plan)) {
+  }
+  if (step == nullptr) {
+    node.begun.fetch_sub(1);
+    return std::nullopt;
+  }
+  planned_.fetch_add(1);
+  return SearchUnit{Number(*step), SearchUnit::kPlan, step->node};
 }
 
-void UnitQueue::UpdatePlansReady(Node& node) {
-  node.plans_ready.store(node.waiting.front.load() != nullptr &&
-                         (node.begun < node.begun_max || node.open.front.load() == nullptr));
+std::optional<SearchUnit> UnitQueue::TakePiece(Step& step) {
+  if (step.left.load(std::memory_order_relaxed) <= 0) return std::nullopt;
+  // A late worker may find the next step of the same search: its pieces are as good.
+  const int left = step.left.fetch_sub(1, std::memory_order_acquire);
+  if (left <= 0) return std::nullopt;
+  return SearchUnit{Number(step), step.pieces - left, step.node};
 }
 
 void UnitQueue::DropTaken(Node& node) {
-  const auto lock = LockShortly(mutex_);
-  for (Step* step = node.open.front.load(); step != nullptr && step->left.load() <= 0;
-       step = node.open.front.load()) {
-    Unlist(node.open, *step);
+  const std::unique_lock lock(mutex_, std::try_to_lock);
+  if (!lock.owns_lock()) return transport::Pause();
+  for (Step* step = node.front.load(); step != nullptr && step->left.load() <= 0;
+       step = node.front.load()) {
+    Unlist(node, *step);
   }
-  UpdatePlansReady(node);
 }
 
-void UnitQueue::Unlist(List& list, Step& step) {
+void UnitQueue::Unlist(Node& node, Step& step) {
   step.listed = false;
-  if (list.front.load() == &step) {
-    list.front.store(step.next);
-    if (step.next == nullptr) list.back = nullptr;
+  Step* const next = step.next.load();
+  if (node.front.load() == &step) {
+    node.front.store(next);
+    if (next == nullptr) node.back = nullptr;
     return;
   }
-  Step* before = list.front.load();
-  while (before->next != &step) before = before->next;
-  before->next = step.next;
-  if (list.back == &step) list.back = before;
+  Step* before = node.front.load();
+  while (before->next.load() != &step) before = before->next.load();
+  before->next.store(next);
+  if (node.back == &step) node.back = before;
 }
 
 bool UnitQueue::MayHaveUnits() const {
-  for (size_t n = 0; n < nodes_.size(); ++n) {
-    if (nodes_[n].plans_ready.load() || nodes_[n].open.front.load() != nullptr) return true;
+  for (const Node& node : nodes_) {
+    if (node.front.load() != nullptr || PlansFirst(node)) return true;
   }
   return false;
 }
@@ -112,28 +116,27 @@ int UnitQueue::Open(size_t search, int pieces, int enough) {
   const auto lock = LockShortly(mutex_);
   Step& step = steps_[search];
   Node& node = nodes_[static_cast<size_t>(step.node)];
-  if (step.listed) Unlist(node.open, step);  // all are taken, but nobody has looked since
-  step.pieces = pieces;
-  step.left.store(pieces, std::memory_order_release);
-  step.listed = true;
-  node.open.PushBack(step);
-  UpdatePlansReady(node);
-  auto units = static_cast<int64_t>(searches_ - planned_);
-  for (size_t n = 0; n < nodes_.size(); ++n) {
-    const Step* open = nodes_[n].open.front.load();
-    for (; open != nullptr && units < enough; open = open->next) {
+  if (step.listed) Unlist(node, step);  // all are taken, but nobody has dropped it since
+  int64_t units = pieces + static_cast<int64_t>(searches_ - planned_.load());
+  for (const Node& other : nodes_) {
+    const Step* open = other.front.load();
+    for (; open != nullptr && units < enough; open = open->next.load()) {
       units += std::max(0, open->left.load(std::memory_order_relaxed));
     }
   }
+  step.pieces = pieces;
+  step.next.store(nullptr);
+  step.left.store(pieces, std::memory_order_release);
+  step.listed = true;
+  if (node.back != nullptr) node.back->next.store(&step, std::memory_order_release);
+  node.back = &step;
+  if (node.front.load() == nullptr) node.front.store(&step);
   return static_cast<int>(std::min<int64_t>(units, enough));
 }
 
 size_t UnitQueue::Finish(size_t search) {
-  const auto lock = LockShortly(mutex_);
-  Node& node = nodes_[static_cast<size_t>(steps_[search].node)];
-  --node.begun;
-  UpdatePlansReady(node);
-  return --unfinished_;
+  nodes_[static_cast<size_t>(steps_[search].node)].begun.fetch_sub(1);
+  return searches_ - finished_.fetch_add(1) - 1;
 }
 
 }  // namespace kvseek::service

@@ -6,10 +6,10 @@
 // and not finished for each of its workers; pieces go in the order in which their steps were
 // opened.
 //
-// A piece is claimed by one atomic operation on its step's count: units are as short as 5 us, and
-// fourteen workers that took turns at a mutex for each of them spent half of the short steps
-// waiting for it (docs/adr/0020). Plans and the lists of open steps have a mutex, which is
-// taken a few times a step.
+// Plans and pieces are claimed by atomic operations: units are as short as 5 us, and fourteen
+// workers that took turns at a mutex for each of them spent half of the short steps waiting for it
+// (docs/adr/0020). The list of open steps has a mutex, which is taken where a step opens; who finds
+// steps without pieces drops them only if nobody else has it.
 #ifndef KVSEEK_SERVICE_UNIT_QUEUE_H_
 #define KVSEEK_SERVICE_UNIT_QUEUE_H_
 
@@ -45,53 +45,54 @@ class UnitQueue {
 
   /// The next unit for a worker of this node, if there is one now.
   std::optional<SearchUnit> Take(int node) ABSL_LOCKS_EXCLUDED(mutex_);
-  /// Whether there may be one. Two loads a node, for workers that look.
+  /// Whether there may be one. A few loads a node, for workers that look.
   bool MayHaveUnits() const;
   /// Lets the pieces of a search's step be taken. All of the step before have been run. Returns how
-  /// many units may be taken now, counted up to `enough`.
+  /// many units may be taken with them, counted up to `enough`.
   /// REQUIRES: pieces > 0.
   int Open(size_t search, int pieces, int enough) ABSL_LOCKS_EXCLUDED(mutex_);
   /// A search has come to its end. Returns how many have not.
-  size_t Finish(size_t search) ABSL_LOCKS_EXCLUDED(mutex_);
+  size_t Finish(size_t search);
 
  private:
-  /// A search's step; a cache line of its own.
+  /// A search and its step; a cache line of its own.
   struct alignas(64) Step {
     std::atomic<int> left{0};  ///< pieces not taken; workers that come too late make it negative
     int pieces = 0;            ///< set before `left`
     int node = 0;
-    bool listed = false;   ///< among its node's open ones; with the lock
-    Step* next = nullptr;  ///< in its list; with the lock
-  };
-  /// In the order in which they came.
-  struct List {
-    void PushBack(Step& step);
-    Step* back = nullptr;
-    std::atomic<Step*> front{nullptr};
+    bool listed = false;               ///< among its node's open ones; with the lock
+    std::atomic<Step*> next{nullptr};  ///< in that list; changes with the lock
+    Step* next_plan = nullptr;         ///< the search to be planned after it; set by Add
   };
   struct alignas(64) Node {
-    List open;                             ///< changes with the lock
-    std::atomic<bool> plans_ready{false};  ///< a plan goes before pieces; changes with the lock
-    List waiting;                          ///< searches to be planned; with the lock
-    int begun = 0;                         ///< and not finished; with the lock
+    std::atomic<Step*> plan{nullptr};  ///< the next search to be planned
+    std::atomic<int> begun{0};         ///< searches planned and not finished
     int begun_max = 0;
+    Step* last_plan = nullptr;          ///< Add's
+    std::atomic<Step*> front{nullptr};  ///< of the open steps; changes with the lock
+    Step* back = nullptr;               ///< with the lock
   };
 
   size_t Number(const Step& step) const { return static_cast<size_t>(&step - steps_.data()); }
   std::optional<SearchUnit> TakeOf(Node& node) ABSL_LOCKS_EXCLUDED(mutex_);
-  std::optional<SearchUnit> TakePlan(Node& node) ABSL_LOCKS_EXCLUDED(mutex_);
-  /// Drops steps at the front of which nothing is left.
+  /// Whether a plan goes before pieces.
+  static bool PlansFirst(const Node& node) {
+    return node.plan.load() != nullptr &&
+           (node.begun.load() < node.begun_max || node.front.load() == nullptr);
+  }
+  std::optional<SearchUnit> TakePlan(Node& node);
+  std::optional<SearchUnit> TakePiece(Step& step);
+  /// Drops steps at the front of which nothing is left, unless another worker has the lock.
   void DropTaken(Node& node) ABSL_LOCKS_EXCLUDED(mutex_);
-  static void UpdatePlansReady(Node& node);
-  static void Unlist(List& list, Step& step);
+  static void Unlist(Node& node, Step& step);
 
   std::pmr::vector<Step> steps_;  ///< of each search
   size_t searches_ = 0;
   std::pmr::vector<Node> nodes_;
 
+  alignas(64) std::atomic<size_t> planned_{0};
+  std::atomic<size_t> finished_{0};
   alignas(64) std::mutex mutex_;
-  size_t planned_ ABSL_GUARDED_BY(mutex_) = 0;
-  size_t unfinished_ ABSL_GUARDED_BY(mutex_) = 0;
 };
 
 }  // namespace kvseek::service
