@@ -252,7 +252,7 @@ absl::StatusOr<std::shared_ptr<Doorbell>> Connection::MakeDoorbell(const Request
   proto::OpenDoorbellRequest message;
   absl::Status status = ParseMetadata(request.metadata, message);
   if (!status.ok()) return status;
-  return context_.doorbells->Open(message, *context_.shared_memory);
+  return context_.doorbells->Open(message, context_.shared_memory);
 }
 
 Connection::Awaitable<bool> Connection::OpenDoorbell(FrameHeader header, Request request) {

@@ -47,7 +47,7 @@ struct ConnectionContext {
   ServerIdentity identity;
   Dispatch dispatch;
   ByteGate* gate = nullptr;
-  ByteGate* shared_memory = nullptr;  ///< bounds the rings and doorbells of all connections
+  std::shared_ptr<ByteGate> shared_memory{};  ///< bounds all connections' rings and doorbells
   transport::Lookout* lookout = nullptr;
   Doorbells* doorbells = nullptr;           ///< or null
   std::function<void(Connection*)> closed;  ///< called once, on the connection's strand

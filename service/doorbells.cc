@@ -91,7 +91,7 @@ absl::StatusOr<DoorbellSettings> Doorbells::Check(const proto::OpenDoorbellReque
 }
 
 absl::StatusOr<std::shared_ptr<Doorbell>> Doorbells::Open(const proto::OpenDoorbellRequest& message,
-                                                          ByteGate& gate) {
+                                                          std::shared_ptr<ByteGate> gate) {
   auto settings = Check(message);
   if (!settings.ok()) return settings.status();
   const auto again = static_cast<uint64_t>(options_.retry_after.count());
@@ -105,16 +105,16 @@ absl::StatusOr<std::shared_ptr<Doorbell>> Doorbells::Open(const proto::OpenDoorb
                                          options_.shared_memory_bytes_max),
                             0);
   }
-  if (!gate.TryTake(bytes)) {
+  if (!gate->TryTake(bytes)) {
     return proto::Exhausted("", absl::StrCat("no ", bytes, " bytes of shared memory left"), again);
   }
   auto memory = transport::SealedMemory::Create("kvseek-doorbell", bytes);
   if (!memory.ok()) {
-    gate.Release(bytes);
+    gate->Release(bytes);
     return memory.status();
   }
   return std::make_shared<Doorbell>(*std::move(settings), *std::move(memory), store_, counts_,
-                                    [&gate, bytes] { gate.Release(bytes); });
+                                    [gate = std::move(gate), bytes] { gate->Release(bytes); });
 }
 
 void Doorbells::Serve(std::shared_ptr<Doorbell> doorbell) {

@@ -40,11 +40,11 @@ class Doorbells {
   Doorbells(const Doorbells&) = delete;
   Doorbells& operator=(const Doorbells&) = delete;
 
-  /// Makes a doorbell that nobody looks at yet, with memory that `gate`, which outlives it, lets
-  /// through. invalid_argument naming a field of the message; resource_exhausted: too many, too
-  /// large ("items_max"), or no memory.
+  /// Makes a doorbell that nobody looks at yet, with memory that `gate` lets through, which it
+  /// keeps: a question under way has its doorbell beyond the server's end. invalid_argument naming
+  /// a field of the message; resource_exhausted: too many, too large ("items_max"), or no memory.
   absl::StatusOr<std::shared_ptr<Doorbell>> Open(const proto::OpenDoorbellRequest& message,
-                                                 ByteGate& gate);
+                                                 std::shared_ptr<ByteGate> gate);
   /// Looks at it from now on, until it is closed.
   void Serve(std::shared_ptr<Doorbell> doorbell) ABSL_LOCKS_EXCLUDED(mutex_);
 

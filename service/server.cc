@@ -41,14 +41,13 @@ class Server::Impl {
   Impl(const DaemonOptions& options, ServerIdentity identity, Dispatch dispatch,
        Doorbells* doorbells)
       : gate_(options.inflight_bytes_max),
-        shared_memory_(options.shared_memory_bytes_max),
         lookout_(/*resumes_here=*/options.io_threads <= 1),
         work_(asio::make_work_guard(io_)) {
     context_.options = options;
     context_.identity = std::move(identity);
     context_.dispatch = std::move(dispatch);
     context_.gate = &gate_;
-    context_.shared_memory = &shared_memory_;
+    context_.shared_memory = std::make_shared<ByteGate>(options.shared_memory_bytes_max);
     context_.lookout = &lookout_;
     context_.doorbells = doorbells;
     context_.closed = [this](Connection* connection) {
@@ -207,7 +206,6 @@ class Server::Impl {
 
   ConnectionContext context_;
   ByteGate gate_;
-  ByteGate shared_memory_;
   transport::Lookout lookout_;
   asio::io_context io_;
   asio::executor_work_guard<asio::io_context::executor_type> work_;
