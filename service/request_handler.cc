@@ -48,6 +48,10 @@ Response MakeResponse(const Message& message) {
   return response;
 }
 
+/// Searches with no more payload are checked by the thread that read them, in whose caches all that
+/// is needed for that still is; a worker's are full of other things.
+constexpr size_t kCheckedAtOnce = size_t{64} << 10;
+
 /// Of an Attend or a TopK.
 struct Searches {
   explicit Searches(CheckedSearch checked) : search(std::move(checked)), tasks(MakeTasks(search)) {}
@@ -102,7 +106,7 @@ class RequestHandler::Impl {
     GiveUp give_up() const { return {request_.deadline, request_.cancelled, impl_.stopping_}; }
     void Hold(ComputePool::Admission admission) { admission_ = std::move(admission); }
     /// An Attend's or a TopK's searches, which the call then holds.
-    const Searches& Begin(CheckedSearch checked);
+    void Begin(CheckedSearch checked);
     const Searches& searches() const { return *searches_; }
     LayersToAppend& BeginAppend() { return append_.emplace(); }
     LayersToAppend& append() { return *append_; }
@@ -151,6 +155,11 @@ class RequestHandler::Impl {
   absl::StatusOr<CheckedSearch> CheckSearch(const Call& call, Scratch& scratch) const;
   template <typename Message>
   void Search(const CallPtr& call);
+  /// Makes a call's searches of its message; false: the call has been finished with an error.
+  template <typename Message>
+  bool BeginSearches(Call& call, Scratch& scratch);
+  /// Runs the searches that have begun.
+  void RunBegun(const CallPtr& call, Scratch& scratch);
   void AnswerSearch(const CallPtr& call,
                     const absl::StatusOr<absl::Span<const index::SearchResult>>& results,
                     Scratch& scratch);
@@ -190,10 +199,9 @@ RequestHandler::Impl::Call::~Call() {
   if (--impl_.calls_ == 0) impl_.all_left_.notify_all();
 }
 
-const Searches& RequestHandler::Impl::Call::Begin(CheckedSearch checked) {
+void RequestHandler::Impl::Call::Begin(CheckedSearch checked) {
   Searches& searches = searches_.emplace(std::move(checked));
   AddReuse(searches.search, impl_.store_.budget(), absl::MakeSpan(searches.tasks));
-  return searches;
 }
 
 void RequestHandler::Impl::Call::Finish(absl::StatusOr<Response> outcome) {
@@ -434,18 +442,35 @@ absl::StatusOr<CheckedSearch> RequestHandler::Impl::CheckSearch(const Call& call
 template <typename Message>
 void RequestHandler::Impl::Search(const CallPtr& call) {
   if (!Admit(call)) return;
-  pool_.Submit(MakeJob(call, [this, call](Scratch& scratch) {
-    auto checked = CheckSearch<Message>(*call, scratch);
-    if (!checked.ok()) return call->Finish(checked.status());
-    if (absl::Status status = CheckAnswerFits(*checked, options_); !status.ok()) {
-      return call->Finish(std::move(status));
-    }
-    const Searches& searches = call->Begin(*std::move(checked));
-    RunSearches(
-        pool_, searches.tasks, call->give_up(),
-        [call](auto results, Scratch& own) { call->impl().AnswerSearch(call, results, own); },
-        scratch);
-  }));
+  if (call->payload().size() > kCheckedAtOnce) {
+    pool_.Submit(MakeJob(call, [this, call](Scratch& scratch) {
+      if (BeginSearches<Message>(*call, scratch)) RunBegun(call, scratch);
+    }));
+    return;
+  }
+  const index::SearchMemory memory = index::TakeSearchMemory();
+  if (!BeginSearches<Message>(*call, *memory)) return;
+  pool_.Submit(MakeJob(call, [this, call](Scratch& scratch) { RunBegun(call, scratch); }));
+}
+
+template <typename Message>
+bool RequestHandler::Impl::BeginSearches(Call& call, Scratch& scratch) {
+  auto checked = CheckSearch<Message>(call, scratch);
+  absl::Status status = checked.status();
+  if (status.ok()) status = CheckAnswerFits(*checked, options_);
+  if (!status.ok()) {
+    call.Finish(std::move(status));
+    return false;
+  }
+  call.Begin(*std::move(checked));
+  return true;
+}
+
+void RequestHandler::Impl::RunBegun(const CallPtr& call, Scratch& scratch) {
+  RunSearches(
+      pool_, call->searches().tasks, call->give_up(),
+      [call](auto results, Scratch& own) { call->impl().AnswerSearch(call, results, own); },
+      scratch);
 }
 
 void RequestHandler::Impl::AnswerSearch(
