@@ -14,8 +14,10 @@ namespace {
 using kernels::kScanBlock;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-// The sample that sets the threshold: one block in kSampleStride, but at least kSampleBlocksMin.
+// The sample that sets the threshold: one block in kSampleStride, or as many as have about
+// kSampleCandidates of the candidates if these are fewer, but at least kSampleBlocksMin.
 constexpr int64_t kSampleStride = 32;
+constexpr int64_t kSampleCandidates = 256;
 constexpr int64_t kSampleBlocksMin = 64;
 // One part in so many of the candidates is each head's own. Without it, heads with much noise or
 // little mass left in the range find few of their best keys; a larger share changes little.
@@ -25,9 +27,11 @@ constexpr size_t kPartsMax = 4;
 constexpr size_t kPartBlocksMin = 8;
 
 /// Block numbers of the sample: evenly spread, the first and the last always among them.
-std::pmr::vector<int64_t> SampleBlocks(int64_t first, int64_t last, Scratch& memory) {
+std::pmr::vector<int64_t> SampleBlocks(int64_t first, int64_t last, int64_t candidates,
+                                       Scratch& memory) {
   const int64_t blocks = last - first;
-  const int64_t wanted = std::min(blocks, std::max(kSampleBlocksMin, blocks / kSampleStride));
+  const int64_t stride = std::max(kSampleStride, candidates / kSampleCandidates);
+  const int64_t wanted = std::min(blocks, std::max(kSampleBlocksMin, blocks / stride));
   std::pmr::vector<int64_t> sample(&memory);
   sample.reserve(static_cast<size_t>(wanted));
   for (int64_t i = 0; i < wanted; ++i) {
@@ -39,7 +43,8 @@ std::pmr::vector<int64_t> SampleBlocks(int64_t first, int64_t last, Scratch& mem
 }  // namespace
 
 void LadderPlan::PlanSample() {
-  sample_ = SampleBlocks(first_block_, last_block_, memory_);
+  sample_ =
+      SampleBlocks(first_block_, last_block_, std::max(options_.candidates, options_.k), memory_);
   const auto group = static_cast<size_t>(group_);
   estimates_ = memory_.Take<float>(group * sample_.size() * kScanBlock);
   // A part ends where a segment does, since it scores the centres of its own.
