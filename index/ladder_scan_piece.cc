@@ -18,7 +18,7 @@ constexpr int64_t kCandidateBoundFactor = 2;
 // What unread keys weigh is estimated from one block in up to so many of the range, as long as at
 // least so many are left: they are many and none of them weighs much, so that weighing all hardly
 // changes an answer (docs/performance.md).
-constexpr int64_t kWeighedStepMax = 4;
+constexpr int64_t kWeighedStepMax = 8;
 constexpr int64_t kWeighedBlocksMin = 192;
 
 }  // namespace

@@ -235,8 +235,16 @@ TEST(LadderIndexTest, KOfTheWholeRangeLeavesNothing) {
 }
 
 TEST(LadderIndexTest, SomeBlocksStandForTheRestOfLongRanges) {
-  // One in three and one in four blocks is weighed; half and more of the mass is the rest's.
-  for (const int tokens : {40000, 60000}) {
+  // One in three, four and eight blocks is weighed; half and more of the mass is the rest's, but
+  // for one head of the longest range, which has 0.21 there. Values are noise, most of which
+  // cancels: errors are 0.55, 0.61 and 0.77; with all blocks weighed 0.45.
+  struct Case {
+    int tokens;
+    float missed_least;
+    double error_most;
+  };
+  for (const auto& [tokens, missed_least, error_most] :
+       {Case{40000, 0.3F, 0.7}, {60000, 0.3F, 0.7}, {100000, 0.15F, 0.9}}) {
     const cli::HeadTrace trace =
         RandomTrace({.tokens = tokens, .key_dim = 64, .value_dim = 64, .group = 3});
     const cli::StoredHead head(trace, 2);
@@ -249,7 +257,7 @@ TEST(LadderIndexTest, SomeBlocksStandForTheRestOfLongRanges) {
       const SearchResult ladder = LadderIndex().Search(head.view(), query, options, scratch);
       for (size_t h = 0; h < 3; ++h) {
         EXPECT_NEAR(ladder.lse[h], exact.lse[h], 0.15F) << tokens << ' ' << step;
-        EXPECT_GT(ladder.report.missed_mass[h], 0.3F);
+        EXPECT_GT(ladder.report.missed_mass[h], missed_least);
         EXPECT_LT(ladder.report.missed_low[h], ladder.report.missed_mass[h]);
         EXPECT_GT(ladder.report.missed_high[h], ladder.report.missed_mass[h]);
       }
@@ -264,8 +272,7 @@ TEST(LadderIndexTest, SomeBlocksStandForTheRestOfLongRanges) {
       EXPECT_LT(ladder.report.bytes_touched, codes + sampled + rows + centres + means / 3 + 1000);
       EXPECT_GT(ladder.report.bytes_touched, codes / 2 + rows);
     }
-    // 0.55 and 0.61; with all blocks weighed 0.45. Values are noise here, most of which cancels.
-    EXPECT_LT(error, 0.7);
+    EXPECT_LT(error, error_most) << tokens;
   }
 }
 
