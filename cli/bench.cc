@@ -118,7 +118,7 @@ class Bench {
 
   absl::Status WaitUntilBuilt() {
     progress_.Begin("building indexes", 0);
-    for (;;) {
+    for (bool idle = false;;) {
       const absl::StatusOr<DaemonStats> stats = clients_[0]->Stats(/*with_sessions=*/true);
       if (!stats.ok()) return stats.status();
       bool all = true;
@@ -132,6 +132,16 @@ class Bench {
         }
       }
       if (all) break;
+      // Twice, since the last may have been published after its session was described.
+      const auto queued = stats->counters.find("index_layers_queued");  // older daemons have none
+      if (queued == stats->counters.end() || queued->second > 0) {
+        idle = false;
+      } else if (std::exchange(idle, true)) {
+        return absl::FailedPreconditionError(absl::StrCat(
+            "the daemon does not build all indexes of ", options_.tokens,
+            " tokens: these are too few, it has no threads for it (--build-threads) or no memory (",
+            Get(stats->counters, "indexes_refused"), " indexes refused)"));
+      }
       std::this_thread::sleep_for(std::chrono::milliseconds(100));
     }
     progress_.End("");

@@ -100,6 +100,7 @@ void IndexBuilder::Consider(const std::shared_ptr<Session>& session, uint32_t la
   {
     const std::lock_guard lock(mutex_);
     jobs_.push_back({session, layer});
+    layers_.fetch_add(1, std::memory_order_relaxed);
   }
   job_waits_.notify_one();
 }
@@ -120,6 +121,7 @@ void IndexBuilder::Work() {
     const uint64_t begun = ThreadMicros();
     BuildQueued(job);
     core_us_.fetch_add(ThreadMicros() - begun, std::memory_order_relaxed);
+    layers_.fetch_sub(1, std::memory_order_relaxed);
   }
 }
 

@@ -46,6 +46,8 @@ class IndexBuilder {
   uint64_t built() const { return built_.load(std::memory_order_relaxed); }
   uint64_t refused() const { return refused_.load(std::memory_order_relaxed); }
   uint64_t outdated() const { return outdated_.load(std::memory_order_relaxed); }
+  /// Layers queued or being built: as long as there are any, more may be built.
+  uint64_t layers() const { return layers_.load(std::memory_order_relaxed); }
   /// Time that builds took on a core.
   uint64_t core_ms() const { return core_us_.load(std::memory_order_relaxed) / 1000; }
 
@@ -68,7 +70,7 @@ class IndexBuilder {
 
   const int64_t from_tokens_;
   MemoryBudget& budget_;
-  std::atomic<uint64_t> built_{0}, refused_{0}, outdated_{0}, core_us_{0};
+  std::atomic<uint64_t> built_{0}, refused_{0}, outdated_{0}, core_us_{0}, layers_{0};
   std::atomic<bool> stopping_{false};  ///< set with the lock
 
   std::mutex mutex_;

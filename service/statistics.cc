@@ -44,6 +44,7 @@ proto::StatsResponse MakeStats(const proto::StatsRequest& message, const StatsSo
   add_counter("indexes_refused", builder.refused());
   add_counter("indexes_outdated", builder.outdated());
   add_counter("index_build_core_ms", builder.core_ms());
+  add_counter("index_layers_queued", builder.layers());
   for (int node = 0; node < pool.nodes(); ++node) {
     add_counter(absl::StrCat("slab_bytes_node_", pool.topology()[static_cast<size_t>(node)].id),
                 index::SlabBytes(node));
