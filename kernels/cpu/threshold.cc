@@ -28,7 +28,7 @@ namespace hn = hwy::HWY_NAMESPACE;
 using DI = hn::ScalableTag<int32_t>;
 // Parts are the same at every level: a number that the lanes of all of them divide.
 constexpr int64_t kPartsStep = 16;
-constexpr int64_t kPartsMax = 512;
+constexpr int64_t kPartsMax = 1024;
 constexpr int64_t kWorthwhile = 4;  // at least so many values a part
 
 /// Writes the ordered integers of all values to `work` and finds the least and the largest.
