@@ -41,16 +41,16 @@ using Clock = std::chrono::steady_clock;
 /// another worker does.
 constexpr size_t kAppendTogether = size_t{32} << 10;
 
+/// Searches with no more payload are checked by the thread that read them, in whose caches all that
+/// is needed for that still is; a worker's are full of other things.
+constexpr size_t kCheckedAtOnce = size_t{64} << 10;
+
 template <typename Message>
 Response MakeResponse(const Message& message) {
   Response response;
   response.metadata = message.SerializeAsString();
   return response;
 }
-
-/// Searches with no more payload are checked by the thread that read them, in whose caches all that
-/// is needed for that still is; a worker's are full of other things.
-constexpr size_t kCheckedAtOnce = size_t{64} << 10;
 
 /// Of an Attend or a TopK.
 struct Searches {

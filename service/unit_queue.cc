@@ -54,7 +54,7 @@ std::optional<SearchUnit> UnitQueue::TakeOf(Node& node) {
       if (piece->piece + 1 == step->pieces) DropTaken(node);
       return piece;
     }
-    DropTaken(node);
+    if (!DropTaken(node)) transport::Pause();
   }
 }
 
@@ -82,13 +82,14 @@ std::optional<SearchUnit> UnitQueue::TakePiece(Step& step) {
   return SearchUnit{Number(step), step.pieces - left, step.node};
 }
 
-void UnitQueue::DropTaken(Node& node) {
+bool UnitQueue::DropTaken(Node& node) {
   const std::unique_lock lock(mutex_, std::try_to_lock);
-  if (!lock.owns_lock()) return transport::Pause();
+  if (!lock.owns_lock()) return false;
   for (Step* step = node.front.load(); step != nullptr && step->left.load() <= 0;
        step = node.front.load()) {
     Unlist(node, *step);
   }
+  return true;
 }
 
 void UnitQueue::Unlist(Node& node, Step& step) {

@@ -82,8 +82,8 @@ class UnitQueue {
   }
   std::optional<SearchUnit> TakePlan(Node& node);
   std::optional<SearchUnit> TakePiece(Step& step);
-  /// Drops steps at the front of which nothing is left, unless another worker has the lock.
-  void DropTaken(Node& node) ABSL_LOCKS_EXCLUDED(mutex_);
+  /// Drops steps at the front of which nothing is left; false: another worker has the lock.
+  bool DropTaken(Node& node) ABSL_LOCKS_EXCLUDED(mutex_);
   static void Unlist(Node& node, Step& step);
 
   std::pmr::vector<Step> steps_;  ///< of each search
