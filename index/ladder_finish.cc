@@ -55,7 +55,8 @@ ScoredKeys LadderPlan::AllCandidates() const {
   for (const Piece& piece : pieces_) {
     const Candidates& candidates = piece.candidates;
     for (int i = 0; i < candidates.count; ++i) {
-      all.Add(candidates.positions[i], candidates.scores + i, candidates.capacity, group_);
+      all.Add(piece.FirstPosition() + candidates.keys[i], candidates.scores + i,
+              candidates.capacity, group_);
     }
   }
   return all;
@@ -109,13 +110,14 @@ LadderPlan::HeadCandidates LadderPlan::BestOrAll(int head, Scratch& scratch) con
       for (int i = begin; i < end; ++i, ++at) {
         const Listed& key = piece.lists.keys[i];
         found.numbers[at] = static_cast<uint32_t>(before + key.number);
-        found.positions[at] = piece.first_block * kScanBlock + key.key;
+        found.positions[at] = piece.FirstPosition() + key.key;
         found.scores[at] = key.score;
       }
     } else {
       std::iota(found.numbers + before, found.numbers + before + piece_count,
                 static_cast<uint32_t>(before));
-      std::copy_n(candidates.positions, piece_count, found.positions + before);
+      std::transform(candidates.keys, candidates.keys + piece_count, found.positions + before,
+                     [&piece](uint16_t key) { return piece.FirstPosition() + key; });
       std::copy_n(candidates.scores + static_cast<ptrdiff_t>(head) * candidates.capacity,
                   piece_count, found.scores + before);
     }

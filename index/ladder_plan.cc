@@ -152,7 +152,7 @@ void LadderPlan::PlanScan() {
     const int64_t share = (end - block) * budget / all;
     const int64_t room = std::min(share + share / 2 + kScanBlock, (end - block) * kScanBlock);
     piece.candidates.capacity = static_cast<int>(room);
-    piece.candidates.positions = memory_.Take<int64_t>(static_cast<size_t>(room));
+    piece.candidates.keys = memory_.Take<uint16_t>(static_cast<size_t>(room));
     piece.candidates.scores = memory_.Take<float>(static_cast<size_t>(room) * group);
     if (!listing_thresholds_.empty()) {
       // A head's threshold is for an eighth of the budget: room for twice as much and more.
@@ -169,17 +169,17 @@ void LadderPlan::Candidates::Reserve(int more, int group) {
   if (count + more <= capacity) return;
   const int room = std::max(2 * capacity, count + more);
   const auto size = static_cast<size_t>(room);
-  auto memory =
-      MakeAligned<std::byte>(size * (sizeof(int64_t) + sizeof(float) * static_cast<size_t>(group)));
-  auto* const to = reinterpret_cast<int64_t*>(memory.get());
-  auto* const scores_to = reinterpret_cast<float*>(to + size);
-  std::copy_n(positions, count, to);
+  auto memory = MakeAligned<std::byte>(
+      size * (sizeof(uint16_t) + sizeof(float) * static_cast<size_t>(group)));
+  auto* const scores_to = reinterpret_cast<float*>(memory.get());
+  auto* const to = reinterpret_cast<uint16_t*>(scores_to + size * static_cast<size_t>(group));
+  std::copy_n(keys, count, to);
   for (int h = 0; h < group; ++h) {
     std::copy_n(scores + static_cast<ptrdiff_t>(h) * capacity, count,
                 scores_to + static_cast<ptrdiff_t>(h) * room);
   }
   grown = std::move(memory);
-  positions = to;
+  keys = to;
   scores = scores_to;
   capacity = room;
 }

@@ -95,11 +95,11 @@ class LadderPlan final : public SearchPlan {
     float* mass;     ///< (group), summed weight relative to it
   };
 
-  /// Keys that were read at 4 bits, ascending, with their scores.
+  /// Keys of a piece that were read at 4 bits, ascending, with their scores.
   struct Candidates {
     int count = 0;
     int capacity = 0;
-    int64_t* positions = nullptr;     ///< (capacity)
+    uint16_t* keys = nullptr;         ///< (capacity): of the piece
     float* scores = nullptr;          ///< (group, capacity)
     AlignedArray<std::byte> grown{};  ///< what they stand in, if the search's memory had too little
 
@@ -111,7 +111,7 @@ class LadderPlan final : public SearchPlan {
   struct Listed {
     float score;
     uint16_t number;  ///< among the piece's candidates
-    uint16_t key;     ///< of the piece
+    uint16_t key;     ///< candidates.keys[number]
   };
   static_assert(kPieceSegmentsMax * kSegmentTokens <= 1 << 16);
 
@@ -142,6 +142,9 @@ class LadderPlan final : public SearchPlan {
     std::vector<float> block_weights{};
     std::vector<int64_t> kept{};        ///< SearchOptions::keep: positions
     std::vector<float> kept_weights{};  ///< (group, blocks): of the keys not kept
+
+    /// Of its key 0.
+    int64_t FirstPosition() const { return first_block * kernels::kScanBlock; }
   };
 
   // ---- preparation (ladder_plan.cc)

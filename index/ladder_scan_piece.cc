@@ -167,11 +167,12 @@ void LadderPlan::AddCandidates(Piece& piece, const Chosen& chosen, Pending& pend
   Candidates& candidates = piece.candidates;
   candidates.Reserve(chosen.count, group_);
   kernels::FineRow* const rows = pending.rows + pending.count;
-  int64_t* const positions = candidates.positions + candidates.count;
+  uint16_t* const keys = candidates.keys + candidates.count;
+  const int64_t first = chosen.segment * kSegmentTokens - piece.FirstPosition();
   for (int i = 0; i < chosen.count; ++i) {
     rows[i] = {segment.fine_records() + chosen.keys[i] * record_bytes,
                segment.fine_factors() + chosen.keys[i]};
-    positions[i] = chosen.segment * kSegmentTokens + chosen.keys[i];
+    keys[i] = static_cast<uint16_t>(first + chosen.keys[i]);
   }
   const float* const centres = centre_scores_ + (chosen.segment - FirstSegment()) * group_;
   for (int h = 0; h < group_; ++h) {
@@ -185,6 +186,7 @@ void LadderPlan::AddCandidates(Piece& piece, const Chosen& chosen, Pending& pend
 }
 
 void LadderPlan::ReadPending(Piece& piece, Pending& pending, int count) const {
+  if (count == 0) return;
   const Candidates& candidates = piece.candidates;
   float* const scores = candidates.scores + candidates.count - pending.count;
   kernels::ScoreFine(pending.rows, count,
@@ -209,9 +211,8 @@ void LadderPlan::ListBest(Piece& piece, Scratch& scratch) const {
     const int room = std::clamp(lists.capacity - end, 0, count);
     for (int i = 0; i < room; ++i) {
       const uint32_t number = reached[i];
-      const int64_t key = candidates.positions[number] - piece.first_block * kernels::kScanBlock;
       lists.keys[end + i] = {scores[number], static_cast<uint16_t>(number),
-                             static_cast<uint16_t>(key)};
+                             candidates.keys[number]};
     }
     end += count;
     lists.ends[h] = end;
