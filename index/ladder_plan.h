@@ -69,10 +69,10 @@ class LadderPlan final : public SearchPlan {
   friend struct LadderPlanPeer;  // exact_rows_test.cc
 
   static constexpr int kSegmentBlocks = kSegmentTokens / kernels::kScanBlock;
-  // Segments of a piece: so many that a search has a dozen pieces, within these bounds.
-  static constexpr int64_t kPieces = 12;
+  // Segments of a piece: so many that a search has eight pieces, within these bounds.
+  static constexpr int64_t kPieces = 8;
   static constexpr int64_t kPieceSegmentsMin = 4;
-  static constexpr int64_t kPieceSegmentsMax = 16;
+  static constexpr int64_t kPieceSegmentsMax = 32;
   static constexpr size_t kExactPartsMax = 8;
 
   enum class Step { kTables, kSample, kScan, kRefine };
