@@ -20,6 +20,7 @@
 #include "service/field_checks.h"
 #include "service/index_builder.h"
 #include "service/message_memory.h"
+#include "service/query_answers.h"
 #include "service/query_operations.h"
 #include "service/request_audits.h"
 #include "service/request_counters.h"

@@ -72,6 +72,12 @@ struct CheckedSearch {
   kernels::DType state_dtype = kernels::DType::kFp32;  ///< or kFp16
 
   bool topk() const { return options.k >= 0; }
+  /// Of all items.
+  size_t Results() const {
+    size_t results = 0;
+    for (const CheckedItem& item : items) results += item.Results();
+    return results;
+  }
 };
 
 /// Checks searches of one daemon against its limits. Thread-safe.
