@@ -100,7 +100,7 @@ class RequestFuzzTest : public testing::Test {
     google::protobuf::SetLogHandler(log_);
   }
 
-  std::shared_ptr<Ticket> Send(const Call& call) {
+  std::shared_ptr<Ticket> Send(const TestCall& call) {
     Request request;
     request.op = call.op;
     request.metadata = call.metadata;
@@ -148,7 +148,7 @@ class RequestFuzzTest : public testing::Test {
     auto session = Succeed<proto::OpenSessionResponse>(Op::kOpenSession, open).session();
     proto::MessageMutator random(seed);
     for (uint32_t layer = 0; layer < open.shape().layers(); ++layer) {
-      const Call append = AppendCall(session, layer, 0, tokens, random);
+      const TestCall append = RightAppend(session, layer, 0, tokens, random);
       proto::AppendRequest message;
       message.ParseFromString(append.metadata);
       EXPECT_EQ(Succeed<proto::AppendResponse>(Op::kAppend, message, append.payload).tokens_held(),
@@ -161,7 +161,7 @@ class RequestFuzzTest : public testing::Test {
   std::string BystanderAnswer() {
     std::string bits;
     for (const proto::IndexKind index : {proto::INDEX_EXACT, proto::INDEX_LADDER}) {
-      const auto ticket = Send(AttendCall({bystander_}, index, 99));
+      const auto ticket = Send(RightAttend({bystander_}, index, 99));
       EXPECT_TRUE(ticket->Wait());
       EXPECT_FALSE(ticket->response().error) << Error(ticket->response());
       proto::AttendResponse message;
@@ -172,9 +172,9 @@ class RequestFuzzTest : public testing::Test {
     return bits;
   }
 
-  static Call Mutate(const std::vector<Call>& calls, proto::MessageMutator& random);
-  bool ChangesBystander(const Call& call) const;
-  static void CheckAnswer(const Call& call, const Response& response);
+  static TestCall Mutate(const std::vector<TestCall>& calls, proto::MessageMutator& random);
+  bool ChangesBystander(const TestCall& call) const;
+  static void CheckAnswer(const TestCall& call, const Response& response);
   void CloseAllButBystander();
 
   const DaemonOptions options_ = SmallDaemon();
@@ -190,8 +190,9 @@ class RequestFuzzTest : public testing::Test {
 
 // One right request, made wrong: in a field, in its bytes, in its payload, in its time, or sent as
 // another operation.
-Call RequestFuzzTest::Mutate(const std::vector<Call>& calls, proto::MessageMutator& random) {
-  Call call = calls[random.Below(calls.size())];
+TestCall RequestFuzzTest::Mutate(const std::vector<TestCall>& calls,
+                                 proto::MessageMutator& random) {
+  TestCall call = calls[random.Below(calls.size())];
   for (size_t steps = 1 + random.Below(3); steps > 0; --steps) {
     switch (random.Below(8)) {
       case 0:
@@ -227,7 +228,7 @@ Call RequestFuzzTest::Mutate(const std::vector<Call>& calls, proto::MessageMutat
 }
 
 // Whether the request, if it were right, would rightly change the bystander.
-bool RequestFuzzTest::ChangesBystander(const Call& call) const {
+bool RequestFuzzTest::ChangesBystander(const TestCall& call) const {
   const auto message = proto::NewMessage(call.op, 0);
   if (!message->ParseFromString(call.metadata)) return false;
   const auto names = [this](const proto::SessionRef& session) {
@@ -245,7 +246,7 @@ bool RequestFuzzTest::ChangesBystander(const Call& call) const {
   return false;
 }
 
-void RequestFuzzTest::CheckAnswer(const Call& call, const Response& response) {
+void RequestFuzzTest::CheckAnswer(const TestCall& call, const Response& response) {
   const uint16_t flags = proto::kFlagResponse | (response.error ? proto::kFlagError : 0U);
   const auto message = proto::NewMessage(call.op, flags);
   ASSERT_TRUE(message->ParseFromString(response.metadata));
@@ -281,7 +282,7 @@ void RequestFuzzTest::CloseAllButBystander() {
 
 TEST_F(RequestFuzzTest, RightRequestsSucceed) {
   const proto::SessionRef victim = MakeSession(kVictimTokens, 2);
-  for (const Call& call : RightCalls(victim)) {
+  for (const TestCall& call : RightCalls(victim)) {
     const auto ticket = Send(call);
     ASSERT_TRUE(ticket->Wait()) << proto::OpName(call.op);
     EXPECT_FALSE(ticket->response().error)
@@ -300,11 +301,11 @@ TEST_F(RequestFuzzTest, EachWrongRequestGetsOneAnswerAndHarmsNobody) {
   size_t refused = 0;
   size_t done = 0;
   for (int round = 0; round < kRounds; ++round) {
-    std::vector<Call> calls = RightCalls(MakeSession(kVictimTokens, 2));
+    std::vector<TestCall> calls = RightCalls(MakeSession(kVictimTokens, 2));
     for (int batch = 0; batch < kBatches; ++batch) {
-      std::vector<std::pair<Call, std::shared_ptr<Ticket>>> sent;
+      std::vector<std::pair<TestCall, std::shared_ptr<Ticket>>> sent;
       while (sent.size() < kTogether) {
-        Call call = Mutate(calls, random);
+        TestCall call = Mutate(calls, random);
         if (ChangesBystander(call)) continue;
         auto ticket = Send(call);
         sent.emplace_back(std::move(call), std::move(ticket));
@@ -342,7 +343,7 @@ TEST_F(RequestFuzzTest, RecordedFramesGetOneAnswer) {
           header->op == Op::kCancel) {
         continue;  // the connection's business
       }
-      Call call;
+      TestCall call;
       call.op = header->op;
       call.metadata = frame.substr(proto::kHeaderBytes, header->metadata_bytes);
       call.payload =

@@ -22,8 +22,8 @@ std::vector<uint16_t> RandomBf16(size_t count, proto::MessageMutator& random) {
 }
 
 template <typename M>
-Call QueryCall(Op op, M message, const std::vector<proto::SessionRef>& sessions,
-               proto::IndexKind index, uint64_t seed) {
+TestCall RightQuery(Op op, M message, const std::vector<proto::SessionRef>& sessions,
+                    proto::IndexKind index, uint64_t seed) {
   proto::MessageMutator random(seed);
   Tensors parts;
   uint32_t tokens = 0;
@@ -58,19 +58,19 @@ Call QueryCall(Op op, M message, const std::vector<proto::SessionRef>& sessions,
   return {.op = op, .metadata = message.SerializeAsString(), .payload = parts.Text()};
 }
 
-Call TopKCall(const std::vector<proto::SessionRef>& sessions, proto::IndexKind index,
-              uint64_t seed) {
+TestCall RightTopK(const std::vector<proto::SessionRef>& sessions, proto::IndexKind index,
+                   uint64_t seed) {
   proto::TopKRequest message;
   message.set_k(20);
   message.set_with_rows(true);
   message.set_with_state(true);
-  return QueryCall(Op::kTopK, message, sessions, index, seed);
+  return RightQuery(Op::kTopK, message, sessions, index, seed);
 }
 
 }  // namespace
 
-Call AppendCall(const proto::SessionRef& session, uint32_t layer, uint64_t start, uint32_t tokens,
-                proto::MessageMutator& random) {
+TestCall RightAppend(const proto::SessionRef& session, uint32_t layer, uint64_t start,
+                     uint32_t tokens, proto::MessageMutator& random) {
   proto::AppendRequest message;
   *message.mutable_session() = session;
   message.set_layer(layer);
@@ -95,8 +95,8 @@ Call AppendCall(const proto::SessionRef& session, uint32_t layer, uint64_t start
 }
 
 /// Both layers' next tokens.
-Call AppendLayersCall(const proto::SessionRef& session, uint64_t start, uint32_t tokens,
-                      proto::MessageMutator& random) {
+TestCall RightAppendOfLayers(const proto::SessionRef& session, uint64_t start, uint32_t tokens,
+                             proto::MessageMutator& random) {
   proto::AppendRequest message;
   *message.mutable_session() = session;
   message.set_start(start);
@@ -110,15 +110,15 @@ Call AppendLayersCall(const proto::SessionRef& session, uint64_t start, uint32_t
   return {.op = Op::kAppend, .metadata = message.SerializeAsString(), .payload = parts.Text()};
 }
 
-Call AttendCall(const std::vector<proto::SessionRef>& sessions, proto::IndexKind index,
-                uint64_t seed) {
+TestCall RightAttend(const std::vector<proto::SessionRef>& sessions, proto::IndexKind index,
+                     uint64_t seed) {
   proto::AttendRequest message;
   message.mutable_options()->set_list_read(true);
-  return QueryCall(Op::kAttend, message, sessions, index, seed);
+  return RightQuery(Op::kAttend, message, sessions, index, seed);
 }
 
-std::vector<Call> RightCalls(const proto::SessionRef& victim) {
-  std::vector<Call> calls;
+std::vector<TestCall> RightCalls(const proto::SessionRef& victim) {
+  std::vector<TestCall> calls;
   const auto add = [&calls](Op op, const Message& message, std::string payload = {}) {
     calls.push_back(
         {.op = op, .metadata = message.SerializeAsString(), .payload = std::move(payload)});
@@ -127,14 +127,14 @@ std::vector<Call> RightCalls(const proto::SessionRef& victim) {
   for (const proto::IndexKind index :
        {proto::INDEX_EXACT, proto::INDEX_LADDER, proto::INDEX_LANDMARK, proto::INDEX_CLUSTER,
         proto::INDEX_GRAPH, proto::INDEX_PRODUCT}) {
-    calls.push_back(AttendCall({victim}, index, 1));
-    calls.push_back(AttendCall({victim, victim}, index, 2));
-    calls.push_back(TopKCall({victim, victim}, index, 3));
+    calls.push_back(RightAttend({victim}, index, 1));
+    calls.push_back(RightAttend({victim, victim}, index, 2));
+    calls.push_back(RightTopK({victim, victim}, index, 3));
   }
-  calls.push_back(AppendCall(victim, 0, kVictimTokens, 2, random));
-  calls.push_back(AppendCall(victim, 1, kVictimTokens - 5, 3, random));
-  calls.push_back(AppendLayersCall(victim, kVictimTokens, 2, random));
-  calls.push_back(AppendCall(victim, 0, kVictimTokens - 40, 70, random));
+  calls.push_back(RightAppend(victim, 0, kVictimTokens, 2, random));
+  calls.push_back(RightAppend(victim, 1, kVictimTokens - 5, 3, random));
+  calls.push_back(RightAppendOfLayers(victim, kVictimTokens, 2, random));
+  calls.push_back(RightAppend(victim, 0, kVictimTokens - 40, 70, random));
 
   proto::FetchRowsRequest fetch;
   *fetch.mutable_session() = victim;

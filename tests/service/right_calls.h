@@ -20,7 +20,7 @@ inline constexpr uint32_t kVictimTokens = 1030;  ///< a sealed segment and a tai
 inline constexpr uint32_t kLandmarkBlock = 32;   ///< tokens that have one landmark
 
 /// A request as the handler gets it.
-struct Call {
+struct TestCall {
   proto::Op op = proto::Op::kHealth;
   std::string metadata;
   std::string payload;
@@ -30,15 +30,15 @@ struct Call {
 
 /// So many tokens from `start` on, with one sampled query and the landmarks of all blocks that end
 /// in them.
-Call AppendCall(const proto::SessionRef& session, uint32_t layer, uint64_t start, uint32_t tokens,
-                proto::MessageMutator& random);
+TestCall RightAppend(const proto::SessionRef& session, uint32_t layer, uint64_t start,
+                     uint32_t tokens, proto::MessageMutator& random);
 
 /// One item for each session, of 1, 2, ... query tokens of layer 1.
-Call AttendCall(const std::vector<proto::SessionRef>& sessions, proto::IndexKind index,
-                uint64_t seed);
+TestCall RightAttend(const std::vector<proto::SessionRef>& sessions, proto::IndexKind index,
+                     uint64_t seed);
 
 /// At least one right request of every op, all on `victim`, whose layers hold kVictimTokens each.
-std::vector<Call> RightCalls(const proto::SessionRef& victim);
+std::vector<TestCall> RightCalls(const proto::SessionRef& victim);
 
 }  // namespace kvseek::service
 
