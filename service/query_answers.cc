@@ -1,6 +1,7 @@
 #include "service/query_answers.h"
 
 #include <algorithm>
+#include <cassert>
 #include <chrono>
 #include <cstring>
 #include <iterator>
@@ -263,7 +264,9 @@ std::string MakeMetadata(const CheckedSearch& search, absl::Span<const Place> pl
   const proto::DType dtype =
       search.state_dtype == kernels::DType::kFp16 ? proto::DTYPE_FP16 : proto::DTYPE_UNSPECIFIED;
   to = WriteNumber(Fields::kStateDtypeFieldNumber, static_cast<uint64_t>(dtype), to);
-  message.resize(static_cast<size_t>(to - begin));
+  const auto bytes = static_cast<size_t>(to - begin);
+  assert(bytes <= message.size());
+  message.resize(bytes);
   return message;
 }
 
