@@ -21,6 +21,7 @@
 #include "kernels/cpu/ladder_scan.h"
 #include "kernels/cpu/ladder_select.h"
 #include "kernels/cpu/simd_level.h"
+#include "kernels/cpu/threshold.h"
 #include "tests/kernels/ladder_reference.h"
 #include "tests/kernels/reference.h"
 
@@ -273,6 +274,23 @@ void BenchTables(benchmark::State& state, const std::string& level, int heads) {
   }
 }
 
+/// One head's threshold from a sample of 64 blocks: `rank` values reach it.
+void BenchThreshold(benchmark::State& state, const std::string& level, int rank) {
+  constexpr int kSample = 64 * kScanBlock;
+  if (!ForceSimdLevel(level)) return state.SkipWithError("level not supported");
+  const auto estimates = reference::RandomFloats(4, kSample, 3.0F);
+  std::vector<int32_t> work(kSample);
+  const auto threshold = [&] {
+    return RankThreshold(estimates.data(), kSample, rank, work.data());
+  };
+  const float found = threshold();
+  const auto reach = std::count_if(estimates.begin(), estimates.end(),
+                                   [found](float estimate) { return estimate >= found; });
+  if (reach != rank) return state.SkipWithError("others reach it");
+  for (auto _ : state) benchmark::DoNotOptimize(threshold());
+  bench::Report(state, sizeof(float) * kSample, kSample);
+}
+
 template <class Function, class... Args>
 void Register(const std::string& name, Function function, Args... args) {
   benchmark::RegisterBenchmark(name.c_str(), function, args...)->Unit(benchmark::kMicrosecond);
@@ -292,6 +310,10 @@ bool RegisterLadder() {
       Register("AccumulateFine" + line, BenchFine, level, heads, true, true);
       Register("AccumulateFineScattered" + line, BenchFine, level, heads, false, true);
       Register("BuildTables" + line, BenchTables, level, heads);
+    }
+    for (const int rank : {17, 129}) {
+      Register("RankThreshold/" + level + "/rank:" + std::to_string(rank), BenchThreshold, level,
+               rank);
     }
     for (const int bits : {1, 2, 4}) {
       Register("Encode/" + level + "/bits:" + std::to_string(bits), BenchEncode, level, bits);

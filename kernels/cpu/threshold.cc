@@ -125,6 +125,30 @@ bool BoundBest(const int32_t* bits, int64_t count, int64_t rank, int32_t* least,
   return true;
 }
 
+#if HWY_TARGET != HWY_SCALAR
+/// Writes the kept lanes to `next`, in their order, and returns the end of them; behind it, no
+/// further than all lanes go, anything.
+template <class D, class T = hn::TFromD<D>>
+HWY_INLINE T* StoreKept(D d, hn::Vec<D> values, hn::Mask<D> keeps, T* next) {
+#if HWY_TARGET <= HWY_AVX3 || HWY_HAVE_SCALABLE
+  // No branch on whether there is any: it would be guessed wrong too often.
+  hn::StoreU(hn::Compress(values, keeps), d, next);
+  return next + hn::CountTrue(d, keeps);
+#else
+  // Compressing takes many instructions, and few are kept.
+  uint8_t bytes[8] = {};  // a bit for each lane
+  hn::StoreMaskBits(d, keeps, bytes);
+  uint32_t left = bytes[0];
+  static_assert(hn::MaxLanes(D()) <= 8);
+  if (left == 0) return next;
+  HWY_ALIGN T lanes[hn::MaxLanes(D())];
+  hn::Store(values, d, lanes);
+  for (; left != 0; left &= left - 1) *next++ = lanes[std::countr_zero(left)];
+  return next;
+#endif
+}
+#endif
+
 /// Writes the integers of the values that are no less than `bound` to `kept`, in their order;
 /// returns how many.
 int64_t KeepFrom(const int32_t* bits, int64_t count, int32_t bound, int32_t* kept) {
@@ -136,10 +160,7 @@ int64_t KeepFrom(const int32_t* bits, int64_t count, int32_t bound, int32_t* kep
   const auto limit = hn::Set(d, bound);
   for (; i + lanes <= count; i += lanes) {
     const auto order = LoadOrder(bits + i);
-    const auto keeps = hn::Not(hn::Lt(order, limit));
-    // No further than the values go.
-    hn::StoreU(hn::Compress(order, keeps), d, next);
-    next += hn::CountTrue(d, keeps);
+    next = StoreKept(d, order, hn::Not(hn::Lt(order, limit)), next);
   }
 #endif
   for (; i < count; ++i) {
@@ -181,9 +202,7 @@ int64_t IndicesFromImpl(const float* values, int64_t count, float threshold, uin
   auto index = hn::Iota(du, 0);
   for (; i + lanes <= count; i += lanes) {
     const auto reaches = hn::RebindMask(du, hn::Ge(hn::LoadU(df, values + i), limit));
-    // No branch on whether there is any: it would be guessed wrong too often.
-    hn::StoreU(hn::Compress(index, reaches), du, next);
-    next += hn::CountTrue(du, reaches);
+    next = StoreKept(du, index, reaches, next);
     index = hn::Add(index, hn::Set(du, static_cast<uint32_t>(lanes)));
   }
 #endif
