@@ -22,6 +22,7 @@ constexpr std::chrono::microseconds kLookerAway{20};
 
 thread_local int callers_node = 0;
 thread_local size_t callers_worker = 0;
+thread_local const std::function<void()>* callers_business = nullptr;  // a guest's
 
 /// Where a worker runs.
 struct Place {
@@ -52,6 +53,11 @@ void PinTo(const std::vector<int>& cpus) {
   CPU_ZERO(&set);
   for (const int cpu : cpus) CPU_SET(static_cast<size_t>(cpu), &set);
   pthread_setaffinity_np(pthread_self(), sizeof(set), &set);  // best effort
+}
+
+/// Threads of a daemon that may look for work other than the pool's.
+size_t GuestCount(const DaemonOptions& options) {
+  return static_cast<size_t>(options.io_threads) + 1;  // and one for doorbells
 }
 
 /// What the threads of one ForEach share. Helpers that come late find no index left and touch
@@ -95,9 +101,10 @@ ComputePool::ComputePool(const DaemonOptions& options, Topology topology)
       requests_max_(options.queue_limit),
       retry_after_(options.retry_after),
       spin_(options.worker_spin),
-      lookers_(WorkerCount(options, topology_)),
+      workers_(WorkerCount(options, topology_)),
+      guests_(GuestCount(options)),
       node_workers_(topology_.size()),
-      search_counts_(WorkerCount(options, topology_)) {
+      search_counts_(WorkerCount(options, topology_) + GuestCount(options)) {
   const std::vector<Place> places = Places(topology_);
   const auto workers = static_cast<int>(WorkerCount(options, topology_));
   threads_.reserve(static_cast<size_t>(workers));
@@ -138,14 +145,12 @@ absl::StatusOr<ComputePool::Admission> ComputePool::Admit() {
   return Admission(this);
 }
 
-int ComputePool::HandOver(Job& job, int count) {
+int ComputePool::HandOver(Job& job, int count, Lookers& lookers) {
   using State = Looker::State;
-  // What is queued is taken first.
-  if (spin_.count() == 0 || waiting_.load(std::memory_order_relaxed) > 0) return 0;
   const auto oldest = (std::chrono::steady_clock::now() - kLookerAway).time_since_epoch().count();
   int handed = 0;
-  for (size_t w = 0; w < lookers_.size() && handed < count; ++w) {
-    Looker& looker = lookers_[w];
+  for (size_t i = 0; i < lookers.each.size() && handed < count; ++i) {
+    Looker& looker = lookers.each[i];
     State state = looker.state.load(std::memory_order_relaxed);
     if (state != State::kLooking || looker.looked.load(std::memory_order_relaxed) < oldest) {
       continue;
@@ -156,7 +161,7 @@ int ComputePool::HandOver(Job& job, int count) {
       continue;
     }
     looker.job = std::move(last ? job : copy);
-    idle_.fetch_sub(1, std::memory_order_relaxed);
+    lookers.idle.fetch_sub(1, std::memory_order_relaxed);
     looker.state.store(State::kHanded, std::memory_order_release);
     ++handed;
   }
@@ -164,7 +169,10 @@ int ComputePool::HandOver(Job& job, int count) {
 }
 
 void ComputePool::Submit(Job job, int count) {
-  if (count > 0) count -= HandOver(job, count);
+  if (count <= 0) return;
+  // What is queued is taken first.
+  const bool looked_for = spin_.count() > 0 && waiting_.load(std::memory_order_relaxed) <= 0;
+  if (looked_for) count -= HandOver(job, count, workers_);
   if (count <= 0) return;
   int sleepers = 0;
   bool all = false;
@@ -181,6 +189,14 @@ void ComputePool::Submit(Job job, int count) {
   for (int i = 0; i < sleepers; ++i) job_waits_.notify_one();
 }
 
+int ComputePool::Invite(Job job, int count) { return HandOver(job, count, guests_); }
+
+bool ComputePool::Wanted() const {
+  if (callers_business == nullptr) return Crowded();
+  (*callers_business)();
+  return false;
+}
+
 void ComputePool::ForEach(int count, absl::FunctionRef<void(int, index::Scratch&)> work,
                           index::Scratch& scratch) {
   if (count <= 0) return;
@@ -189,7 +205,7 @@ void ComputePool::ForEach(int count, absl::FunctionRef<void(int, index::Scratch&
     return work(0, scratch);
   }
   const auto sharing = std::make_shared<Sharing>(count, work);
-  const int64_t idle = idle_.load(std::memory_order_relaxed) - waiting_.load();
+  const int64_t idle = workers_.idle.load(std::memory_order_relaxed) - waiting_.load();
   Submit([sharing](index::Scratch& own) { sharing->Run(own); },
          static_cast<int>(std::min<int64_t>(count - 1, idle)));
   sharing->Run(scratch);
@@ -208,8 +224,14 @@ bool ComputePool::Claim() {
   return false;
 }
 
+ComputePool::Job ComputePool::Looker::TakeHanded() {
+  while (state.load(std::memory_order_acquire) != State::kHanded) transport::Pause();
+  state.store(State::kAway, std::memory_order_relaxed);
+  return std::exchange(job, nullptr);
+}
+
 ComputePool::Job ComputePool::TakeQueued() {
-  idle_.fetch_sub(1, std::memory_order_relaxed);
+  workers_.idle.fetch_sub(1, std::memory_order_relaxed);
   Job job = std::move(jobs_.front());
   jobs_.pop_front();
   return job;
@@ -236,20 +258,18 @@ ComputePool::Job ComputePool::Look(Looker& own) {
     if (over) return nullptr;
     own.state.store(State::kLooking, std::memory_order_release);
   }
-  while (own.state.load(std::memory_order_acquire) != State::kHanded) transport::Pause();
-  own.state.store(State::kAway, std::memory_order_relaxed);
-  return std::exchange(own.job, nullptr);
+  return own.TakeHanded();
 }
 
 ComputePool::Job ComputePool::Next(Looker& own) {
-  idle_.fetch_add(1, std::memory_order_relaxed);
+  workers_.idle.fetch_add(1, std::memory_order_relaxed);
   if (spin_.count() > 0) {
     if (Job job = Look(own)) return job;
   }
   std::unique_lock lock = LockShortly(mutex_);
   while (!Claim()) {
     if (stopping_.load(std::memory_order_relaxed)) {
-      idle_.fetch_sub(1, std::memory_order_relaxed);
+      workers_.idle.fetch_sub(1, std::memory_order_relaxed);
       return nullptr;
     }
     ++sleeping_;
@@ -263,11 +283,58 @@ void ComputePool::Work(int worker) {
   const std::string name = absl::StrCat("kvseek-work-", worker);
   pthread_setname_np(pthread_self(), name.substr(0, 15).c_str());
   index::Scratch scratch;
-  Looker& own = lookers_[static_cast<size_t>(worker)];
+  Looker& own = workers_.each[static_cast<size_t>(worker)];
   while (const Job job = Next(own)) {
     scratch.Reset();
     job(scratch);
   }
+}
+
+ComputePool::Guest::Guest(ComputePool& pool, std::function<void()> business)
+    : pool_(pool), business_(std::move(business)) {
+  const size_t number = pool.guests_come_.fetch_add(1, std::memory_order_relaxed);
+  if (number >= pool.guests_.each.size()) return;
+  own_ = &pool.guests_.each[number];
+  callers_worker = static_cast<size_t>(pool.workers()) + number;
+}
+
+ComputePool::Guest::~Guest() {
+  Leave();
+  callers_worker = 0;
+}
+
+bool ComputePool::Guest::Help() {
+  using State = Looker::State;
+  if (own_ == nullptr) return false;
+  own_->looked.store(std::chrono::steady_clock::now().time_since_epoch().count(),
+                     std::memory_order_relaxed);
+  const State state = own_->state.load(std::memory_order_relaxed);
+  if (state == State::kAway) {
+    pool_.guests_.idle.fetch_add(1, std::memory_order_relaxed);
+    own_->state.store(State::kLooking, std::memory_order_release);
+  }
+  if (state == State::kAway || state == State::kLooking) return false;
+  RunHanded();
+  return true;
+}
+
+void ComputePool::Guest::Leave() {
+  using State = Looker::State;
+  if (own_ == nullptr || own_->state.load(std::memory_order_relaxed) == State::kAway) return;
+  State looking = State::kLooking;
+  if (own_->state.compare_exchange_strong(looking, State::kAway)) {
+    pool_.guests_.idle.fetch_sub(1, std::memory_order_relaxed);
+  } else {
+    RunHanded();
+  }
+}
+
+void ComputePool::Guest::RunHanded() {
+  const Job job = own_->TakeHanded();
+  scratch_.Reset();
+  callers_business = &business_;
+  job(scratch_);
+  callers_business = nullptr;
 }
 
 bool Strand::Queue(State& state, ComputePool::Job job) {

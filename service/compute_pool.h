@@ -9,6 +9,10 @@
 // hands it to a worker that looks, each in a cache line of its own and without a lock; jobs are
 // queued, and sleepers woken, only where none looks.
 //
+// Threads that wait for something else, and look for it without sleeping, may be guests: they work
+// on jobs that they are invited to, and see to their own business between the parts of one. All
+// else comes without them.
+//
 // A worker belongs to one NUMA node and, where there are several, runs on its cpus only. Jobs are
 // anybody's; those that consist of parts may prefer the parts of their worker's node (CallersNode).
 #ifndef KVSEEK_SERVICE_COMPUTE_POOL_H_
@@ -62,8 +66,11 @@ class ComputePool {
     ComputePool* pool_ = nullptr;
   };
 
-  /// Uses options.workers, worker_spin, pin_workers, queue_limit and retry_after. Workers are dealt
-  /// out to the nodes in turn, as long as these have cpus without one.
+  class Guest;
+
+  /// Uses options.workers, worker_spin, pin_workers, queue_limit, retry_after and io_threads, which
+  /// may be guests. Workers are dealt out to the nodes in turn, as long as these have cpus without
+  /// one.
   explicit ComputePool(const DaemonOptions& options, Topology topology = OneNode());
   /// Runs what is queued, and what those jobs submit, then stops.
   ~ComputePool();
@@ -76,6 +83,12 @@ class ComputePool {
   /// Has a job, or `count` copies of it, run: by workers that look for one, else it is queued.
   void Submit(Job job, int count = 1) ABSL_LOCKS_EXCLUDED(mutex_);
 
+  /// Has copies of a job run by guests that look, `count` at most. Returns how many; the job must
+  /// do without the others.
+  int Invite(Job job, int count);
+  /// How many look now.
+  int GuestsLooking() const { return guests_.idle.load(std::memory_order_relaxed); }
+
   /// Calls work(0) .. work(count - 1), each once, in the calling worker and in workers that are
   /// idle now, and returns when all are done. Waits only for work that another worker has begun.
   /// `scratch` is the caller's and is emptied before each call; the first exception is rethrown
@@ -86,8 +99,12 @@ class ComputePool {
   /// Whether more jobs are queued than workers are there to take them, or on their way: a long job
   /// then makes room.
   bool Crowded() const {
-    return waiting_.load(std::memory_order_relaxed) > idle_.load(std::memory_order_relaxed);
+    return waiting_.load(std::memory_order_relaxed) > workers_.idle.load(std::memory_order_relaxed);
   }
+
+  /// For long jobs, between two parts: whether to end here, since the worker is wanted for others
+  /// (Crowded). A guest sees to its own business, and is not wanted.
+  bool Wanted() const;
 
   /// How long a worker without a job looks for one (options.worker_spin).
   std::chrono::microseconds spin() const { return spin_; }
@@ -95,11 +112,12 @@ class ComputePool {
   const Topology& topology() const { return topology_; }
   int nodes() const { return static_cast<int>(topology_.size()); }
   absl::Span<const int> workers_of_nodes() const { return node_workers_; }
-  /// Of the worker that calls; 0 in other threads.
+  /// Of the worker that calls; guests are on node 0, and come after the workers. 0 in other
+  /// threads.
   static int CallersNode();
   static size_t CallersWorker();
 
-  /// Of its workers.
+  /// Of its workers and guests.
   SearchCounts& search_counts() { return search_counts_; }
   const SearchCounts& search_counts() const { return search_counts_; }
   /// Requests admitted, and how many may be.
@@ -120,10 +138,19 @@ class ComputePool {
     /// handed nothing.
     std::atomic<std::chrono::steady_clock::rep> looked{0};
     Job job;  ///< valid while kHanded
+
+    /// What it is being handed or has been; it looks no more then.
+    Job TakeHanded();
   };
-  /// Hands copies to workers that look, as far as there are such. Returns how many; after `count`
-  /// of them, `job` is gone.
-  int HandOver(Job& job, int count);
+  /// Those of one kind; `idle`: how many of them have no job and are handed none.
+  struct Lookers {
+    explicit Lookers(size_t count) : each(count) {}
+    std::vector<Looker> each;
+    alignas(64) std::atomic<int> idle{0};
+  };
+  /// Hands copies to those that look, as far as there are such. Returns how many; after `count` of
+  /// them, `job` is gone.
+  static int HandOver(Job& job, int count, Lookers& lookers);
   void Work(int worker);
   /// The next job, as soon as there is one; null when the pool stops.
   Job Next(Looker& own) ABSL_LOCKS_EXCLUDED(mutex_);
@@ -138,13 +165,14 @@ class ComputePool {
   const uint64_t requests_max_;
   const std::chrono::milliseconds retry_after_;
   const std::chrono::microseconds spin_;
-  std::vector<Looker> lookers_;  ///< by worker
+  Lookers workers_;  ///< by worker
+  Lookers guests_;
+  std::atomic<size_t> guests_come_{0};
   std::atomic<uint64_t> requests_{0};
 
   // What workers that look read, apart from what changes at each job.
   alignas(64) std::atomic<int64_t> waiting_{0};  ///< jobs in jobs_ that nobody has claimed
   std::atomic<bool> stopping_{false};            ///< set with the lock
-  alignas(64) std::atomic<int> idle_{0};         ///< workers that have no job and are handed none
 
   alignas(64) std::mutex mutex_;
   std::condition_variable job_waits_;  ///< or the pool stops
@@ -153,6 +181,34 @@ class ComputePool {
   std::vector<int> node_workers_;             ///< by node
   SearchCounts search_counts_;
   std::vector<std::thread> threads_;
+};
+
+/// Makes the thread that has it a guest of a pool (above). Used by that thread alone; the pool
+/// outlives it.
+class ComputePool::Guest {
+ public:
+  /// `business`: what the thread waits for; it is called while the guest has a job, must not throw
+  /// and must not call Help. A pool has room for its daemon's threads that look; others help with
+  /// nothing.
+  Guest(ComputePool& pool, std::function<void()> business);
+  ~Guest();
+  Guest(const Guest&) = delete;
+  Guest& operator=(const Guest&) = delete;
+
+  /// Runs a job that the guest has been invited to; true: there was one. Otherwise it may be
+  /// invited from now on, if it calls often: one that has not for 20 us is not.
+  bool Help();
+  /// Is invited no more, until it helps again; a job that it has been invited to is run.
+  void Leave();
+
+ private:
+  friend class ComputePool;
+  void RunHanded();
+
+  ComputePool& pool_;
+  const std::function<void()> business_;
+  Looker* own_ = nullptr;  ///< null: there was no room
+  index::Scratch scratch_;
 };
 
 /// Runs jobs on a pool one at a time and in order; while they wait they occupy no worker.

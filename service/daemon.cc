@@ -88,9 +88,12 @@ class Daemon::Impl {
         handler_(options, store_, pool_, builder_,
                  {.connections_open = [this] { return Connections(); },
                   .counters = [this] { return doorbells_.Counters(); }}),
-        doorbells_(options, store_, [this](Request request, std::function<void(Response)> done) {
-          handler_.Handle(std::move(request), std::move(done));
-        }) {}
+        doorbells_(
+            options, store_,
+            [this](Request request, std::function<void(Response)> done) {
+              handler_.Handle(std::move(request), std::move(done));
+            },
+            &pool_) {}
   ~Impl() {
     Stop();
     index::KeepSlabs(0);
@@ -107,7 +110,7 @@ class Daemon::Impl {
         [this](Request request, std::function<void(Response)> done) {
           handler_.Handle(std::move(request), std::move(done));
         },
-        &doorbells_);
+        &doorbells_, &pool_);
     if (!server.ok()) return server.status();
     server_ = *std::move(server);
     server_view_.store(server_.get());

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <optional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -39,9 +40,11 @@ absl::Status CheckHeads(const proto::OpenDoorbellRequest& message) {
 
 }  // namespace
 
-Doorbells::Doorbells(const DaemonOptions& options, SessionStore& store, AskHandler ask)
+Doorbells::Doorbells(const DaemonOptions& options, SessionStore& store, AskHandler ask,
+                     ComputePool* pool)
     : options_(options),
       store_(store),
+      pool_(pool),
       validator_(options_, store_),
       search_validator_(options_, store_),
       ask_(std::move(ask)),
@@ -142,15 +145,25 @@ void Doorbells::Work() {
   prctl(PR_SET_TIMERSLACK, 1000UL);  // ns; a nap is to be as long as it says
   std::vector<std::shared_ptr<Doorbell>> served;
   auto last = Clock::now();
-  while (Gather(served)) {
+  const auto look = [&] {
     bool found = false;
     for (const auto& doorbell : served) found = doorbell->Look(ask_) || found;
+    if (found) last = Clock::now();
+  };
+  std::optional<ComputePool::Guest> guest;
+  if (pool_ != nullptr) guest.emplace(*pool_, look);
+  while (Gather(served)) {
+    look();
     const auto now = Clock::now();
-    if (found) last = now;
     if (now - last <= options_.doorbell_spin) {
-      transport::Pause();
+      if (guest.has_value() && guest->Help()) {
+        last = Clock::now();
+      } else {
+        transport::Pause();
+      }
       continue;
     }
+    if (guest.has_value()) guest->Leave();
     const auto nap = std::chrono::duration_cast<microseconds>(now - last) / kNapShare;
     std::this_thread::sleep_for(std::clamp(nap, kNapMin, kNapMax));
   }

@@ -4,7 +4,7 @@
 // the last question. Then it sleeps between its looks: a sixteenth of the time since then, at least
 // 20 us and at most 1 ms. So a question is seen late by no more than a sixteenth of the pause
 // before it, or 1 ms, and an idle daemon looks a thousand times a second. Without a doorbell it
-// sleeps until there is one.
+// sleeps until there is one. While it looks without a rest, it is a guest of the compute pool.
 #ifndef KVSEEK_SERVICE_DOORBELLS_H_
 #define KVSEEK_SERVICE_DOORBELLS_H_
 
@@ -22,6 +22,7 @@
 #include "absl/status/statusor.h"
 #include "proto/kvseek.pb.h"
 #include "service/byte_gate.h"
+#include "service/compute_pool.h"
 #include "service/doorbell.h"
 #include "service/options.h"
 #include "service/request_validation.h"
@@ -33,8 +34,10 @@ namespace kvseek::service {
 /// Thread-safe.
 class Doorbells {
  public:
-  /// `store` and what `ask` calls outlive it. Uses the bounds of `options`.
-  Doorbells(const DaemonOptions& options, SessionStore& store, AskHandler ask);
+  /// `store`, `pool` and what `ask` calls outlive it; without a pool the thread is nobody's guest.
+  /// Uses the bounds of `options`.
+  Doorbells(const DaemonOptions& options, SessionStore& store, AskHandler ask,
+            ComputePool* pool = nullptr);
   /// Looks no more. Answers under way still come.
   ~Doorbells();
   Doorbells(const Doorbells&) = delete;
@@ -59,6 +62,7 @@ class Doorbells {
 
   const DaemonOptions options_;
   SessionStore& store_;
+  ComputePool* const pool_;  ///< or null
   const RequestValidator validator_;
   const SearchValidator search_validator_;
   const AskHandler ask_;

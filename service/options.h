@@ -19,7 +19,9 @@ struct DaemonOptions {
   // ---- listening
   std::vector<std::string> listen;  ///< "unix:/path", "tcp://host:port"; at least one
   std::string token;                ///< shared secret that hello must carry; "": none asked for
-  int io_threads = 1;               ///< they copy, parse and write only; one moves several GB/s
+  /// They copy, parse and write, and work on searches while they look (ComputePool::Guest); one
+  /// moves several GB/s.
+  int io_threads = 1;
   /// An io thread looks for work for so long after its last before it sleeps. Off: it takes a core
   /// while it looks. Worth it where a wake-up (tens of us) is much of an answer's time.
   std::chrono::microseconds io_spin{0};

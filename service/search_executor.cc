@@ -69,6 +69,11 @@ class SearchRun {
   /// Works as a runner, until there are no units and none are to come soon.
   void Work(Scratch& scratch);
   void Submit(int runners);
+  /// Has guests of the pool work as long as there are units, or some are to come soon. They are not
+  /// counted as runners: there are enough of these without them.
+  void InviteGuests();
+  /// RunUnits, of one that is counted while it may have a unit.
+  bool RunCounted(Scratch& scratch);
   /// Takes and runs units until there are none now; true: others want the worker before that.
   bool RunUnits(Scratch& scratch);
   /// Lets pieces be taken, and submits runners for them.
@@ -157,7 +162,7 @@ SearchRun::SearchRun(RunMemory& memory, ComputePool& pool, absl::Span<const Sear
 
 bool SearchRun::Look() const {
   const auto end = std::chrono::steady_clock::now() + std::min(pool_.spin(), kLookMax);
-  while (!pool_.Crowded() && !done_called_.load() && !failed_.load() &&
+  while (!pool_.Wanted() && !done_called_.load() && !failed_.load() &&
          std::chrono::steady_clock::now() < end) {
     if (units_.MayHaveUnits()) return true;
     transport::Pause();
@@ -273,7 +278,23 @@ void SearchRun::Start(Scratch& scratch) {
                           : static_cast<int>(std::min<size_t>(tasks_.size(), workers));
   runners_.store(runners);
   Submit(runners - 1);
+  InviteGuests();
   Work(scratch);
+}
+
+void SearchRun::InviteGuests() {
+  const int guests = pool_.GuestsLooking();
+  if (guests <= 0) return;
+  holders_.fetch_add(guests);
+  const int invited = pool_.Invite(
+      [this](Scratch& own) {
+        do {
+          RunCounted(own);
+        } while (Look());
+        LetGo();
+      },
+      guests);
+  holders_.fetch_sub(guests - invited);  // the caller is one
 }
 
 void SearchRun::Submit(int runners) {
@@ -297,15 +318,19 @@ void SearchRun::LetGo() {
 
 void SearchRun::Work(Scratch& scratch) {
   for (;;) {
-    working_.fetch_add(1);
-    const bool made_room = RunUnits(scratch);
-    if (working_.fetch_sub(1) == 1 && failed_.load()) CallDone(scratch);
-    if (made_room) return Submit(1);
+    if (RunCounted(scratch)) return Submit(1);
     if (Look()) continue;
     runners_.fetch_sub(1);
     if (failed_.load() || !units_.MayHaveUnits()) return;
     runners_.fetch_add(1);
   }
+}
+
+bool SearchRun::RunCounted(Scratch& scratch) {
+  working_.fetch_add(1);
+  const bool made_room = RunUnits(scratch);
+  if (working_.fetch_sub(1) == 1 && failed_.load()) CallDone(scratch);
+  return made_room;
 }
 
 bool SearchRun::RunUnits(Scratch& scratch) {
@@ -325,13 +350,14 @@ bool SearchRun::RunUnits(Scratch& scratch) {
     } catch (...) {
       Fail(StatusOfException());
     }
-    if (pool_.Crowded()) return true;
+    if (pool_.Wanted()) return true;
   }
   return false;
 }
 
 void SearchRun::MakeReady(size_t search, int pieces) {
   const int ready = units_.Open(search, pieces, pool_.workers());
+  InviteGuests();
   const int missing = ready - runners_.load();
   if (missing <= 0) return;
   runners_.fetch_add(missing);

@@ -15,11 +15,13 @@
 #include <condition_variable>
 #include <exception>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <utility>
 
 #include "absl/container/flat_hash_map.h"
 #include "proto/status_code.h"
+#include "service/compute_pool.h"
 #include "service/connection.h"
 #include "service/listener.h"
 #include "transport/lookout.h"
@@ -39,8 +41,9 @@ constexpr int kRefusalsMax = 64;  ///< refused peers that are told why at once; 
 class Server::Impl {
  public:
   Impl(const DaemonOptions& options, ServerIdentity identity, Dispatch dispatch,
-       Doorbells* doorbells)
-      : gate_(options.inflight_bytes_max),
+       Doorbells* doorbells, ComputePool* pool)
+      : pool_(pool),
+        gate_(options.inflight_bytes_max),
         lookout_(/*resumes_here=*/options.io_threads <= 1),
         work_(asio::make_work_guard(io_)) {
     context_.options = options;
@@ -111,9 +114,11 @@ class Server::Impl {
  private:
   void RunIo() {
     pthread_setname_np(pthread_self(), "kvseek-io");
+    std::optional<ComputePool::Guest> guest;
+    if (pool_ != nullptr) guest.emplace(*pool_, LookAround());
     for (;;) {
       try {
-        RunLooking();
+        RunLooking(guest.has_value() ? &*guest : nullptr);
         return;
       } catch (const std::exception& error) {
         spdlog::error("io thread: {}", error.what());
@@ -121,28 +126,41 @@ class Server::Impl {
     }
   }
 
+  /// What a thread that looks does while it is a guest.
+  std::function<void()> LookAround() {
+    return [this, looks = 0]() mutable {
+      try {
+        lookout_.Look();
+        if (++looks % kLooksBetween == 0) io_.poll();
+      } catch (const std::exception& error) {
+        spdlog::error("io thread: {}", error.what());
+      }
+    };
+  }
+
   /// io_.run(), which after any work looks for more for a while before it sleeps.
-  void RunLooking() {
+  void RunLooking(ComputePool::Guest* guest) {
     if (context_.options.io_spin.count() == 0) {
       io_.run();
       return;
     }
     while (!io_.stopped()) {
-      LookForWork();
+      LookForWork(guest);
+      if (guest != nullptr) guest->Leave();
       io_.run_one();
     }
   }
 
   /// Returns when there has been none for io_spin. At rings it looks more often than at sockets,
-  /// since that costs no system call.
-  void LookForWork() {
+  /// since that costs no system call. A guest's work is work.
+  void LookForWork(ComputePool::Guest* guest) {
     const transport::Lookout::Watch watch(lookout_);
     auto last_work = std::chrono::steady_clock::now();
     auto now = last_work;
     while (!io_.stopped() && now - last_work < context_.options.io_spin) {
       bool found = false;
       for (int i = 0; i < kLooksBetween && !found && lookout_.HasStreams(); ++i) {
-        found = lookout_.Look();
+        found = lookout_.Look() || (guest != nullptr && guest->Help());
         if (!found) transport::Pause();
       }
       if (io_.poll() != 0) found = true;
@@ -204,6 +222,7 @@ class Server::Impl {
                    [this](const std::exception_ptr&) { refusals_.fetch_sub(1); });
   }
 
+  ComputePool* const pool_;  ///< or null
   ConnectionContext context_;
   ByteGate gate_;
   transport::Lookout lookout_;
@@ -226,10 +245,10 @@ Server::~Server() { impl_->Stop(); }
 
 absl::StatusOr<std::unique_ptr<Server>> Server::Start(const DaemonOptions& options,
                                                       ServerIdentity identity, Dispatch dispatch,
-                                                      Doorbells* doorbells) {
+                                                      Doorbells* doorbells, ComputePool* pool) {
   try {
     auto impl =
-        std::make_unique<Impl>(options, std::move(identity), std::move(dispatch), doorbells);
+        std::make_unique<Impl>(options, std::move(identity), std::move(dispatch), doorbells, pool);
     const absl::Status started = impl->Start();
     if (!started.ok()) return started;
     return std::unique_ptr<Server>(new Server(std::move(impl)));

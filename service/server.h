@@ -16,6 +16,7 @@
 
 namespace kvseek::service {
 
+class ComputePool;
 class Doorbells;
 
 /// Answers one request: calls the second argument exactly once, at any time and on any thread.
@@ -32,11 +33,13 @@ struct ServerIdentity {
 class Server {
  public:
   /// Listens on options.listen and serves from then on. Without `doorbells`, which are to be there
-  /// until Stop has returned, open_doorbell is refused. Errors: invalid_argument (an address, or
-  /// none), already_exists (in use), permission_denied, unavailable.
+  /// until Stop has returned, open_doorbell is refused. Io threads that look for work
+  /// (options.io_spin) are guests of `pool`, if it is not null. Errors: invalid_argument (an
+  /// address, or none), already_exists (in use), permission_denied, unavailable.
   static absl::StatusOr<std::unique_ptr<Server>> Start(const DaemonOptions& options,
                                                        ServerIdentity identity, Dispatch dispatch,
-                                                       Doorbells* doorbells = nullptr);
+                                                       Doorbells* doorbells = nullptr,
+                                                       ComputePool* pool = nullptr);
   /// Stops.
   ~Server();
   Server(const Server&) = delete;

@@ -2,10 +2,12 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <chrono>
 #include <latch>
+#include <memory>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -176,6 +178,111 @@ INSTANTIATE_TEST_SUITE_P(Spins, ComputePoolTest,
                          [](const auto& spin) {
                            return std::to_string(spin.param.count()) + "us";
                          });
+
+/// A thread that is a guest until the object goes.
+class GuestThread {
+ public:
+  explicit GuestThread(ComputePool& pool)
+      : thread_([this, &pool] {
+          ComputePool::Guest guest(pool, [this] { business_.fetch_add(1); });
+          while (!stopping_.load()) {
+            if (guest.Help()) helped_.fetch_add(1);
+          }
+        }) {}
+  ~GuestThread() {
+    stopping_.store(true);
+    thread_.join();
+  }
+  std::thread::id id() const { return thread_.get_id(); }
+  int helped() const { return helped_.load(); }
+  int business() const { return business_.load(); }
+
+ private:
+  std::atomic<bool> stopping_{false};
+  std::atomic<int> helped_{0};
+  std::atomic<int> business_{0};
+  std::thread thread_;
+};
+
+/// Invites until somebody comes: a guest that the system has put aside is not invited.
+void InviteOne(ComputePool& pool, const ComputePool::Job& job) {
+  while (pool.Invite(job, 1) == 0) std::this_thread::yield();
+}
+
+TEST(ComputePoolGuests, AGuestRunsWhatItIsInvitedToAndSeesToItsBusiness) {
+  ComputePool pool(Workers(1));
+  GuestThread guest(pool);
+  for (int round = 0; round < 100; ++round) {
+    std::latch done(1);
+    InviteOne(pool, [&](index::Scratch& scratch) {
+      scratch.Take<char>(100)[0] = 1;
+      EXPECT_EQ(std::this_thread::get_id(), guest.id());
+      EXPECT_EQ(ComputePool::CallersWorker(), 1U);
+      const int before = guest.business();
+      EXPECT_FALSE(pool.Wanted());
+      EXPECT_EQ(guest.business(), before + 1);
+      done.count_down();
+    });
+    done.wait();
+  }
+  while (guest.helped() < 100) std::this_thread::yield();
+  EXPECT_EQ(guest.business(), 100);
+}
+
+TEST(ComputePoolGuests, JobsOfThePoolAreNotForThem) {
+  ComputePool pool(Workers(1, std::chrono::microseconds(200)));
+  GuestThread guest(pool);
+  while (pool.GuestsLooking() == 0) std::this_thread::yield();
+  for (int round = 0; round < 100; ++round) {
+    std::latch done(3);
+    pool.Submit(
+        [&](index::Scratch&) {
+          EXPECT_NE(std::this_thread::get_id(), guest.id());
+          EXPECT_FALSE(pool.Wanted() && !pool.Crowded());
+          done.count_down();
+        },
+        3);
+    done.wait();
+  }
+  EXPECT_EQ(guest.helped(), 0);
+}
+
+TEST(ComputePoolGuests, OneThatHasLeftIsNotInvited) {
+  ComputePool pool(Workers(1));
+  ComputePool::Guest guest(pool, [] {});
+  EXPECT_EQ(pool.GuestsLooking(), 0);  // before it helps
+  int runs = 0;
+  const auto job = [&](index::Scratch&) { ++runs; };
+  EXPECT_EQ(pool.Invite(job, 1), 0);
+  // Invited at once, so that it has looked a moment ago, it runs the job when it leaves.
+  for (int invited = 0; invited == 0; guest.Leave()) {
+    EXPECT_FALSE(guest.Help());
+    EXPECT_EQ(pool.GuestsLooking(), 1);
+    invited = pool.Invite(job, 5);
+    EXPECT_EQ(runs, 0);
+  }
+  EXPECT_EQ(runs, 1);
+  EXPECT_EQ(pool.GuestsLooking(), 0);
+  EXPECT_EQ(pool.Invite(job, 1), 0);
+  guest.Help();
+  std::this_thread::sleep_for(std::chrono::milliseconds(5));  // it does not look meanwhile
+  EXPECT_EQ(pool.Invite(job, 1), 0);
+  EXPECT_EQ(runs, 1);
+}
+
+TEST(ComputePoolGuests, ThereIsRoomForSoManyThreadsAsADaemonHas) {
+  DaemonOptions options = Workers(1);
+  options.io_threads = 2;
+  ComputePool pool(options);
+  std::vector<std::unique_ptr<ComputePool::Guest>> guests;
+  for (int i = 0; i < 5; ++i) {
+    guests.push_back(std::make_unique<ComputePool::Guest>(pool, [] {}));
+    EXPECT_FALSE(guests.back()->Help());
+    EXPECT_EQ(pool.GuestsLooking(), std::min(i + 1, 3));  // and the thread of doorbells
+  }
+  for (const auto& guest : guests) guest->Leave();
+  EXPECT_EQ(pool.GuestsLooking(), 0);
+}
 
 TEST(StrandTest, KeepsOrderWithoutHoldingWorkers) {
   ComputePool pool(Workers(4));

@@ -6,6 +6,7 @@
 #include <latch>
 #include <new>
 #include <random>
+#include <thread>
 
 #include "tests/service/two_nodes.h"
 
@@ -285,6 +286,38 @@ TEST_P(LookingExecutorTest, GivesWay) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Workers, LookingExecutorTest, testing::Values(1, 4));
+
+TEST_P(LookingExecutorTest, GuestsOfThePoolTakeUnits) {
+  const int all = GetParam() + 1;
+  std::atomic<bool> stop{false};
+  std::atomic<int> business{0};
+  std::thread guest([&] {
+    ComputePool::Guest self(*pool_, [&] { business.fetch_add(1); });
+    while (!stop.load()) self.Help();
+  });
+  index_.steps = 5;
+  // Until as many units are under way at once as there are workers and guests.
+  std::atomic<int> at_once{0};
+  std::atomic<int> most{0};
+  index_.on_run = [&] {
+    const int now = at_once.fetch_add(1) + 1;
+    int known = most.load();
+    while (known < now && !most.compare_exchange_weak(known, now)) {
+    }
+    std::this_thread::sleep_for(std::chrono::microseconds(300));
+    at_once.fetch_sub(1);
+  };
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+  while (most.load() < all && std::chrono::steady_clock::now() < end) {
+    const auto results = Run(Tasks({8, 9, 10}), In(std::chrono::minutes(1)));
+    ASSERT_TRUE(results.ok()) << results.status();
+    for (int i = 0; i < 3; ++i) EXPECT_EQ((*results)[static_cast<size_t>(i)].positions[0], 1);
+  }
+  EXPECT_EQ(most.load(), all);
+  EXPECT_GT(business.load(), 0);
+  stop.store(true);
+  guest.join();
+}
 
 /// Searches of two nodes.
 class NodesExecutorTest : public SearchExecutorTest {
