@@ -27,9 +27,9 @@ class SearchCounts {
 
   explicit SearchCounts(size_t workers) : of_workers_(workers) {}
 
-  void CountUnit(size_t worker, bool own_node) {
+  void CountUnits(size_t worker, bool own_node, uint64_t units) {
     OfWorker& counts = of_workers_[worker];
-    (own_node ? counts.own_node : counts.other_node).fetch_add(1, std::memory_order_relaxed);
+    (own_node ? counts.own_node : counts.other_node).fetch_add(units, std::memory_order_relaxed);
   }
   void CountTime(size_t worker, index::SearchPhase phase, std::chrono::nanoseconds time) {
     of_workers_[worker].nanoseconds[static_cast<size_t>(phase)].fetch_add(

@@ -93,6 +93,8 @@ class SearchRun {
   static int BeginStep(Search& search);
   /// Takes the result of a plan that is complete; false if it is not to be trusted.
   bool Finish(size_t task, Scratch& scratch);
+  /// Whether the run has failed, as it does when it is to be given up. Before each piece.
+  bool GivenUp();
   /// No unit is taken any more; `done` gets the first failure once none is under way.
   void Fail(absl::Status status) ABSL_LOCKS_EXCLUDED(mutex_);
   /// Calls `done`, unless that has been done. No unit may be under way. Runners that still wait for
@@ -187,9 +189,15 @@ int SearchRun::Run(const SearchUnit& unit, Scratch& scratch) {
   if (unit.piece == SearchUnit::kPlan) return Begin(unit.search, clock, scratch);
   Search& search = searches_[unit.search];
   const index::SearchPhase phase = search.plan->phase();
-  search.plan->Run(unit.piece, scratch);
+  for (int i = 0; i < unit.pieces; ++i) {
+    if (i > 0) {
+      if (GivenUp()) return kUnitsLeft;
+      scratch.Reset();
+    }
+    search.plan->Run(unit.piece + i, scratch);
+  }
   clock.Spent(phase);
-  if (search.pieces_left.fetch_sub(1) > 1) return kUnitsLeft;
+  if (search.pieces_left.fetch_sub(unit.pieces) > unit.pieces) return kUnitsLeft;
   return GoOn(unit.search, clock, scratch);
 }
 
@@ -250,6 +258,14 @@ void SearchRun::Fail(absl::Status status) {
   const std::lock_guard lock(mutex_);
   if (failure_.ok()) failure_ = std::move(status);
   failed_.store(true);
+}
+
+bool SearchRun::GivenUp() {
+  if (failed_.load()) return true;
+  absl::Status status = give_up_.Check();
+  if (status.ok()) return false;
+  Fail(std::move(status));
+  return true;
 }
 
 void SearchRun::CallDone(Scratch& scratch) {
@@ -335,16 +351,13 @@ bool SearchRun::RunCounted(Scratch& scratch) {
 
 bool SearchRun::RunUnits(Scratch& scratch) {
   const int node = ComputePool::CallersNode();
-  while (!failed_.load()) {
-    if (absl::Status status = give_up_.Check(); !status.ok()) {
-      Fail(std::move(status));
-      break;
-    }
+  while (!GivenUp()) {
     const auto unit = units_.Take(node);
     if (!unit.has_value()) break;
     try {
       const int opened = Run(*unit, scratch);
-      pool_.search_counts().CountUnit(ComputePool::CallersWorker(), unit->node == node);
+      pool_.search_counts().CountUnits(ComputePool::CallersWorker(), unit->node == node,
+                                       static_cast<uint64_t>(unit->pieces));
       if (opened == 0 && units_.Finish(unit->search) == 0) CallDone(scratch);
       if (opened > 0) MakeReady(unit->search, opened);
     } catch (...) {

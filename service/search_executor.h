@@ -1,15 +1,15 @@
 // Runs the searches of one request on the pool.
 //
 // Each search is planned, run step by step and piece by piece, and finished (index/key_index.h). A
-// plan and each piece is one unit of work for any worker; whoever runs a step's last piece goes on
-// to the next step. Plans go before pieces until there are two for each worker, so that what one
-// search leaves idle in its short steps another fills, up to a batch's end; more exist at no time,
-// however large the batch. Pieces go in the order in which their steps were opened. Each NUMA node
-// (KvShape::node) has such queues of its own: a worker takes units of its node's searches as long
-// as there are any, then others. After each unit a worker makes room for other requests that wait.
-// No unit waits for another. Every result has its own slot: the same searches give the same bits,
-// whatever the number of workers. What holds the searches and their results is kept for the next
-// request's.
+// plan is one unit of work for any worker, and so is a piece or, in a large batch, a few of a step;
+// whoever runs a step's last piece goes on to the next step. Plans go before pieces until there are
+// two for each worker, so that what one search leaves idle in its short steps another fills, up to
+// a batch's end; more exist at no time, however large the batch. Pieces go in the order in which
+// their steps were opened. Each NUMA node (KvShape::node) has such queues of its own: a worker
+// takes units of its node's searches as long as there are any, then others. After each unit a
+// worker makes room for other requests that wait. No unit waits for another. Every result has its
+// own slot: the same searches give the same bits, whatever the number of workers. What holds the
+// searches and their results is kept for the next request's.
 //
 // Where workers look for jobs before they sleep (DaemonOptions::worker_spin), one for which a run
 // has no unit looks for those of its next steps, for 200 us at most and while no other job waits.
@@ -64,8 +64,8 @@ using SearchDone = absl::AnyInvocable<void(absl::StatusOr<absl::Span<const index
                                            index::Scratch&)>;
 
 /// Starts the searches and returns; calls `done` exactly once, when no unit is under way any more.
-/// give_up is looked at before each unit. The tasks and what they point at must live until then.
-/// `scratch` is the calling worker's, which may do a part of the work.
+/// give_up is looked at before each plan and piece. The tasks and what they point at must live
+/// until then. `scratch` is the calling worker's, which may do a part of the work.
 void RunSearches(ComputePool& pool, absl::Span<const SearchTask> tasks, GiveUp give_up,
                  SearchDone done, index::Scratch& scratch);
 

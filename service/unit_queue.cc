@@ -7,12 +7,19 @@
 #include "transport/pause.h"
 
 namespace kvseek::service {
+namespace {
+
+// A worker takes so small a part of its share at a time: the last ones end at about the same time.
+constexpr int kTakesOfShare = 8;
+
+}  // namespace
 
 UnitQueue::UnitQueue(size_t searches_max, absl::Span<const int> workers_of_nodes,
                      std::pmr::memory_resource* memory)
     : steps_(searches_max, memory), nodes_(workers_of_nodes.size(), memory) {
   for (size_t n = 0; n < nodes_.size(); ++n) {
     nodes_[n].begun_max = kPlansOfWorker * workers_of_nodes[n];
+    workers_ += workers_of_nodes[n];
   }
 }
 
@@ -51,7 +58,7 @@ std::optional<SearchUnit> UnitQueue::TakeOf(Node& node) {
     for (; step != nullptr; step = step->next.load(std::memory_order_acquire)) {
       const auto piece = TakePiece(*step);
       if (!piece.has_value()) continue;
-      if (piece->piece + 1 == step->pieces) DropTaken(node);
+      if (piece->piece + piece->pieces == step->pieces) DropTaken(node);
       return piece;
     }
     if (!DropTaken(node)) transport::Pause();
@@ -71,15 +78,16 @@ std::optional<SearchUnit> UnitQueue::TakePlan(Node& node) {
     return std::nullopt;
   }
   planned_.fetch_add(1);
-  return SearchUnit{Number(*step), SearchUnit::kPlan, step->node};
+  return SearchUnit{Number(*step), SearchUnit::kPlan, 1, step->node};
 }
 
 std::optional<SearchUnit> UnitQueue::TakePiece(Step& step) {
   if (step.left.load(std::memory_order_relaxed) <= 0) return std::nullopt;
   // A late worker may find the next step of the same search: its pieces are as good.
-  const int left = step.left.fetch_sub(1, std::memory_order_acquire);
+  const int together = step.together.load(std::memory_order_relaxed);
+  const int left = step.left.fetch_sub(together, std::memory_order_acquire);
   if (left <= 0) return std::nullopt;
-  return SearchUnit{Number(step), step.pieces - left, step.node};
+  return SearchUnit{Number(step), step.pieces - left, std::min(together, left), step.node};
 }
 
 bool UnitQueue::DropTaken(Node& node) {
@@ -126,6 +134,7 @@ int UnitQueue::Open(size_t search, int pieces, int enough) {
     }
   }
   step.pieces = pieces;
+  step.together.store(Together(pieces), std::memory_order_relaxed);
   step.next.store(nullptr);
   step.left.store(pieces, std::memory_order_release);
   step.listed = true;
@@ -133,6 +142,12 @@ int UnitQueue::Open(size_t search, int pieces, int enough) {
   node.back = &step;
   if (node.front.load() == nullptr) node.front.store(&step);
   return static_cast<int>(std::min<int64_t>(units, enough));
+}
+
+int UnitQueue::Together(int pieces) const {
+  const auto searches = static_cast<int64_t>(searches_ - finished_.load(std::memory_order_relaxed));
+  const int64_t takes = std::max<int64_t>(int64_t{kTakesOfShare} * workers_, 1);
+  return static_cast<int>(std::clamp<int64_t>(searches * pieces / takes, 1, kTogetherMax));
 }
 
 size_t UnitQueue::Finish(size_t search) {

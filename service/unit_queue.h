@@ -6,6 +6,10 @@
 // and not finished for each of its workers; pieces go in the order in which their steps were
 // opened.
 //
+// Where many searches are left, a worker takes up to kTogetherMax pieces of a step together, an
+// eighth of what its share of all searches' steps would be: the fewer are left, the fewer at a
+// time.
+//
 // Plans and pieces are claimed by atomic operations: units are as short as 5 us, and fourteen
 // workers that took turns at a mutex for each of them spent half of the short steps waiting for it
 // (docs/adr/0020). The list of open steps has a mutex, which is taken where a step opens; who finds
@@ -28,14 +32,16 @@ namespace kvseek::service {
 struct SearchUnit {
   static constexpr int kPlan = -1;
   size_t search;
-  int piece;  ///< or kPlan
-  int node;   ///< the search's
+  int piece;   ///< the first; or kPlan
+  int pieces;  ///< so many from there on; 1 where it is a plan
+  int node;    ///< the search's
 };
 
 /// Thread-safe, but for Add.
 class UnitQueue {
  public:
   static constexpr int kPlansOfWorker = 2;
+  static constexpr int kTogetherMax = 4;  ///< pieces
 
   /// `memory`: of what it holds of each search and node.
   UnitQueue(size_t searches_max, absl::Span<const int> workers_of_nodes,
@@ -59,6 +65,8 @@ class UnitQueue {
   struct alignas(64) Step {
     std::atomic<int> left{0};  ///< pieces not taken; workers that come too late make it negative
     int pieces = 0;            ///< set before `left`
+    /// Pieces taken at a time. A late worker may take as many of the next step.
+    std::atomic<int> together{1};
     int node = 0;
     bool listed = false;               ///< among its node's open ones; with the lock
     std::atomic<Step*> next{nullptr};  ///< in that list; changes with the lock
@@ -85,7 +93,10 @@ class UnitQueue {
   /// Drops steps at the front of which nothing is left; false: another worker has the lock.
   bool DropTaken(Node& node) ABSL_LOCKS_EXCLUDED(mutex_);
   static void Unlist(Node& node, Step& step);
+  /// How many of a step's pieces are taken at a time, if it opens now.
+  int Together(int pieces) const;
 
+  int workers_ = 0;               ///< of all nodes
   std::pmr::vector<Step> steps_;  ///< of each search
   size_t searches_ = 0;
   std::pmr::vector<Node> nodes_;

@@ -1,5 +1,6 @@
 #include "service/unit_queue.h"
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <atomic>
@@ -98,6 +99,32 @@ TEST(UnitQueueTest, AStepOpensWhileTheLastIsStillListed) {
   }
 }
 
+TEST(UnitQueueTest, SeveralPiecesTogetherWhereManySearchesAreLeft) {
+  constexpr size_t kSearches = 32;
+  OneNodeQueue queue(kSearches, 2);
+  while (queue.Take(0).has_value()) {  // all plans: there is nothing else
+  }
+  std::vector<std::vector<int>> takes(kSearches);
+  for (size_t s = 0; s < kSearches; ++s) {
+    queue.Open(s, 6, 100);
+    for (int piece = 0; piece < 6; piece += takes[s].back()) {
+      const auto unit = queue.Take(0);
+      ASSERT_TRUE(unit.has_value());
+      EXPECT_EQ(unit->search, s);
+      EXPECT_EQ(unit->piece, piece);
+      takes[s].push_back(unit->pieces);
+    }
+    EXPECT_EQ(queue.Finish(s), kSearches - s - 1);
+  }
+  // 6 pieces of each that is left, in 8 takes of either worker.
+  using testing::ElementsAre;
+  EXPECT_THAT(takes[0], ElementsAre(4, 2));
+  EXPECT_THAT(takes[32 - 11], ElementsAre(4, 2));
+  EXPECT_THAT(takes[32 - 10], ElementsAre(3, 3));
+  EXPECT_THAT(takes[32 - 6], ElementsAre(2, 2, 2));
+  EXPECT_THAT(takes[32 - 5], ElementsAre(1, 1, 1, 1, 1, 1));
+}
+
 // Whoever runs a step's last piece opens the next. Each unit is taken once, and plans are bounded.
 TEST(UnitQueueTest, ManyWorkers) {
   constexpr size_t kSearches = 200;
@@ -117,6 +144,7 @@ TEST(UnitQueueTest, ManyWorkers) {
   std::atomic<int> plans{0};
   std::atomic<int> begun{0};
   std::atomic<int> begun_max{0};
+  std::atomic<bool> several{false};
   std::atomic<bool> done{false};
   const auto next_step = [&](size_t s) {
     Search& search = searches[s];
@@ -145,14 +173,18 @@ TEST(UnitQueueTest, ManyWorkers) {
           next_step(unit->search);
           continue;
         }
-        EXPECT_LT(unit->piece, pieces_of(unit->search, search.step));
-        EXPECT_EQ(search.taken[search.step].fetch_or(1 << unit->piece) >> unit->piece & 1, 0);
-        if (search.left.fetch_sub(1) == 1) next_step(unit->search);
+        EXPECT_GE(unit->pieces, 1);
+        EXPECT_LE(unit->piece + unit->pieces, pieces_of(unit->search, search.step));
+        if (unit->pieces == UnitQueue::kTogetherMax) several.store(true);
+        const int mask = ((1 << unit->pieces) - 1) << unit->piece;
+        EXPECT_EQ(search.taken[search.step].fetch_or(mask) & mask, 0);
+        if (search.left.fetch_sub(unit->pieces) == unit->pieces) next_step(unit->search);
       }
     });
   }
   for (std::thread& worker : workers) worker.join();
   EXPECT_EQ(plans.load(), static_cast<int>(kSearches));
+  EXPECT_TRUE(several.load());
   EXPECT_LE(begun_max.load(), kPlansMax);
   for (size_t s = 0; s < kSearches; ++s) {
     for (int step = 0; step < kSteps; ++step) {
