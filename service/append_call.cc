@@ -5,8 +5,8 @@
 #include <utility>
 
 #include "absl/status/statusor.h"
-#include "service/compute_pool.h"
 #include "service/session.h"
+#include "service/strand.h"
 
 namespace kvseek::service {
 namespace {

@@ -7,6 +7,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <exception>
+#include <memory>
 #include <mutex>
 
 #include "absl/strings/str_cat.h"
@@ -160,7 +161,7 @@ int ComputePool::HandOver(Job& job, int count, Lookers& lookers) {
     if (!looker.state.compare_exchange_strong(state, State::kHanding, std::memory_order_acquire)) {
       continue;
     }
-    looker.job = std::move(last ? job : copy);
+    looker.job.swap(last ? job : copy);
     lookers.idle.fetch_sub(1, std::memory_order_relaxed);
     looker.state.store(State::kHanded, std::memory_order_release);
     ++handed;
@@ -335,51 +336,6 @@ void ComputePool::Guest::RunHanded() {
   callers_business = &business_;
   job(scratch_);
   callers_business = nullptr;
-}
-
-bool Strand::Queue(State& state, ComputePool::Job job) {
-  const std::lock_guard lock(state.mutex);
-  state.jobs.push_back(std::move(job));
-  return !std::exchange(state.busy, true);
-}
-
-void Strand::Submit(ComputePool& pool, ComputePool::Job job) {
-  if (!Queue(*state_, std::move(job))) return;
-  pool.Submit([&pool, state = state_](index::Scratch& scratch) { RunNext(pool, state, scratch); });
-}
-
-void Strand::RunNext(ComputePool& pool, const StatePtr& state, index::Scratch& scratch) {
-  ComputePool::Job job;
-  {
-    const std::lock_guard lock(state->mutex);
-    job = std::move(state->jobs.front());
-    state->jobs.pop_front();
-  }
-  job(scratch);
-  job = nullptr;
-  {
-    const std::lock_guard lock(state->mutex);
-    state->busy = !state->jobs.empty();
-    if (!state->busy) return;
-  }
-  pool.Submit([&pool, state](index::Scratch& own) { RunNext(pool, state, own); });
-}
-
-void StrandJobs::Add(Strand& strand, ComputePool::Job job) {
-  if (states_.size() == states_.capacity()) states_.reserve(2 * states_.size() + 8);
-  if (Strand::Queue(*strand.state_, std::move(job))) states_.push_back(strand.state_);
-  ++size_;
-}
-
-void StrandJobs::RunOn(ComputePool& pool) {
-  size_ = 0;
-  if (states_.empty()) return;
-  pool.Submit([&pool, states = std::exchange(states_, {})](index::Scratch& scratch) {
-    for (const Strand::StatePtr& state : states) {
-      scratch.Reset();
-      Strand::RunNext(pool, state, scratch);
-    }
-  });
 }
 
 }  // namespace kvseek::service

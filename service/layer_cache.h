@@ -26,6 +26,7 @@
 #include "service/memory_budget.h"
 #include "service/query_sample.h"
 #include "service/selection_memory.h"
+#include "service/strand.h"
 #include "service/traffic_queries.h"
 
 namespace kvseek::service {
